@@ -1,0 +1,248 @@
+"""From a PIL image to the array a model takes: exact and repeatable for evaluation, random but seeded for training.
+
+Letters in shapes: H height, W width, in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+
+from opencoca.data.augment import rand_augment
+from opencoca.data.images import MAX_PIXELS, ImageData, decode_image, read_header
+
+ResizeMode = Literal["squash", "crop", "pad"]
+Box = tuple[float, float, float, float]
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """How images become a model's input; stored with the model, since its weights depend on it.
+
+    Args:
+        image_size: (height, width) in pixels.
+        mean, std: of the RGB channels, for values in 0..1.
+        resize_mode: `crop` fits the shorter side and cuts the centre out, `pad` fits the longer side and fills up with
+            the mean colour, `squash` fits both sides and ignores the aspect ratio.
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    resize_mode: ResizeMode = "crop"
+
+    def __post_init__(self) -> None:
+        for name, length in (("image_size", 2), ("mean", 3), ("std", 3)):
+            values = tuple(getattr(self, name))
+            if len(values) != length:
+                raise ValueError(f"{name} must have {length} values, got {values}")
+            object.__setattr__(self, name, values)  # lists out of JSON or YAML
+        if min(self.image_size) < 1:
+            raise ValueError(f"image_size must be 1 or more pixels, got {self.image_size}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+        if self.resize_mode not in get_args(ResizeMode):
+            raise ValueError(f"resize_mode must be one of {get_args(ResizeMode)}, got {self.resize_mode!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict that JSON can hold."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PreprocessConfig:
+        """The inverse of `to_dict`. Raises ValueError for unknown names and unusable values."""
+        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"the preprocessing has unknown settings: {', '.join(unknown)}")
+        return cls(**values)
+
+    @property
+    def fill(self) -> tuple[int, int, int]:
+        """The mean colour in 0..255: zero once normalised."""
+        red, green, blue = (min(255, max(0, round(255 * value))) for value in self.mean)
+        return red, green, blue
+
+
+def normalize(pixels: np.ndarray, config: PreprocessConfig) -> torch.Tensor:
+    """(..., H, W, 3) uint8 -> (..., 3, H, W) float32, (value / 255 - mean) / std per channel."""
+    mean = torch.tensor(config.mean, dtype=torch.float32).view(3, 1, 1)
+    std = torch.tensor(config.std, dtype=torch.float32).view(3, 1, 1)
+    values = torch.from_numpy(pixels).movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
+    return values.div_(255.0).sub_(mean).div_(std)
+
+
+class EvalTransform:
+    """The one deterministic way into a model: bicubic with antialiasing as Pillow does it, then normalisation.
+
+    `transform(image)` maps an RGB PIL image to (3, H, W) float32, `transform.to_uint8(image)` to (H, W, 3) uint8.
+    """
+
+    def __init__(self, config: PreprocessConfig):
+        self.config = config
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return normalize(self.to_uint8(image), self.config)
+
+    def to_uint8(self, image: Image.Image) -> np.ndarray:
+        height, width = self.config.image_size
+        mode = self.config.resize_mode
+        if mode == "pad":
+            return np.array(_letterbox(image, (width, height), self.config.fill))
+        box = _centre_box(image.size, (width, height)) if mode == "crop" else (0, 0, *image.size)
+        return np.array(_resize(image, (width, height), box))
+
+
+def _centre_box(size: tuple[int, int], target: tuple[int, int]) -> Box:
+    """Where in the image the centre crop lies, were the image first resized to cover the target.
+
+    Both sizes and the crop's corner are whole pixels of that resized image, as in resize-then-crop; resizing only this
+    box gives the same pixels without ever holding the resized image, which for a 1 x 10,000 pixel strip is huge.
+    """
+    width, height = size
+    scale = max(target[0] / width, target[1] / height)
+    covering = max(target[0], int(width * scale + 1e-6)), max(target[1], int(height * scale + 1e-6))
+    left, top = round((covering[0] - target[0]) / 2), round((covering[1] - target[1]) / 2)
+    across, down = width / covering[0], height / covering[1]
+    return left * across, top * down, (left + target[0]) * across, (top + target[1]) * down
+
+
+def _letterbox(image: Image.Image, target: tuple[int, int], fill: tuple[int, int, int]) -> Image.Image:
+    scale = min(target[0] / image.width, target[1] / image.height)
+    width = min(target[0], max(1, round(image.width * scale)))
+    height = min(target[1], max(1, round(image.height * scale)))
+    result = Image.new("RGB", target, fill)
+    inner = _resize(image, (width, height), (0, 0, *image.size))
+    result.paste(inner, ((target[0] - width) // 2, (target[1] - height) // 2))
+    return result
+
+
+def _resize(image: Image.Image, target: tuple[int, int], box: Box) -> Image.Image:
+    """Bicubic, antialiased resize of a part of the image; rounding that puts the box outside is undone."""
+    left, top, right, bottom = box
+    inside = max(0.0, left), max(0.0, top), min(float(image.width), right), min(float(image.height), bottom)
+    return image.resize(target, Image.Resampling.BICUBIC, box=inside)
+
+
+class TrainTransform:
+    """Random resized crop, mirroring, colour jitter and RandAugment: a pure function of the image and the generator.
+
+    Args:
+        config: size and normalisation; its resize_mode plays no part.
+        scale: range of the crop's share of the image's area.
+        ratio: range of the crop's aspect ratio relative to the target's, drawn log-uniformly.
+        flip_probability: of mirroring; see `mentions_side`.
+        color_jitter: brightness, contrast and saturation are scaled by factors in 1 ± this.
+        random_augment: (operations per image, magnitude out of 30), or None for no RandAugment.
+    """
+
+    def __init__(
+        self,
+        config: PreprocessConfig,
+        *,
+        scale: tuple[float, float] = (0.5, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip_probability: float = 0.5,
+        color_jitter: float = 0.0,
+        random_augment: tuple[int, float] | None = None,
+    ):
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"scale must be a range within 0..1, got {scale}")
+        if not 0 < ratio[0] <= ratio[1]:
+            raise ValueError(f"ratio must be a range of positive numbers, got {ratio}")
+        if not 0 <= flip_probability <= 1:
+            raise ValueError(f"flip_probability must be in 0..1, got {flip_probability}")
+        if not 0 <= color_jitter <= 1:
+            raise ValueError(f"color_jitter must be in 0..1, got {color_jitter}")
+        if random_augment is not None and not (random_augment[0] >= 1 and 0 <= random_augment[1] <= 30):
+            raise ValueError(f"random_augment must be (1 or more, 0..30), got {random_augment}")
+        self.config = config
+        self.scale = scale
+        self.ratio = ratio
+        self.flip_probability = flip_probability
+        self.color_jitter = color_jitter
+        self.random_augment = random_augment
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator, *, flip: bool | None = None) -> torch.Tensor:
+        """(3, H, W) float32. `flip` decides about mirroring; None lets the generator decide."""
+        return normalize(self.to_uint8(image, rng, flip=flip), self.config)
+
+    def to_uint8(self, image: Image.Image, rng: np.random.Generator, *, flip: bool | None = None) -> np.ndarray:
+        """As a call, without the normalisation: (H, W, 3) uint8."""
+        box = self._draw_box(image.size, rng)
+        return self._finish(image, box, rng, flip)
+
+    def decode(
+        self,
+        data: ImageData,
+        rng: np.random.Generator,
+        *,
+        flip: bool | None = None,
+        max_pixels: int = MAX_PIXELS,
+        name: str | None = None,
+    ) -> torch.Tensor:
+        """Decode and transform in one go: (3, H, W) float32.
+
+        The crop is drawn from the header, so that a large JPEG is only decoded as finely as its crop needs (Pillow's
+        `draft`). The crop, mirroring and colours are those of a call with the decoded image; the pixels differ by
+        the coarser decoding. Raises ImageError as `decode_image` does.
+        """
+        header = read_header(data, max_pixels=max_pixels, name=name)
+        size = header.width, header.height
+        left, top, right, bottom = self._draw_box(size, rng)
+        height, width = self.config.image_size
+        shrink = max(width / (right - left), height / (bottom - top))
+        draft_size = math.ceil(size[0] * shrink), math.ceil(size[1] * shrink)
+        image = decode_image(data, max_pixels=max_pixels, name=name, draft_size=draft_size)
+        across, down = image.width / size[0], image.height / size[1]
+        box = left * across, top * down, right * across, bottom * down
+        return normalize(self._finish(image, box, rng, flip), self.config)
+
+    def _finish(self, image: Image.Image, box: Box, rng: np.random.Generator, flip: bool | None) -> np.ndarray:
+        height, width = self.config.image_size
+        result = _resize(image, (width, height), box)
+        # Drawn even if it isn't needed: what comes after must not depend on who decides about mirroring.
+        drawn = rng.random() < self.flip_probability
+        if drawn if flip is None else flip:
+            result = result.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.color_jitter > 0:
+            for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+                result = enhance(result).enhance(1.0 + self.color_jitter * rng.uniform(-1.0, 1.0))
+        if self.random_augment is not None:
+            result = rand_augment(result, rng, *self.random_augment, fill=self.config.fill)
+        return np.array(result)
+
+    def _draw_box(self, size: tuple[int, int], rng: np.random.Generator) -> Box:
+        """A random box within the image, in whole pixels; the largest box of a fitting shape if none is found."""
+        width, height = size
+        target = self.config.image_size[1] / self.config.image_size[0]
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for _ in range(10):
+            area = width * height * rng.uniform(*self.scale)
+            aspect = target * math.exp(rng.uniform(low, high))
+            across, down = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < across <= width and 0 < down <= height:
+                left = int(rng.integers(0, width - across + 1))
+                top = int(rng.integers(0, height - down + 1))
+                return left, top, left + across, top + down
+        aspect = min(max(width / height, target * self.ratio[0]), target * self.ratio[1])
+        across = min(width, max(1, round(height * aspect)))
+        down = min(height, max(1, round(width / aspect)))
+        left, top = (width - across) // 2, (height - down) // 2
+        return left, top, left + across, top + down
+
+
+_SIDE = re.compile(r"\b(?:left|right)(?:s|most|wards?|sides?|hand|handed)?\b", re.IGNORECASE)
+
+
+def mentions_side(caption: str) -> bool:
+    """Whether a caption speaks of left or right, so that it would be wrong of the mirrored image."""
+    return _SIDE.search(caption) is not None

@@ -1,0 +1,71 @@
+"""Writing files so that they appear whole or not at all."""
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class WriteError(OSError):
+    """A file could not be written; the message is one sentence that names it and the remedy. `errno` is kept."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a temporary path to write to; when the block ends, what was written there becomes `path`.
+
+    The temporary file stands in the same folder, which is created if need be; it reaches the disk before it replaces
+    the old file in one step. If anything fails it is removed, and the old file stays as it was.
+
+    Raises:
+        WriteError: the file cannot be written: disk full, no permission, a folder is in its place.
+    """
+    target = Path(os.path.realpath(path))  # a link goes on pointing to the file, as with ordinary writing
+    if target.exists() and not target.is_file():
+        # Renaming onto a device such as /dev/stdout would replace the device itself.
+        raise WriteError(errno.EINVAL, f"cannot write {path}: it is not an ordinary file; choose another name")
+    partial = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        _flush_to_disk(partial)
+        partial.replace(target)
+        _flush_to_disk(target.parent)
+    except WriteError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        message = f"cannot write {path} ({reason}): {_remedy(error.errno)}; what was there before is unchanged"
+        raise WriteError(error.errno, message) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    if path.is_dir() and os.name != "posix":
+        return  # elsewhere a folder cannot be opened
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot flush a folder; its file is complete all the same.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _remedy(code: int | None) -> str:
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free some space or choose a folder on another disk"
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "choose a folder that you may write to"
+    if code in (errno.ENOTDIR, errno.EEXIST):
+        return "a part of its path is a file; choose another folder"
+    return "choose another folder"

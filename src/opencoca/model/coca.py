@@ -1,0 +1,197 @@
+"""CoCa: one network that embeds images and texts and writes captions. arXiv 2205.01917, figure 2.
+
+images - ImageEncoder - ImagePooling - image tokens and image_embed
+text   - UnimodalDecoder - text_embed, and word states - MultimodalDecoder over the image tokens - lm_head
+
+Letters: B texts, I images (B is a multiple of I: consecutive texts share an image), N image features, Q image tokens,
+T text positions, S words that have a next word, D width, E embed_dim, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opencoca.model.attention import KeyValueCache
+from opencoca.model.attn_pool import ImagePooling
+from opencoca.model.blocks import CrossKeysValues
+from opencoca.model.config import CoCaConfig
+from opencoca.model.image_encoders import build_image_encoder
+from opencoca.model.init import init_weights
+from opencoca.model.layout import TextLayout
+from opencoca.model.text_decoder import MultimodalDecoder, UnimodalDecoder, Words
+
+
+class ImageOutput(NamedTuple):
+    """tokens (I, Q, D) for the decoder; embed (I, E), of length 1."""
+
+    tokens: Tensor
+    embed: Tensor
+
+
+class TextOutput(NamedTuple):
+    """words: unimodal states of the words; embed (B, E), of length 1."""
+
+    words: Words
+    embed: Tensor
+
+
+class CoCaOutput(NamedTuple):
+    """What both losses are computed from.
+
+    image_embed (I, E) and text_embed (B, E), of length 1 (None without the contrastive half);
+    hidden (S, D): the states of all words that have a next word, text by text, and next_ids (S,): those next words
+    (None without the captioning half); logit_scale: scalar, 1 / temperature.
+    """
+
+    image_embed: Tensor | None
+    text_embed: Tensor | None
+    hidden: Tensor | None
+    next_ids: Tensor | None
+    logit_scale: Tensor
+
+
+@dataclass
+class DecodingState:
+    """What cached decoding carries from word to word: the image's keys and values and the words' caches."""
+
+    image_keys_values: list[CrossKeysValues]
+    unimodal: list[KeyValueCache]
+    multimodal: list[KeyValueCache]
+
+    def select(self, rows: Tensor, images: Tensor | None = None) -> None:
+        """Keeps these text rows (R,), and these images if given, in this order."""
+        for cache in (*self.unimodal, *self.multimodal):
+            cache.select(rows)
+        if images is not None:
+            self.image_keys_values = [
+                (keys.index_select(0, images), values.index_select(0, images))
+                for keys, values in self.image_keys_values
+            ]
+
+
+class CoCa(nn.Module):
+    """The model. ``CoCa(CoCaConfig.named("base"))`` is the paper's Base, randomly initialised."""
+
+    def __init__(self, config: CoCaConfig):
+        super().__init__()
+        self.config = config
+        width = config.text.width
+        self.image_encoder = build_image_encoder(config.image)
+        self.image_pooling = ImagePooling(config, self.image_encoder.width)
+        self.unimodal_decoder = UnimodalDecoder(config.text)
+        self.multimodal_decoder = MultimodalDecoder(config.text)
+        self.lm_head = nn.Linear(width, config.text.vocab_size, bias=False)
+        if config.text.tie_embeddings:
+            self.lm_head.weight = self.unimodal_decoder.token_embed.weight
+        projected = config.embed_dim != width
+        self.image_proj = nn.Linear(width, config.embed_dim, bias=False) if projected else nn.Identity()
+        self.text_proj = nn.Linear(width, config.embed_dim, bias=False) if projected else nn.Identity()
+        self.log_logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.initial_temperature)))
+        init_weights(self)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """1 / temperature, a scalar, at most max_logit_scale."""
+        return self.log_logit_scale.exp().clamp(max=self.config.max_logit_scale)
+
+    def encode_image(self, images: Tensor) -> ImageOutput:
+        """images (I, 3, height, width), preprocessed -> tokens and embedding."""
+        return self.pool_image(self.image_encoder(images))
+
+    def pool_image(self, features: Tensor) -> ImageOutput:
+        """features (I, N, C) of the image encoder -> tokens and embedding."""
+        tokens, vector = self.image_pooling(features)
+        assert tokens is not None
+        assert vector is not None
+        return ImageOutput(tokens, F.normalize(self.image_proj(vector).float(), dim=-1))
+
+    def encode_text(self, token_ids: Tensor, token_mask: Tensor | None = None) -> TextOutput:
+        """token_ids (B, T), token_mask (B, T) True = real -> word states and embedding."""
+        words, cls = self.unimodal_decoder(token_ids, token_mask)
+        assert cls is not None
+        return TextOutput(words, F.normalize(self.text_proj(cls).float(), dim=-1))
+
+    def decode(self, words: Words, image_tokens: Tensor) -> Tensor:
+        """words of B texts, image_tokens (I, Q, D) -> hidden (B, T, D), zeros at padding."""
+        keys_values = self.multimodal_decoder.project_image(image_tokens)
+        return words.layout.pad(self.multimodal_decoder(words, keys_values))
+
+    def logits(self, images: Tensor, token_ids: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """Next-word logits (B, T, V) after every word, for those who want them all; training never builds them."""
+        words, _ = self.unimodal_decoder(token_ids, token_mask, with_cls=False)
+        return self.lm_head(self.decode(words, self.encode_image(images).tokens))
+
+    def forward(
+        self,
+        images: Tensor,
+        token_ids: Tensor,
+        token_mask: Tensor | None = None,
+        *,
+        from_stage: int = 0,
+        contrastive: bool = True,
+        captioning: bool = True,
+    ) -> CoCaOutput:
+        """One pass that gives both losses their inputs.
+
+        images (I, 3, height, width), or what the image encoder's stage ``from_stage`` takes (its cached features);
+        token_ids (B, T), token_mask (B, T) True = real. A half that is switched off costs nothing.
+        """
+        encoder = self.image_encoder
+        features = encoder.run_stages(images, from_stage, encoder.num_stages)
+        image_tokens, image_vector = self.image_pooling(features, captioning=captioning, contrastive=contrastive)
+        image_embed = None if image_vector is None else F.normalize(self.image_proj(image_vector).float(), dim=-1)
+        words, cls = self.unimodal_decoder(token_ids, token_mask, with_cls=contrastive)
+        text_embed = None if cls is None else F.normalize(self.text_proj(cls).float(), dim=-1)
+        hidden = next_ids = None
+        if captioning:
+            mask = torch.ones_like(token_ids, dtype=torch.bool) if token_mask is None else token_mask.bool()
+            words, next_ids = _words_with_a_next(words, token_ids[mask])
+            assert image_tokens is not None
+            hidden = self.multimodal_decoder(words, self.multimodal_decoder.project_image(image_tokens))
+        return CoCaOutput(image_embed, text_embed, hidden, next_ids, self.logit_scale)
+
+    def start_decoding(
+        self, image_tokens: Tensor, texts_per_image: int = 1, capacity: int | None = None
+    ) -> DecodingState:
+        """A state without words for I x texts_per_image texts; image_tokens (I, Q, D).
+
+        capacity: the most words that will be decoded (default: context_length).
+        Raises ValueError if that is more than context_length.
+        """
+        batch_size = image_tokens.shape[0] * texts_per_image
+        context_length = self.config.text.context_length
+        capacity = context_length if capacity is None else capacity
+        if not 0 < capacity <= context_length:
+            # Beyond it a learned position is missing, and the row after the last belongs to [CLS].
+            raise ValueError(f"capacity {capacity} must be from 1 to context_length {context_length}")
+        block = self.config.text.block_config()
+
+        def caches(depth: int) -> list[KeyValueCache]:
+            return [KeyValueCache(batch_size, block, capacity, like) for _ in range(depth)]
+
+        keys_values = self.multimodal_decoder.project_image(image_tokens)
+        like = keys_values[0][0]
+        return DecodingState(
+            keys_values, caches(self.config.text.unimodal_depth), caches(self.config.text.multimodal_depth)
+        )
+
+    def decode_step(self, token_ids: Tensor, state: DecodingState) -> Tensor:
+        """token_ids (B, T): the next words of each text -> logits (B, V) after the last of them; extends the state."""
+        words = self.unimodal_decoder.step(token_ids, state.unimodal)
+        hidden = self.multimodal_decoder(words, state.image_keys_values, state.multimodal)
+        return self.lm_head(words.layout.pad(hidden)[:, -1])
+
+
+def _words_with_a_next(words: Words, ids: Tensor) -> tuple[Words, Tensor]:
+    """Leaves out the last word of every text, which has no label; ids (S,) -> the next word's id of each that stays."""
+    layout = words.layout
+    starts_text = layout.positions == 0
+    ends_text = torch.cat((starts_text[1:], starts_text.new_ones(1)))
+    kept = (~ends_text).nonzero().squeeze(1)
+    slots = kept if layout.slots is None else layout.slots[kept]
+    rest = TextLayout(layout.batch_size, layout.length, slots, layout.positions[kept])
+    return Words(words.states.index_select(0, kept), rest), ids[kept + 1]

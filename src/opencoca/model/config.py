@@ -1,0 +1,300 @@
+"""What a CoCa is made of: frozen dataclasses, and the sizes that have a name.
+
+Every choice between the known CoCas is a field here and is made once, when the module is built.
+Letters: D width, E embed_dim, N image features, Q pooler queries, V vocabulary, H heads.
+"""
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal
+
+Activation = Literal["gelu", "swiglu"]
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """What one transformer block needs to know; the image and text configs hand it to their blocks."""
+
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    parallel: bool = False
+    activation: Activation = "gelu"
+    norm_bias: bool = True
+    linear_bias: bool = True
+    rotary: bool = False
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class ImageEncoderConfig:
+    """Images -> image features (B, N, D).
+
+    name: ``vit``; ``efficientnet_lite0`` to ``efficientnet_lite2``; or ``timm:MODEL`` (extra ``timm``).
+    image_size: (height, width) in pixels that the model is made for; other sizes work (positions are interpolated).
+    The remaining fields describe the ViT and are ignored by the other encoders.
+    """
+
+    name: str = "vit"
+    image_size: tuple[int, int] = (288, 288)
+    patch_size: int = 18
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_width: int = 3072
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", _as_pair(self.image_size, "image_size"))
+        _check_dropout("image", self.dropout)
+        if self.name == "vit":
+            _check_counts("image", self, "patch_size", "width", "depth", "num_heads", "mlp_width")
+            _check_divides("patch_size", self.patch_size, "image height", self.image_size[0])
+            _check_divides("patch_size", self.patch_size, "image width", self.image_size[1])
+            _check_divides("num_heads", self.num_heads, "width", self.width)
+
+    def block(self) -> BlockConfig:
+        return BlockConfig(
+            width=self.width,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_heads,
+            head_dim=self.width // self.num_heads,
+            mlp_width=self.mlp_width,
+            dropout=self.dropout,
+        )
+
+
+@dataclass(frozen=True)
+class PoolerConfig:
+    """How image features become image tokens (B, Q, D) and one image embedding (B, E).
+
+    arrangement: ``cascade`` (the paper: the contrastive pooler reads the captioning pooler's output),
+        ``parallel`` (both read the image features), ``shared`` (one pooler of ``num_queries`` queries: the first
+        is the image embedding, the others are the image tokens).
+    num_queries: of the captioning pooler; 0 hands the image features themselves to the decoder (projected if their
+        width differs), so that nothing is pooled.
+    project_queries: False learns the queries where they are used, in the attention's own space: the same functions
+        as with a projection, and width^2 fewer parameters a pooler.
+    dropout: on the image features before any pooling.
+    """
+
+    arrangement: Literal["cascade", "parallel", "shared"] = "cascade"
+    num_queries: int = 256
+    num_heads: int = 12
+    project_queries: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.arrangement not in ("cascade", "parallel", "shared"):
+            raise ValueError(f"pooler arrangement {self.arrangement!r} is none of cascade, parallel, shared")
+        _check_dropout("pooler", self.dropout)
+        _check_counts("pooler", self, "num_heads")
+        least = 2 if self.arrangement == "shared" else 0
+        if self.num_queries < least:
+            raise ValueError(f"num_queries {self.num_queries} is too few: a {self.arrangement} pooler needs {least}")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Both halves of the text decoder.
+
+    context_length: the most words (special ids included) a text may have, [CLS] not counted.
+    num_kv_heads: None = as many as heads; 1 = one shared key-value head; between = grouped.
+    block: ``serial`` (pre-norm, attention then MLP) or ``parallel`` (PaLM: both from one norm, added).
+    cross_attn_mlp / self_attn_mlp: where a multimodal layer has its MLPs; the paper's has one, after cross-attention.
+    """
+
+    vocab_size: int = 64_000
+    context_length: int = 64
+    width: int = 768
+    unimodal_depth: int = 12
+    multimodal_depth: int = 12
+    num_heads: int = 12
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp_width: int = 3072
+    block: Literal["serial", "parallel"] = "serial"
+    positions: Literal["learned", "rotary"] = "learned"
+    activation: Activation = "gelu"
+    norm_bias: bool = True
+    linear_bias: bool = True
+    self_attn_mlp: bool = False
+    cross_attn_mlp: bool = True
+    tie_embeddings: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_dropout("text", self.dropout)
+        _check_counts("text", self, "vocab_size", "context_length", "width", "unimodal_depth", "multimodal_depth")
+        _check_counts("text", self, "num_heads", "num_kv_heads", "head_dim", "mlp_width")
+        if self.head_dim is None:
+            _check_divides("num_heads", self.num_heads, "width", self.width)
+        _check_divides("num_kv_heads", self.num_kv_heads or self.num_heads, "num_heads", self.num_heads)
+        for name, allowed in (
+            ("block", ("serial", "parallel")),
+            ("positions", ("learned", "rotary")),
+            ("activation", ("gelu", "swiglu")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"text {name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
+        if self.positions == "rotary" and self.block_config().head_dim % 2:
+            raise ValueError(f"rotary positions need an even head_dim, got {self.block_config().head_dim}")
+
+    def block_config(self) -> BlockConfig:
+        return BlockConfig(
+            width=self.width,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads or self.num_heads,
+            head_dim=self.head_dim or self.width // self.num_heads,
+            mlp_width=self.mlp_width,
+            parallel=self.block == "parallel",
+            activation=self.activation,
+            norm_bias=self.norm_bias,
+            linear_bias=self.linear_bias,
+            rotary=self.positions == "rotary",
+            dropout=self.dropout,
+        )
+
+
+@dataclass(frozen=True)
+class CoCaConfig:
+    """A whole CoCa. ``CoCaConfig.named("base")`` gives the sizes that have a name.
+
+    embed_dim: E, of the space that images and texts share.
+    initial_temperature: of the contrastive softmax (paper, section 3: starts at 0.07).
+    max_logit_scale: the learned scale 1 / temperature is clamped to this.
+    """
+
+    embed_dim: int = 768
+    image: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
+    pooler: PoolerConfig = field(default_factory=PoolerConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    initial_temperature: float = 0.07
+    max_logit_scale: float = 100.0
+
+    def __post_init__(self) -> None:
+        _check_counts("model", self, "embed_dim")
+        _check_divides("pooler num_heads", self.pooler.num_heads, "text width", self.text.width)
+        if self.initial_temperature <= 0:
+            raise ValueError(f"initial_temperature {self.initial_temperature} must be positive")
+        if 1 / self.initial_temperature > self.max_logit_scale:
+            # The clamp has no gradient: a scale that starts beyond it would never be learned.
+            raise ValueError(
+                f"initial_temperature {self.initial_temperature} must be at least 1 / max_logit_scale = "
+                f"{1 / self.max_logit_scale if self.max_logit_scale > 0 else float('inf'):.3g}"
+            )
+
+    @classmethod
+    def named(cls, name: str, **changes: Any) -> "CoCaConfig":
+        """The configuration with this name, with fields replaced.
+
+        Raises ValueError for an unknown name.
+        """
+        if name not in NAMED_SIZES:
+            raise ValueError(f"there is no CoCa size {name!r}; known sizes: {', '.join(NAMED_SIZES)}")
+        return replace(NAMED_SIZES[name], **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, as config.json stores them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "CoCaConfig":
+        """The inverse of `to_dict`. Raises ValueError for unknown fields and impossible values."""
+        return _from_dict(cls, values, "model")
+
+
+def _as_pair(value: Any, name: str) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise ValueError(f"{name} {value!r} must be (height, width) in pixels, both positive")
+    return pair
+
+
+def _check_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
+    if divisor < 1 or value % divisor:
+        raise ValueError(f"{divisor_name} {divisor} must divide the {name} {value}")
+
+
+def _check_counts(where: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"{where} {name} {value!r} must be a whole number of at least 1")
+
+
+def _check_dropout(where: str, dropout: float) -> None:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{where} dropout {dropout} must be at least 0 and less than 1")
+
+
+def _from_dict(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must be a mapping of fields, got {values!r}")
+    known = {f.name: f for f in fields(cls)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{where} has unknown fields {', '.join(unknown)}; known: {', '.join(known)}")
+    arguments = {}
+    for name, value in values.items():
+        default = known[name].default_factory
+        nested = default if isinstance(default, type) and is_dataclass(default) else None
+        arguments[name] = _from_dict(nested, value, f"{where}.{name}") if nested else value
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{where} has a value of the wrong type: {error}") from error
+
+
+def _paper_size(width: int, heads: int, image: tuple[int, int], text: tuple[int, int], tied: bool) -> CoCaConfig:
+    """A size of the paper's table 1; image and text are (depth, mlp_width), text depth is of either half."""
+    return CoCaConfig(
+        embed_dim=width,
+        image=ImageEncoderConfig(width=width, depth=image[0], num_heads=heads, mlp_width=image[1]),
+        pooler=PoolerConfig(num_heads=heads),
+        text=TextConfig(
+            width=width,
+            num_heads=heads,
+            unimodal_depth=text[0],
+            multimodal_depth=text[0],
+            mlp_width=text[1],
+            tie_embeddings=tied,
+        ),
+    )
+
+
+def _small_size(width: int, image_depth: int, text_depth: int, image_size: int, patch_size: int) -> CoCaConfig:
+    heads = width // 64
+    return CoCaConfig(
+        embed_dim=width,
+        image=ImageEncoderConfig(
+            image_size=(image_size, image_size),
+            patch_size=patch_size,
+            width=width,
+            depth=image_depth,
+            num_heads=heads,
+            mlp_width=4 * width,
+        ),
+        pooler=PoolerConfig(num_queries=64, num_heads=heads),
+        text=TextConfig(
+            vocab_size=49_408,
+            context_length=76,
+            width=width,
+            num_heads=heads,
+            unimodal_depth=text_depth,
+            multimodal_depth=text_depth,
+            mlp_width=4 * width,
+            tie_embeddings=True,
+        ),
+    )
+
+
+# Base and Large of the paper's table reach its decoder column with separate embedding and head, 2b with one matrix.
+NAMED_SIZES: dict[str, CoCaConfig] = {
+    "tiny": _small_size(width=192, image_depth=6, text_depth=2, image_size=128, patch_size=16),
+    "small": _small_size(width=384, image_depth=12, text_depth=4, image_size=224, patch_size=16),
+    "base": _paper_size(width=768, heads=12, image=(12, 3072), text=(12, 3072), tied=False),
+    "large": _paper_size(width=1024, heads=16, image=(24, 4096), text=(12, 4096), tied=False),
+    "2b": _paper_size(width=1408, heads=16, image=(40, 6144), text=(18, 5632), tied=True),
+}

@@ -1,0 +1,150 @@
+"""Features of a frozen image encoder, computed once and read from a memory-mapped file.
+
+With the frozen stages out of the loop a CPU is enough to train on. A training image is stored in several views: as
+evaluation sees it, mirrored, and random crops; which view an epoch uses is a pure function of (seed, epoch, image).
+Letters: I images, V views.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from opencoca.data import EvalTransform, ImageTextSource, TrainTransform, decode_image, mentions_side
+from opencoca.data.files import parallel_map
+from opencoca.data.images import ImageError
+from opencoca.files import atomic_write
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class CacheViews:
+    """How the stored views are made: ``count`` of them, drawn with ``seed``."""
+
+    evaluation: EvalTransform
+    training: TrainTransform | None
+    count: int
+    seed: int
+
+    def pixels(self, source: ImageTextSource, image: int, view: int) -> Tensor:
+        """(3, H, W) of one view: 0 as evaluation sees it, 1 mirrored, others random crops."""
+        picture = decode_image(source.open_bytes(image), name=source.key(image))
+        may_flip = not any(mentions_side(caption) for caption in source.captions(image))
+        if view < 2 or self.training is None:
+            pixels = self.evaluation(picture)
+            return pixels.flip(-1) if view == 1 and may_flip else pixels
+        generator = np.random.default_rng((self.seed, image, view))
+        return self.training(picture, generator, flip=None if may_flip else False)
+
+    def describe(self) -> dict:
+        training = self.training
+        crops = [training.scale, training.ratio, training.flip_probability, training.color_jitter] if training else []
+        return {"preprocess": self.evaluation.config.to_dict(), "crops": crops, "views": self.count, "seed": self.seed}
+
+
+class FeatureCache:
+    """Stored features (V, I, ...) in half precision, and which images could not be read."""
+
+    def __init__(self, features: np.memmap, broken: dict[int, str]):
+        self.features = features
+        self.broken = broken
+
+    def read(self, views: np.ndarray, images: np.ndarray) -> Tensor:
+        """Features (B, ...) in float16 of these images (B,) in these views (B,)."""
+        return torch.from_numpy(np.asarray(self.features[views, images]))
+
+
+@torch.no_grad()
+def open_feature_cache(
+    folder: Path, encoder, stages: int, source: ImageTextSource, views: CacheViews, device: torch.device, label: str
+) -> FeatureCache:
+    """The cache of what the encoder's first ``stages`` give for every image and view; computes what is missing.
+
+    The folder's name is a fingerprint of encoder, images and views, so that a stale cache is never used. An
+    interrupted computation goes on where it stopped. Raises OSError if the disk is full: what is done stays.
+    """
+    folder = folder / _fingerprint(encoder, stages, source, views)
+    folder.mkdir(parents=True, exist_ok=True)
+    sample = _run(encoder, stages, torch.zeros(1, 3, *views.evaluation.config.image_size), device)
+    shape = (views.count, len(source), *sample.shape[1:])
+    path, progress_path = folder / "features.f16", folder / "progress.json"
+    progress = {"rows": 0, "broken": {}}
+    if progress_path.is_file() and path.is_file():
+        progress = json.loads(progress_path.read_text())
+    if progress["rows"] < len(source):
+        if not progress["rows"]:
+            _reserve(path, 2 * int(np.prod(shape)))
+        features = np.memmap(path, np.float16, "r+", shape=shape)
+        _fill(features, progress, progress_path, encoder, stages, source, views, device, label)
+        features.flush()
+    broken = {int(image): reason for image, reason in progress["broken"].items()}
+    return FeatureCache(np.memmap(path, np.float16, "r", shape=shape), broken)
+
+
+def _reserve(path: Path, size_bytes: int) -> None:
+    # A memory-mapped write to a full disk kills the process; asking for the space first gives an error instead.
+    with open(path, "wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+        except OSError as error:
+            path.unlink()
+            gib = size_bytes / 2**30
+            raise OSError(error.errno, f"no room for {gib:.1f} GiB of features ({error.strerror})", str(path)) from error
+
+
+def _fill(features, progress, progress_path, encoder, stages, source, views, device, label) -> None:
+    bar = tqdm(total=len(source), initial=progress["rows"], desc=f"features of {label}", unit="img", leave=False)
+    for images, pixels, broken in _view_batches(source, views, progress["rows"]):
+        for view in range(views.count):
+            hidden = _run(encoder, stages, pixels[view], device)
+            features[view, images] = hidden.float().clamp(-65504, 65504).half().cpu().numpy()
+        progress["broken"].update({str(image): reason for image, reason in broken.items()})
+        progress["rows"] = int(images[-1]) + 1
+        if progress["rows"] % (8 * _BATCH) == 0 or progress["rows"] == len(source):
+            features.flush()
+            with atomic_write(progress_path) as partial:
+                partial.write_text(json.dumps(progress), encoding="utf-8")
+        bar.update(len(images))
+    bar.close()
+
+
+def _view_batches(source, views: CacheViews, start: int) -> Iterator[tuple[np.ndarray, list[Tensor], dict[int, str]]]:
+    def load(image: int) -> list[Tensor] | str:
+        try:
+            return [views.pixels(source, image, view) for view in range(views.count)]
+        except (ImageError, OSError) as error:
+            return str(error)
+
+    blank = torch.zeros(3, *views.evaluation.config.image_size)
+    loaded = parallel_map(load, range(start, len(source)), 2, 2 * _BATCH)
+    for first in range(start, len(source), _BATCH):
+        images = np.arange(first, min(first + _BATCH, len(source)))
+        rows = [next(loaded) for _ in images]
+        broken = {int(image): row for image, row in zip(images, rows, strict=True) if isinstance(row, str)}
+        good = [[blank] * views.count if isinstance(row, str) else row for row in rows]
+        yield images, [torch.stack([row[view] for row in good]) for view in range(views.count)], broken
+
+
+def _run(encoder, stages: int, pixels: Tensor, device: torch.device) -> Tensor:
+    with torch.autocast(device.type, torch.bfloat16):
+        return encoder.run_stages(pixels.to(device), 0, stages)
+
+
+def _fingerprint(encoder, stages: int, source: ImageTextSource, views: CacheViews) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in encoder.stages[:stages].state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    digest.update(json.dumps([stages, views.describe()]).encode())
+    for image in range(len(source)):
+        digest.update(source.key(image).encode() + b"\0")
+        digest.update("\0".join(source.captions(image)).encode() if views.training else b"")
+    return digest.hexdigest()[:16]

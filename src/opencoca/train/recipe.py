@@ -1,0 +1,250 @@
+"""What a training run is: one recipe file, and the options that override it.
+
+A recipe is YAML whose keys are the fields below; ``--section.key value`` on the command line overrides it, and unknown
+keys fail. ``size`` names the model that ``model`` changes; the vocabulary size comes from the tokenizer.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from opencoca.model.config import NAMED_SIZES, CoCaConfig
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Where the pairs are and how images are prepared.
+
+    Args:
+        train_images: folder of images, or tar shards (folder or pattern) that hold captions too.
+        train_captions: CSV, JSONL or Parquet with one row a caption; not needed for shards.
+        val_images: as train_images; nothing is validated without it.
+        val_captions: as train_captions.
+        captions_per_image: captions of one image in a batch; they share its encoding.
+        resize_mode: how evaluation makes images fit: crop, pad or squash.
+        mean: subtracted from RGB values in [0, 1].
+        std: what the difference is divided by.
+        crop_scale: part of the image's area that a training crop keeps, at least and at most.
+        crop_ratio: width over height of a training crop, at least and at most.
+        flip_probability: of mirroring; images whose captions say left or right never are.
+        color_jitter: strength of random brightness, contrast and saturation, 0 to 1.
+        num_workers: processes that decode images; 0 decodes in the training process.
+    """
+
+    train_images: str = ""
+    train_captions: str | None = None
+    val_images: str | None = None
+    val_captions: str | None = None
+    captions_per_image: int = 1
+    resize_mode: Literal["crop", "pad", "squash"] = "crop"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    flip_probability: float = 0.5
+    color_jitter: float = 0.0
+    num_workers: int = 2
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """The vocabulary.
+
+    Args:
+        source: clip, train (on the training captions), or the path of a tokenizer.json.
+        vocab_size: of a trained vocabulary, at most.
+        min_frequency: how often a pair must be seen to be merged, when training.
+        lowercase: when training.
+        strip_final_period: when training.
+    """
+
+    source: str = "clip"
+    vocab_size: int = 8000
+    min_frequency: int = 2
+    lowercase: bool = True
+    strip_final_period: bool = True
+
+
+@dataclass(frozen=True)
+class EncoderRecipe:
+    """What happens to the image encoder.
+
+    Args:
+        init: none (random), imagenet (EfficientNet-Lite), or a model folder whose image encoder is taken.
+        frozen_stages: how many of its first stages are not trained; -1 = all.
+        learning_rate: of what is trained of it; None = as the rest.
+        cache_features: compute the frozen stages once, of cache_views views an image, and train on what was stored.
+        cache_views: stored views of a training image: as it is, mirrored, and random crops.
+        cache_dir: where stored features live; None = inside the run's folder.
+    """
+
+    init: str = "none"
+    frozen_stages: int = 0
+    learning_rate: float | None = None
+    cache_features: bool = False
+    cache_views: int = 2
+    cache_dir: str | None = None
+
+
+@dataclass(frozen=True)
+class LossRecipe:
+    """The objective (paper, section 3.1). A weight of 0 skips that half's work.
+
+    Args:
+        contrastive_weight: lambda_con.
+        caption_weight: lambda_cap.
+        label_smoothing: of the captioning loss.
+        contrastive_reduction: mean or sum of the two directions.
+        caption_reduction: mean or sum over words.
+    """
+
+    contrastive_weight: float = 1.0
+    caption_weight: float = 2.0
+    label_smoothing: float = 0.0
+    contrastive_reduction: Literal["mean", "sum"] = "mean"
+    caption_reduction: Literal["mean", "sum"] = "mean"
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    """AdamW and its schedule.
+
+    Args:
+        learning_rate: at the peak.
+        betas: of the running means of gradient and squared gradient.
+        eps: added to the root of the latter.
+        weight_decay: decoupled; not on norms, biases, positions, queries and the temperature.
+        grad_clip: largest norm of the whole gradient; 0 = no clipping.
+        warmup_steps: of linear warm-up.
+        decay: cosine, linear or constant, after warm-up.
+        final_lr_fraction: of the peak, at the end.
+        ema_decay: of the exponential moving average of the weights that is validated and kept; 0 = none.
+    """
+
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    grad_clip: float = 1.0
+    warmup_steps: int = 200
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    final_lr_fraction: float = 0.0
+    ema_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run.
+
+    Args:
+        output: folder of the run: best model, last checkpoint, metrics, report.
+        size: named model size that ``model`` changes.
+        model: the architecture.
+        data: images and captions.
+        tokenizer: vocabulary.
+        encoder: image encoder: start, freezing, caching.
+        loss: weights of the two losses.
+        optimizer: AdamW and schedule.
+        epochs: passes over the training images.
+        max_steps: stops earlier, after so many steps.
+        batch_size: images a step.
+        accumulation_steps: micro-batches that a step is made of; contrastive negatives are those of a micro-batch.
+        precision: fp32, or bf16 autocast.
+        device: auto, cpu, or cuda.
+        seed: of everything random.
+        validate_every_epochs: how often the validation set is scored.
+        val_max_new_tokens: longest caption written for validation.
+        checkpoint_minutes: how often the last checkpoint is written, besides every validation.
+        log_every_steps: how often metrics are written.
+        select_by: which validation score chooses the best weights: score (CIDEr-D x 100 + both R@1, in percent),
+            cider_d, mean_r1, or loss.
+        tensorboard: also write TensorBoard events (extra: tensorboard).
+    """
+
+    output: str = "runs/coca"
+    size: str = "small"
+    model: CoCaConfig = field(default_factory=lambda: CoCaConfig.named("small"))
+    data: DataRecipe = field(default_factory=DataRecipe)
+    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+    encoder: EncoderRecipe = field(default_factory=EncoderRecipe)
+    loss: LossRecipe = field(default_factory=LossRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    epochs: int = 10
+    max_steps: int | None = None
+    batch_size: int = 64
+    accumulation_steps: int = 1
+    precision: Literal["fp32", "bf16"] = "bf16"
+    device: str = "auto"
+    seed: int = 0
+    validate_every_epochs: int = 1
+    val_max_new_tokens: int = 30
+    checkpoint_minutes: float = 10.0
+    log_every_steps: int = 10
+    select_by: Literal["score", "cider_d", "mean_r1", "loss"] = "score"
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulation_steps", "validate_every_epochs", "log_every_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"accumulation_steps {self.accumulation_steps} must divide batch_size {self.batch_size}"
+            )
+        if self.data.captions_per_image < 1:
+            raise ValueError(f"data.captions_per_image {self.data.captions_per_image} must be at least 1")
+        if self.loss.contrastive_weight == 0 and self.loss.caption_weight == 0:
+            raise ValueError("loss.contrastive_weight and loss.caption_weight are both 0: nothing would be learned")
+        if self.loss.contrastive_weight < 0 or self.loss.caption_weight < 0:
+            raise ValueError("loss weights must not be negative")
+        if self.encoder.cache_features and self.encoder.frozen_stages == 0:
+            raise ValueError("encoder.cache_features needs frozen stages: set encoder.frozen_stages (-1 = all)")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def recipe_parser(size: str = "small") -> ArgumentParser:
+    """The parser of recipe files and overrides; ``size`` gives the defaults of the model's fields."""
+    parser = ArgumentParser(prog="opencoca train", exit_on_error=False)
+    parser.add_class_arguments(Recipe)
+    parser.set_defaults({"size": size, "model": CoCaConfig.named(size).to_dict()})
+    return parser
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Reads a recipe file and applies overrides such as ``["--batch_size", "32"]``.
+
+    Raises ValueError, naming file and key, for a file that is missing or not YAML, unknown keys, impossible values.
+    """
+    path, overrides = Path(path), list(overrides or [])
+    if not path.is_file():
+        raise ValueError(f"there is no recipe {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {path} must be a mapping of keys to values")
+    size = _override(overrides, "size") or values.get("size", "small")
+    if size not in NAMED_SIZES:
+        raise ValueError(f"recipe {path}: there is no size {size!r}; known sizes: {', '.join(NAMED_SIZES)}")
+    parser = recipe_parser(size)
+    try:
+        from_file = parser.parse_object(values, defaults=True)
+        namespace: Namespace = parser.parse_args(overrides, namespace=from_file)
+        return Recipe(**vars(parser.instantiate_classes(namespace)))
+    except Exception as error:
+        raise ValueError(f"recipe {path}: {' '.join(str(error).split())}") from error
+
+
+def _override(overrides: list[str], name: str) -> str | None:
+    for index, argument in enumerate(overrides):
+        if argument.startswith(f"--{name}="):
+            return argument.split("=", 1)[1]
+        if argument == f"--{name}" and index + 1 < len(overrides):
+            return overrides[index + 1]
+    return None

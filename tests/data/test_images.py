@@ -1,0 +1,224 @@
+import pickle
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps, features
+
+from opencoca.data import ImageError, decode_image, read_header, to_rgb
+
+from .helpers import encode, gradient, huge_png
+
+
+def assert_close(actual: Image.Image, expected: Image.Image, tolerance: float) -> None:
+    assert actual.mode == "RGB"
+    assert actual.size == expected.size
+    difference = np.abs(np.asarray(actual).astype(float) - np.asarray(expected).astype(float))
+    assert difference.mean() <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("mode", "format", "tolerance"),
+    [
+        ("RGB", "PNG", 0),
+        ("RGB", "JPEG", 3),
+        ("RGB", "WEBP", 8),
+        ("RGB", "TIFF", 0),
+        ("RGB", "BMP", 0),
+        ("RGB", "PPM", 0),
+        ("P", "PNG", 20),
+        ("P", "GIF", 20),
+        ("RGBA", "PNG", 0),
+        ("RGBA", "WEBP", 8),
+        ("CMYK", "JPEG", 4),
+        ("CMYK", "TIFF", 1),
+        ("YCbCr", "JPEG", 3),
+    ],
+)
+def test_every_colour_mode_keeps_its_colours(mode, format, tolerance):
+    image = gradient()
+    assert_close(decode_image(encode(image.convert(mode), format)), image, tolerance)
+
+
+@pytest.mark.parametrize(("mode", "format"), [("L", "PNG"), ("L", "JPEG"), ("LA", "PNG"), ("1", "PNG"), ("1", "TIFF")])
+def test_grey_modes_become_equal_channels(mode, format):
+    grey = gradient().convert(mode)
+    assert_close(decode_image(encode(grey, format)), grey.convert("L").convert("RGB"), 2)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "I;16"])
+def test_to_rgb_accepts_every_mode_and_returns_a_new_image(mode):
+    source = gradient().convert("L").convert(mode) if mode in ("I", "F", "I;16") else gradient().convert(mode)
+    result = to_rgb(source)
+    assert result.mode == "RGB"
+    assert result is not source
+
+
+def test_16_bit_grey_is_scaled_not_cut():
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    expected = np.rint(ramp / 257.0)
+    for format in ("PNG", "TIFF"):
+        result = np.asarray(decode_image(encode(Image.fromarray(ramp), format)))
+        assert np.abs(result[..., 0] - expected).max() <= 1
+    big_endian = Image.frombytes("I;16B", (16, 16), ramp.astype(">u2").tobytes())
+    assert np.abs(np.asarray(to_rgb(big_endian))[..., 1] - expected).max() <= 1
+
+
+def test_32_bit_and_float_grey():
+    ramp = np.linspace(0, 1, 64).reshape(8, 8)
+    expected = np.rint(ramp * 255)
+    for values in (ramp.astype(np.float32), (ramp * 255).astype(np.float32), (ramp * 65535).astype(np.int32)):
+        assert np.abs(np.asarray(decode_image(encode(Image.fromarray(values), "TIFF")))[..., 2] - expected).max() <= 1
+    holes = ramp.astype(np.float32)
+    holes[0, :3] = [np.nan, np.inf, -np.inf]
+    assert np.asarray(to_rgb(Image.fromarray(holes)))[0, :3].max() == 0
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_laid_onto_white(mode):
+    image = Image.new(mode, (4, 2), (0,) * len(mode))
+    image.putpixel((0, 0), (0,) * (len(mode) - 1) + (255,))
+    image.putpixel((1, 0), (0,) * (len(mode) - 1) + (128,))
+    pixels = np.asarray(decode_image(encode(image, "PNG")))
+    assert pixels[0, 0].tolist() == [0, 0, 0]
+    assert np.abs(pixels[0, 1].astype(int) - 127).max() <= 1
+    assert pixels[1, 3].tolist() == [255, 255, 255]
+
+
+def test_transparent_palette_colour_becomes_white():
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([10, 20, 30, 200, 100, 50] + [0] * 762)
+    image.putpixel((2, 2), 0)
+    pixels = np.asarray(decode_image(encode(image, "PNG", transparency=0)))
+    assert pixels[2, 2].tolist() == [255, 255, 255]
+    assert pixels[0, 0].tolist() == [200, 100, 50]
+    rgb_key = encode(Image.new("RGB", (2, 2), (1, 2, 3)), "PNG", transparency=(1, 2, 3))
+    assert np.asarray(decode_image(rgb_key)).min() == 255
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_of_an_animation(format):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    pixels = np.asarray(decode_image(encode(frames[0], format, save_all=True, append_images=frames[1:])))
+    assert pixels[..., 0].min() > 200
+    assert pixels[..., 2].max() < 60
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation(orientation, format):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(gradient(), format, exif=exif)
+    with Image.open(__import__("io").BytesIO(data)) as image:
+        image.load()
+        expected = ImageOps.exif_transpose(image).convert("RGB")
+    upright = decode_image(data)
+    assert upright.tobytes() == expected.tobytes()
+    assert upright.size == ((32, 48) if orientation >= 5 else (48, 32))
+    header = read_header(data)
+    assert (header.width, header.height) == upright.size
+    assert 0x0112 not in upright.getexif()
+
+
+def test_damaged_exif_does_not_lose_the_picture():
+    data = encode(gradient(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xee" * 30)
+    assert decode_image(data).size == (48, 32)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_draft_is_small_enough_and_never_too_small(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = gradient(1600, 800)
+    data = encode(image, "JPEG", exif=exif)
+    size = (190, 90) if orientation == 1 else (90, 190)
+    draft = decode_image(data, draft_size=size)
+    assert draft.width >= size[0]
+    assert draft.height >= size[1]
+    assert draft.width * draft.height <= 1600 * 800 / 64
+    full = decode_image(data).resize(draft.size, Image.Resampling.BOX)
+    assert_close(draft, full, 3)
+    png = encode(image, "PNG")
+    assert decode_image(png, draft_size=size).size == (1600, 800)
+
+
+def test_truncated_files_are_refused(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
+        data = encode(noise, format)
+        path = tmp_path / f"cut.{format.lower()}"
+        path.write_bytes(data[: len(data) // 2])
+        with pytest.raises(ImageError, match=r"^cannot read the image '.*/cut\.") as caught:
+            decode_image(path)
+        assert "\n" not in str(caught.value)
+        assert str(path) == caught.value.name
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "the file is empty"),
+        (b"I am no photograph.\n" * 20, "it is a text file, not an image"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", r"it is a web page \(HTML\)"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "Pillow does not support the format SVG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 64, "Pillow does not support the format HEIC/HEIF"),
+        (b"\xff\x0a" + b"\x81" * 64, "Pillow does not support the format JPEG XL"),
+        (b"\x93\x81\x00\x05" * 30, "not an image in a format that Pillow supports"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image|text file"),
+        (b"P6\n0 5\n255\n", ""),
+    ],
+)
+def test_what_is_no_image_says_what_it_is(data, reason, tmp_path):
+    with pytest.raises(ImageError, match=reason):
+        decode_image(data)
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match=f"^cannot read the image '{path}': .*({reason})"):
+        decode_image(path)
+    assert issubclass(ImageError, ValueError)
+
+
+def test_missing_file_folder_and_name(tmp_path):
+    with pytest.raises(ImageError, match="'absent.jpg': there is no such file"):
+        decode_image("absent.jpg")
+    with pytest.raises(ImageError, match="directory"):
+        decode_image(tmp_path)
+    with pytest.raises(ImageError, match="'third': the file is empty"):
+        decode_image(b"", name="third")
+    error = pickle.loads(pickle.dumps(ImageError("a.jpg", "it is bad")))
+    assert (error.name, error.reason) == ("a.jpg", "it is bad")
+
+
+def test_decompression_bomb_is_refused_from_the_header():
+    data = huge_png()
+    began = time.perf_counter()
+    with pytest.raises(ImageError, match="pixels"):
+        decode_image(data, name="bomb.png")
+    assert time.perf_counter() - began < 1.0
+    with pytest.raises(ImageError, match="48 x 32 pixels are more than the 1,000 allowed"):
+        decode_image(encode(gradient()), max_pixels=1000)
+    with pytest.raises(ImageError, match="1,000 allowed"):
+        read_header(encode(gradient()), max_pixels=1000)
+
+
+def test_a_bomb_takes_no_memory():
+    code = (
+        "import resource\n"
+        "from opencoca.data.images import ImageError, decode_image\n"
+        "from tests_helpers import huge_png\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\n"
+        "try:\n    decode_image(huge_png(13000, 13000), max_pixels=10**8)\n"
+        "except ImageError as error:\n    print(error.reason)\n"
+    ).replace("tests_helpers", "helpers")
+    folder = str(__import__("pathlib").Path(__file__).parent)
+    path = __import__("os").pathsep.join([folder, *sys.path])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": path})
+    assert "13000 x 13000 pixels are more than the 100,000,000 allowed" in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not features.check("jpg_2000"), reason="this Pillow has no JPEG 2000")
+def test_jpeg_2000():
+    assert_close(decode_image(encode(gradient(), "JPEG2000")), gradient(), 2)
