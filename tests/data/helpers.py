@@ -42,7 +42,9 @@ def huge_png(width: int = 60_000, height: int = 60_000) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    )
 
 
 class WordTokenizer:
@@ -54,10 +56,10 @@ class WordTokenizer:
         self.ids: dict[str, int] = {}
 
     def encode_batch(self, texts: list[str], context_length: int) -> list[list[int]]:
-        return [self.encode(text)[: context_length - 1] + [2] for text in texts]
+        return [[*self.encode(text)[: context_length - 1], 2] for text in texts]
 
     def encode(self, text: str) -> list[int]:
-        return [1] + [self.ids.setdefault(word, 3 + len(self.ids)) for word in text.split()]
+        return [1, *(self.ids.setdefault(word, 3 + len(self.ids)) for word in text.split())]
 
     def decode(self, ids: list[int]) -> str:
         words = {number: word for word, number in self.ids.items()}

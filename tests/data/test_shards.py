@@ -52,21 +52,28 @@ def test_samples_in_order_with_their_bytes(shards):
 
 @pytest.mark.parametrize(
     ("pattern", "count"),
-    [("*.tar", 12), ("{00000..00001}.tar", 8), ("{00000,00002}.tar", 8), ("00001.tar", 4), ("{00000,0000[12]}.tar", 12)],
+    [
+        ("*.tar", 12),
+        ("{00000..00001}.tar", 8),
+        ("{00000,00002}.tar", 8),
+        ("00001.tar", 4),
+        ("{00000,0000[12]}.tar", 12),
+    ],
 )
 def test_patterns(shards, pattern, count):
     assert len(open_source(f"{shards}/{pattern}")) == count
 
 
 def test_patterns_that_match_nothing(shards):
-    with pytest.raises(FileNotFoundError, match="there are no tar shards '.*00003.tar'"):
+    with pytest.raises(FileNotFoundError, match=r"there are no tar shards '.*00003\.tar'"):
         open_source(f"{shards}/{{00001..00004}}.tar")
-    with pytest.raises(FileNotFoundError, match="x\\*.tar"):
+    with pytest.raises(FileNotFoundError, match=r"x\*\.tar"):
         open_source(f"{shards}/x*.tar")
-    with pytest.raises(ValueError, match="leave 'c.csv' out"):
+    with pytest.raises(ValueError, match=r"leave 'c\.csv' out"):
         open_source(f"{shards}/*.tar", "c.csv")
 
 
+@pytest.mark.filterwarnings("ignore:the sample 'bad'")
 def test_where_captions_come_from(tmp_path):
     image = encode(gradient())
     members = [
@@ -127,7 +134,8 @@ def test_a_shard_cut_anywhere_yields_the_samples_before(tmp_path):
         path.write_bytes(data[:length])
         cut = scan_shard(path)
         assert cut.damage is not None, length
-        assert cut.samples == index.samples[: len(cut.samples)] or cut.samples[-1].captions == ()
+        # Only of a lone sample, with no other to compare it to, can't it be told that its caption is missing.
+        assert cut.samples == index.samples[: len(cut.samples)] or [s.captions for s in cut.samples] == [()]
         finished = sum(end <= length for end in ends)
         assert finished - 1 <= len(cut.samples) <= finished
         seen.add(len(cut.samples))

@@ -98,7 +98,9 @@ def test_subset(folder):
 def test_missing_images(folder, tmp_path):
     rows = [(f"m{i}.jpg", "x") for i in range(5)] + [("b.jpg", "y")]
     table = write_table(tmp_path / "t.csv", rows)
-    with pytest.raises(FileNotFoundError, match=r"5 of the 6 images .*: m0.jpg, m1.jpg, m2.jpg, \.\.\.; remove") as caught:
+    with pytest.raises(
+        FileNotFoundError, match=r"5 of the 6 images .*: m0.jpg, m1.jpg, m2.jpg, \.\.\.; remove"
+    ) as caught:
         open_source(folder, table)
     assert "m3.jpg" not in str(caught.value)
     source = open_source(folder, table, strict=False)
@@ -108,11 +110,11 @@ def test_missing_images(folder, tmp_path):
 
 def test_missing_and_empty_folders(folder, tmp_path):
     (tmp_path / "empty" / "inner").mkdir(parents=True)
-    with pytest.raises(ValueError, match="the folder '.*empty' holds no images"):
+    with pytest.raises(ValueError, match=r"the folder '.*empty' holds no images"):
         open_source(tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match="there is no folder of images '.*absent'"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder of images '.*absent'"):
         open_source(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match="there is no caption table '.*absent.csv'"):
+    with pytest.raises(FileNotFoundError, match=r"there is no caption table '.*absent\.csv'"):
         open_source(folder, tmp_path / "absent.csv")
     with pytest.raises(ValueError, match="neither a folder of images nor"):
         open_source(folder / "b.jpg")
@@ -169,5 +171,5 @@ def test_table_by_itself(tmp_path):
 
 def test_image_folder_reports_a_vanished_file(folder):
     source = ImageFolder(folder, ["gone.jpg"])
-    with pytest.raises(OSError, match="gone.jpg"):
+    with pytest.raises(OSError, match=r"gone\.jpg"):
         source.open_bytes(0)

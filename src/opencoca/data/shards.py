@@ -96,15 +96,25 @@ def scan_shard(path: Path, caption_field: str = "caption") -> ShardIndex:
         scan = _scan_members(path, file)
         samples: list[ShardSample] = []
         missing: list[str] = []
-        for group in scan.groups.values():
-            if group.key == scan.damaged_key:
-                continue
+        for group in _whole_groups(scan):
             key, captions = _read_texts(file, group, caption_field, path)
             if group.image is None:
                 missing.append(key)
             else:
                 samples.append(ShardSample(key, *group.image, tuple(captions)))
     return ShardIndex(tuple(samples), tuple(missing), scan.damage)
+
+
+def _whole_groups(scan: _Scan) -> list[_Group]:
+    """All samples but the one that the damage hit: known by name, or by lacking what the first sample has."""
+    groups = list(scan.groups.values())
+    if scan.damage and groups:
+        first, last = groups[0], groups[-1]
+        lacks_text = last.text is None and first.text is not None
+        lacks_json = last.json is None and first.json is not None
+        if last.key == scan.damaged_key or lacks_text or lacks_json:
+            groups.pop()
+    return groups
 
 
 def _scan_members(path: Path, file: BinaryIO) -> _Scan:

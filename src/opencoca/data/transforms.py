@@ -23,6 +23,8 @@ Box = tuple[float, float, float, float]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+_MAX_COVER_RATIO = 16
+
 
 @dataclass(frozen=True)
 class PreprocessConfig:
@@ -97,22 +99,28 @@ class EvalTransform:
         mode = self.config.resize_mode
         if mode == "pad":
             return np.array(_letterbox(image, (width, height), self.config.fill))
-        box = _centre_box(image.size, (width, height)) if mode == "crop" else (0, 0, *image.size)
-        return np.array(_resize(image, (width, height), box))
+        if mode == "crop":
+            return np.array(_cover(image, (width, height)))
+        return np.array(_resize(image, (width, height), (0, 0, *image.size)))
 
 
-def _centre_box(size: tuple[int, int], target: tuple[int, int]) -> Box:
-    """Where in the image the centre crop lies, were the image first resized to cover the target.
+def _cover(image: Image.Image, target: tuple[int, int]) -> Image.Image:
+    """Resize until the image just covers the target, then cut the centre out.
 
-    Both sizes and the crop's corner are whole pixels of that resized image, as in resize-then-crop; resizing only this
-    box gives the same pixels without ever holding the resized image, which for a 1 x 10,000 pixel strip is huge.
+    Both sizes and the crop's corner are whole pixels, rounded as torchvision's Resize and CenterCrop do, so that models
+    evaluated with these see the same pixels here.
     """
-    width, height = size
-    scale = max(target[0] / width, target[1] / height)
-    covering = max(target[0], int(width * scale + 1e-6)), max(target[1], int(height * scale + 1e-6))
-    left, top = round((covering[0] - target[0]) / 2), round((covering[1] - target[1]) / 2)
-    across, down = width / covering[0], height / covering[1]
-    return left * across, top * down, (left + target[0]) * across, (top + target[1]) * down
+    scale = max(target[0] / image.width, target[1] / image.height)
+    # The tiny summand undoes the rounding error of a side that should come out whole.
+    width, height = max(target[0], int(image.width * scale + 1e-6)), max(target[1], int(image.height * scale + 1e-6))
+    left, top = round((width - target[0]) / 2), round((height - target[1]) / 2)
+    if width * height <= _MAX_COVER_RATIO * target[0] * target[1]:
+        whole = image.resize((width, height), Image.Resampling.BICUBIC)
+        return whole.crop((left, top, left + target[0], top + target[1]))
+    # Of a strip of 1 x 10,000 pixels the resized whole would be huge. Resizing only the part that is kept equals the
+    # above up to the rounding between Pillow's two passes, whose order depends on the sizes.
+    across, down = image.width / width, image.height / height
+    return _resize(image, target, (left * across, top * down, (left + target[0]) * across, (top + target[1]) * down))
 
 
 def _letterbox(image: Image.Image, target: tuple[int, int], fill: tuple[int, int, int]) -> Image.Image:

@@ -52,10 +52,11 @@ _HYPHENATED = rf"(?:{_O_NAME}|{_A}+)(?:{_HYPHEN}(?:{_O_NAME}|{_A}+))+"
 _HYPHENATED_AFTER_STOP = rf"{_A}+(?:[.,]{_A}*)+(?:-(?:(?:[a-z]\.){{2,}}|{_O_NAME}|{_A}+))+"  # u.s.-based, 5.5-foot
 _SLASHED = r"PART(?:/PART){1,2}".replace("PART", "[a-z0-9]+(?:-[a-z]+)*")
 _NUMBER = r"[-+]?(?:\d*(?:[.,:]\d+)+|\d+)"
-_EMOTICON = rf"[:;=]['o-]?(?:[)(\[\]{{|\\@]|[dpo0])(?!{_A})|>:\(|\^_\^|>_<|-_-"
+_EMOTICON = rf"[:;=]['o-]?(?:[)(\[\]{{|\\@]|[dp0]|(?-i:O))(?!{_A})|>:\(|\^_\^|>_<|-_-"
 _URL = r"""https?://[^\s<>"|().]+(?:\.[^\s<>"|()]+)*\.[^\s<>"|()]*[^\s<>"|().,?!;:'-]"""
 _TAG = r"""</?[a-z][\w.:-]*(?:\s+[\w-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'))*\s*/?>|<!--.*?-->|<!doctype[^<>]*>"""
 
+# Alternatives inside one pattern start differently, so that the first that matches is the longest. A rule is
 # (pattern, replacement); a replacement of None keeps what matched, "" drops it. A group inside a lookahead is text that
 # must follow: it counts for the length of the match without being consumed.
 _RULE_TABLE: tuple[tuple[str, str | None], ...] = (
@@ -67,10 +68,15 @@ _RULE_TABLE: tuple[tuple[str, str | None], ...] = (
     (rf"n{_Q}t|{_CLITIC}", None),
     (r"'t(?=(is|was))", None),
     (rf"{_Q}(?:em|till?|cause|n{_Q}|n(?!{_L}))", None),
-    (rf"{_O_NAME}|{_ELISION}|{_LISTED}", None),
-    (rf"{_HYPHENATED}|{_HYPHENATED_AFTER_STOP}|{_SLASHED}", None),
+    (_O_NAME, None),
+    (_ELISION, None),
+    (_LISTED, None),
+    (_HYPHENATED, None),
+    (_HYPHENATED_AFTER_STOP, None),
+    (_SLASHED, None),
     # Full stops that belong to their word.
-    (rf"{_JOINED}|{_ACRONYM}", None),
+    (_JOINED, None),
+    (_ACRONYM, None),
     (rf"{_any_of(_ABBREVIATIONS)}\.", None),
     (rf"(?-i:{_any_of(_CAPITALISED_ABBREVIATIONS)}|{_any_of(_CAPITALISED_ABBREVIATIONS.upper())})\.", None),
     (rf"{_any_of(_ABBREVIATIONS_BEFORE_NUMBERS)}\.(?=(\s?\d))", None),
@@ -87,8 +93,11 @@ _RULE_TABLE: tuple[tuple[str, str | None], ...] = (
     (r"½", "1/2"),
     (r"¾", "3/4"),
     # What people write on the web.
-    (rf"#{_L}+|@[a-z_]\w*|[a-z0-9][\w.-]*@(?:[\w-]+\.)*[\w-]+|c\+\+|[cf]#", None),
-    (rf"{_EMOTICON}|{_URL}|{_TAG}", None),
+    (rf"#{_L}+|@[a-z_]\w*|c\+\+|[cf]#", None),
+    (r"[a-z0-9][\w.-]*@(?:[\w-]+\.)*[\w-]+", None),
+    (_EMOTICON, None),
+    (_URL, None),
+    (_TAG, None),
     (r"&amp;", "&"),
     (r"&lt;", "<"),
     (r"&gt;", ">"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_WORDS = 2048
+CHUNK_WORDS = 1024
 
 
 def captioning_loss(
@@ -61,19 +61,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         vocab_size = weight.shape[0]
         for start in range(0, hidden.shape[0], chunk):
             rows = hidden[start : start + chunk]
-            targets = labels[start : start + chunk, None]
-            logits = (rows @ weight.T).to(wide)
-            normaliser = logits.logsumexp(dim=1, keepdim=True)
-            picked = logits.gather(1, targets)
-            total += (normaliser - (1 - smoothing) * picked).sum()
+            targets = labels[start : start + chunk]
+            log_probs = torch.log_softmax((rows @ weight.T).to(wide), dim=1)
+            total -= (1 - smoothing) * log_probs.gather(1, targets[:, None]).sum()
             if smoothing:
-                total -= smoothing / vocab_size * logits.sum()
+                total -= smoothing / vocab_size * log_probs.sum()
             if hidden_grad is None and weight_grad is None:
                 continue
-            grad = logits.sub_(normaliser).exp_()
+            grad = log_probs.exp_()
             if smoothing:
                 grad -= smoothing / vocab_size
-            grad.scatter_add_(1, targets, torch.full_like(picked, smoothing - 1))
+            flat, at_target = grad.view(-1), torch.arange(len(rows), device=grad.device) * vocab_size + targets
+            flat[at_target] -= 1 - smoothing
             grad = grad.to(weight.dtype)
             if hidden_grad is not None:
                 torch.mm(grad, weight, out=hidden_grad[start : start + chunk])

@@ -21,7 +21,7 @@ from opencoca.model.blocks import CrossKeysValues
 from opencoca.model.config import CoCaConfig
 from opencoca.model.image_encoders import build_image_encoder
 from opencoca.model.init import init_weights
-from opencoca.model.layout import TextLayout
+from opencoca.model.layout import TextLayout, take_rows
 from opencoca.model.text_decoder import MultimodalDecoder, UnimodalDecoder, Words
 
 
@@ -194,4 +194,4 @@ def _words_with_a_next(words: Words, ids: Tensor) -> tuple[Words, Tensor]:
     kept = (~ends_text).nonzero().squeeze(1)
     slots = kept if layout.slots is None else layout.slots[kept]
     rest = TextLayout(layout.batch_size, layout.length, slots, layout.positions[kept])
-    return Words(words.states.index_select(0, kept), rest), ids[kept + 1]
+    return Words(take_rows(words.states, kept), rest), ids[kept + 1]

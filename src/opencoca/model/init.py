@@ -32,7 +32,7 @@ def init_weights(model: nn.Module) -> None:
             nn.init.normal_(module.query)
         elif isinstance(module, PatchEmbed):
             nn.init.normal_(module.proj.weight, std=module.proj.weight[0].numel() ** -0.5)
-            nn.init.zeros_(module.proj.bias)
+            nn.init.zeros_(module.proj.bias)  # pyright: ignore[reportArgumentType]
             nn.init.normal_(module.pos_embed, std=EMBEDDING_STD)
     for module in ours:
         if isinstance(module, UnimodalDecoder):

@@ -6,6 +6,7 @@ Letters: B batch, T text positions, S real positions of the whole batch, D width
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,13 +47,49 @@ class TextLayout:
 
     def pad(self, packed: Tensor) -> Tensor:
         """(S, ...) -> (B, T, ...), zeros where there is no word."""
-        shape = (self.batch_size, self.length, *packed.shape[1:])
-        if self.slots is None:
-            return packed.reshape(shape)
-        padded = packed.new_zeros(self.batch_size * self.length, *packed.shape[1:])
-        return padded.index_copy(0, self.slots, packed).view(shape)
+        if self.slots is not None:
+            packed = put_rows(packed, self.slots, self.batch_size * self.length)
+        return packed.reshape(self.batch_size, self.length, *packed.shape[1:])
 
     def pack(self, padded: Tensor) -> Tensor:
         """(B, T, ...) -> (S, ...)."""
         flat = padded.reshape(self.batch_size * self.length, *padded.shape[2:])
-        return flat if self.slots is None else flat.index_select(0, self.slots)
+        return flat if self.slots is None else take_rows(flat, self.slots)
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x (R, ...) and distinct rows (S,) -> (S, ...)."""
+    return _TakeRows.apply(x, rows)
+
+
+def put_rows(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """x (S, ...) and distinct rows (S,) -> (num_rows, ...) with x in these rows and zeros in the others."""
+    return _PutRows.apply(x, rows, num_rows)
+
+
+class _TakeRows(torch.autograd.Function):
+    # The general gather must add up gradients of rows that were taken twice; knowing that none is, we copy.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.num_rows = x.shape[0]
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return _put(grad_outputs[0], ctx.saved_tensors[0], ctx.num_rows), None
+
+
+class _PutRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(rows)
+        return _put(x, rows, num_rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return grad_outputs[0].index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def _put(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    return x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, rows, x)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from opencoca.model.attention import KeyValueCache
-from opencoca.model.blocks import CrossKeysValues, Dropout, make_block, make_norm
+from opencoca.model.blocks import CrossKeysValues, Dropout, TransformerBlock, make_block, make_norm
 from opencoca.model.config import TextConfig
-from opencoca.model.layout import TextLayout
+from opencoca.model.layout import TextLayout, put_rows, take_rows
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,18 @@ class UnimodalDecoder(nn.Module):
         word_rows = is_word.nonzero().squeeze(1)
         words = self._embed(ids, layout.positions)
         cls = self.cls_embed if self.pos_embed is None else self.cls_embed + self.pos_embed[-1]
-        x = words.new_empty(is_word.shape[0], words.shape[1])
-        x = x.index_copy(0, word_rows, words)
-        x = x.index_copy(0, cls_rows, self.dropout(cls.to(words.dtype).expand(mask.shape[0], -1)))
+        cls = self.dropout(cls.to(words.dtype).expand(mask.shape[0], -1))
+        x = put_rows(words, word_rows, is_word.shape[0]) + put_rows(cls, cls_rows, is_word.shape[0])
         x = self._run(x, with_cls_layout)
-        states = Words(x.index_select(0, word_rows), layout)
-        return UnimodalOutput(states, self.norm(x.index_select(0, cls_rows)))
+        return UnimodalOutput(Words(take_rows(x, word_rows), layout), self.norm(take_rows(x, cls_rows)))
 
     def step(self, token_ids: Tensor, caches: list[KeyValueCache]) -> Words:
         """token_ids (B, T): the next T words of each text, all real -> their states; extends the caches."""
-        layout = TextLayout.dense(*token_ids.shape, token_ids.device, start=caches[0].length)
+        batch_size, length = token_ids.shape
+        layout = TextLayout.dense(batch_size, length, token_ids.device, start=caches[0].length)
         x = self._embed(token_ids.flatten(), layout.positions)
         for block, cache in zip(self.blocks, caches, strict=True):
-            x = block.self_attend(x, layout, cache)
+            x = block.self_attend(x, layout, cache)  # pyright: ignore[reportCallIssue]
         return Words(x, layout)
 
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -97,7 +96,7 @@ class UnimodalDecoder(nn.Module):
 
     def _run(self, x: Tensor, layout: TextLayout) -> Tensor:
         for block in self.blocks:
-            x = block.self_attend(x, layout)
+            x = block.self_attend(x, layout)  # pyright: ignore[reportCallIssue]
         return x
 
 
@@ -127,7 +126,8 @@ class MultimodalDecoder(nn.Module):
 
     def project_image(self, image_tokens: Tensor) -> list[CrossKeysValues]:
         """image_tokens (I, Q, D) -> keys and values of every layer, computed once for all words to come."""
-        return [layer.cross_block.attn.project_context(image_tokens) for layer in self.layers]
+        blocks: list[TransformerBlock] = [layer.cross_block for layer in self.layers]  # pyright: ignore
+        return [block.attn.project_context(image_tokens) for block in blocks]
 
     def forward(
         self,

@@ -97,7 +97,9 @@ def _reserve(path: Path, size_bytes: int) -> None:
         except OSError as error:
             path.unlink()
             gib = size_bytes / 2**30
-            raise OSError(error.errno, f"no room for {gib:.1f} GiB of features ({error.strerror})", str(path)) from error
+            raise OSError(
+                error.errno, f"no room for {gib:.1f} GiB of features ({error.strerror})", str(path)
+            ) from error
 
 
 def _fill(features, progress, progress_path, encoder, stages, source, views, device, label) -> None:

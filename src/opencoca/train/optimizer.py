@@ -108,7 +108,8 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.averages, [p.detach() for p in self._of(model)], 1 - decay)
+        for average, parameter in zip(self.averages, self._of(model), strict=True):
+            average.lerp_(parameter, 1 - decay)
         self.updates += 1
 
     @torch.no_grad()

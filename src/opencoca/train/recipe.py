@@ -4,7 +4,11 @@ A recipe is YAML whose keys are the fields below; ``--section.key value`` on the
 keys fail. ``size`` names the model that ``model`` changes; the vocabulary size comes from the tokenizer.
 """
 
+import math
+import re
+import sys
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -187,24 +191,70 @@ class Recipe:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulation_steps", "validate_every_epochs", "log_every_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        _check_ranges(self)
         if self.batch_size % self.accumulation_steps:
-            raise ValueError(
-                f"accumulation_steps {self.accumulation_steps} must divide batch_size {self.batch_size}"
-            )
-        if self.data.captions_per_image < 1:
-            raise ValueError(f"data.captions_per_image {self.data.captions_per_image} must be at least 1")
+            raise ValueError(f"accumulation_steps {self.accumulation_steps} must divide batch_size {self.batch_size}")
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self.data, name)
+            if not 0 < low <= high or (name == "crop_scale" and high > 1):
+                bound = " and at most 1" if name == "crop_scale" else ""
+                raise ValueError(f"data.{name} {low} to {high} must be a range above 0{bound}")
         if self.loss.contrastive_weight == 0 and self.loss.caption_weight == 0:
             raise ValueError("loss.contrastive_weight and loss.caption_weight are both 0: nothing would be learned")
-        if self.loss.contrastive_weight < 0 or self.loss.caption_weight < 0:
-            raise ValueError("loss weights must not be negative")
         if self.encoder.cache_features and self.encoder.frozen_stages == 0:
             raise ValueError("encoder.cache_features needs frozen stages: set encoder.frozen_stages (-1 = all)")
+        needs = {"cider_d": "caption_weight", "mean_r1": "contrastive_weight"}.get(self.select_by)
+        if needs and getattr(self.loss, needs) == 0:
+            raise ValueError(f"select_by {self.select_by} has no score to go by, because loss.{needs} is 0")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+# What each number may be: (least, most), both included; NEXT is the least float above 0.
+_NEXT = math.ulp(0.0)
+_BELOW_ONE = math.nextafter(1.0, 0.0)
+_LARGEST = sys.float_info.max
+_RANGES: dict[str, tuple[float, float]] = {
+    "epochs": (1, _LARGEST),
+    "max_steps": (1, _LARGEST),
+    "batch_size": (1, _LARGEST),
+    "accumulation_steps": (1, _LARGEST),
+    "validate_every_epochs": (1, _LARGEST),
+    "val_max_new_tokens": (1, _LARGEST),
+    "checkpoint_minutes": (0, _LARGEST),
+    "log_every_steps": (1, _LARGEST),
+    "seed": (0, _LARGEST),
+    "data.captions_per_image": (1, _LARGEST),
+    "data.flip_probability": (0, 1),
+    "data.color_jitter": (0, 1),
+    "data.num_workers": (0, _LARGEST),
+    "encoder.frozen_stages": (-1, _LARGEST),
+    "encoder.learning_rate": (_NEXT, _LARGEST),
+    "encoder.cache_views": (1, _LARGEST),
+    "loss.contrastive_weight": (0, _LARGEST),
+    "loss.caption_weight": (0, _LARGEST),
+    "loss.label_smoothing": (0, _BELOW_ONE),
+    "optimizer.learning_rate": (_NEXT, _LARGEST),
+    "optimizer.eps": (_NEXT, _LARGEST),
+    "optimizer.weight_decay": (0, _LARGEST),
+    "optimizer.grad_clip": (0, _LARGEST),
+    "optimizer.warmup_steps": (0, _LARGEST),
+    "optimizer.final_lr_fraction": (0, 1),
+    "optimizer.ema_decay": (0, _BELOW_ONE),
+}
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    for name, (least, most) in _RANGES.items():
+        value = attrgetter(name)(recipe)
+        if value is not None and not least <= value <= most:  # also if it is not a number
+            low = "more than 0" if least == _NEXT else f"at least {least:g}"
+            high = {_LARGEST: "", _BELOW_ONE: " and less than 1"}.get(most, f" and at most {most:g}")
+            raise ValueError(f"{name} {value} must be {low}{high}")
+    for beta in recipe.optimizer.betas:
+        if not 0 <= beta < 1:
+            raise ValueError(f"optimizer.betas {recipe.optimizer.betas} must be at least 0 and less than 1")
 
 
 def recipe_parser(size: str = "small") -> ArgumentParser:
@@ -232,13 +282,25 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     size = _override(overrides, "size") or values.get("size", "small")
     if size not in NAMED_SIZES:
         raise ValueError(f"recipe {path}: there is no size {size!r}; known sizes: {', '.join(NAMED_SIZES)}")
+    for name, section in values.items():
+        if name in _SECTIONS and not isinstance(section, dict):
+            raise ValueError(f"recipe {path}: {name} must be a mapping of keys to values, got {section!r}")
     parser = recipe_parser(size)
     try:
         from_file = parser.parse_object(values, defaults=True)
         namespace: Namespace = parser.parse_args(overrides, namespace=from_file)
         return Recipe(**vars(parser.instantiate_classes(namespace)))
     except Exception as error:
-        raise ValueError(f"recipe {path}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"recipe {path}: {_in_plain_words(error)}") from error
+
+
+_SECTIONS = ("model", "data", "tokenizer", "encoder", "loss", "optimizer")
+
+
+def _in_plain_words(error: Exception) -> str:
+    """jsonargparse's message in one line, with the names of Python's types as people write them."""
+    text = re.sub(r"<class '(\w+)'>", r"\1", " ".join(str(error).split()))
+    return text.removeprefix("Parser key ").replace("typing.Literal", "one of ")
 
 
 def _override(overrides: list[str], name: str) -> str | None:

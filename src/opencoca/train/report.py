@@ -48,7 +48,9 @@ def _draw_losses(axes: Axes, metrics: list[dict[str, Any]]) -> None:
             points = [(line["step"], line[name]) for line in metrics if line["kind"] == kind and name in line]
             if points:
                 label = f"{name.replace('_', ' ')}, {kind}"
-                axes.plot(*zip(*points, strict=True), style, color=color, alpha=0.6 if kind == "train" else 1, label=label)
+                axes.plot(
+                    *zip(*points, strict=True), style, color=color, alpha=0.6 if kind == "train" else 1, label=label
+                )
     axes.set(xlabel="step", ylabel="nats", title="losses")
     axes.legend()
     axes.grid(alpha=0.3)

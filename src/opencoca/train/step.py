@@ -1,6 +1,5 @@
 """One optimizer step: forward, both losses, backward, clip, check, update. No file, no clock, no printing."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -19,11 +18,35 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass(frozen=True)
 class Losses:
-    """total = contrastive_weight * contrastive + caption_weight * caption; a loss of weight 0 is None."""
+    """total = contrastive_weight * contrastive + caption_weight * caption; a loss of weight 0 is None. Scalars."""
 
     total: Tensor
     contrastive: Tensor | None
     caption: Tensor | None
+
+    @staticmethod
+    def of(contrastive: Tensor | None, caption: Tensor | None, recipe: LossRecipe) -> "Losses":
+        parts = [(recipe.contrastive_weight, contrastive), (recipe.caption_weight, caption)]
+        terms = [weight * loss for weight, loss in parts if loss is not None]
+        assert terms, "both losses have weight 0"
+        return Losses(torch.stack(terms).sum(), contrastive, caption)
+
+    def weighted(self, recipe: LossRecipe, image_share: float, word_share: float) -> "Losses":
+        """What these losses of a micro-batch contribute to the batch's; sums over words contribute whole."""
+        word_share = word_share if recipe.caption_reduction == "mean" else 1.0
+        contrastive = None if self.contrastive is None else image_share * self.contrastive
+        return Losses.of(contrastive, None if self.caption is None else word_share * self.caption, recipe)
+
+    def detached(self) -> "Losses":
+        parts = (self.contrastive, self.caption)
+        return Losses(self.total.detach(), *(None if part is None else part.detach() for part in parts))
+
+    def plus(self, other: "Losses") -> "Losses":
+        return Losses(
+            self.total + other.total,
+            None if self.contrastive is None or other.contrastive is None else self.contrastive + other.contrastive,
+            None if self.caption is None or other.caption is None else self.caption + other.caption,
+        )
 
 
 @dataclass(frozen=True)
@@ -52,7 +75,6 @@ def compute_losses(model: CoCa, batch: TrainBatch, recipe: LossRecipe, label_smo
         captioning=recipe.caption_weight != 0,
     )
     contrastive = caption = None
-    total = torch.zeros((), device=batch.inputs.device)
     if output.image_embed is not None and output.text_embed is not None:
         texts_per_image = len(batch.token_ids) // len(batch.image_ids)
         contrastive = contrastive_loss(
@@ -63,7 +85,6 @@ def compute_losses(model: CoCa, batch: TrainBatch, recipe: LossRecipe, label_smo
             batch.image_ids.repeat_interleave(texts_per_image),
             reduction=recipe.contrastive_reduction,
         )
-        total = total + recipe.contrastive_weight * contrastive
     if output.hidden is not None and output.next_ids is not None:
         caption = captioning_loss(
             output.hidden,
@@ -72,8 +93,7 @@ def compute_losses(model: CoCa, batch: TrainBatch, recipe: LossRecipe, label_smo
             label_smoothing=recipe.label_smoothing if label_smoothing is None else label_smoothing,
             reduction=recipe.caption_reduction,
         )
-        total = total + recipe.caption_weight * caption
-    return Losses(total, contrastive, caption)
+    return Losses.of(contrastive, caption, recipe)
 
 
 class TrainStep:
@@ -91,13 +111,13 @@ class TrainStep:
         options = self.recipe.optimizer
         factor = learning_rate_factor(step, total_steps, options)
         set_learning_rate(self.optimizer, factor)
-        sums = self._accumulate_gradient(batch)
+        losses = self._accumulate_gradient(batch)
         norm = gradient_norm(self.parameters)
-        if not (torch.isfinite(norm) and torch.isfinite(sums[0])):
+        if not (torch.isfinite(norm) and torch.isfinite(losses.total)):
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteLossError(
-                f"step {step}: the loss is {float(sums[0])} and the gradient's norm {float(norm)}; no parameter was "
-                "changed. Lower optimizer.learning_rate, set optimizer.grad_clip, or check the data."
+                f"step {step}: the loss is {float(losses.total)} and the gradient's norm {float(norm)}; no parameter "
+                "was changed. Lower optimizer.learning_rate, set optimizer.grad_clip, or check the data."
             )
         if options.grad_clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, options.grad_clip, norm)
@@ -105,32 +125,34 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.model)
-        loss, contrastive, caption = (None if part is None else float(part) for part in sums)
-        assert loss is not None
-        lr = options.learning_rate * factor
-        return StepMetrics(loss, contrastive, caption, float(norm), float(self.model.logit_scale), lr)
+        return StepMetrics(
+            loss=float(losses.total),
+            contrastive_loss=None if losses.contrastive is None else float(losses.contrastive),
+            caption_loss=None if losses.caption is None else float(losses.caption),
+            grad_norm=float(norm),
+            logit_scale=float(self.model.logit_scale.detach()),
+            lr=options.learning_rate * factor,
+        )
 
-    def _accumulate_gradient(self, batch: TrainBatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Backward of all micro-batches, each weighted by its share; the batch's mean losses."""
-        parts: list[tuple[float, Losses]] = []
-        for micro, share in self._micro_batches(batch):
-            with autocast(micro.inputs.device, self.recipe.precision):
-                losses = compute_losses(self.model, micro, self.recipe.loss)
-            (losses.total * share).backward()
-            parts.append((share, losses))
+    def _accumulate_gradient(self, batch: TrainBatch) -> Losses:
+        """Backward of all micro-batches; the losses of the whole batch, detached.
 
-        def mean(values: list[Tensor | None]) -> Tensor | None:
-            if any(value is None for value in values):
-                return None
-            return sum((share * v.detach() for (share, _), v in zip(parts, values, strict=True)), start=torch.zeros(()))
-
-        total = mean([losses.total for _, losses in parts])
-        assert total is not None
-        return total, mean([losses.contrastive for _, losses in parts]), mean([losses.caption for _, losses in parts])
-
-    def _micro_batches(self, batch: TrainBatch) -> Iterator[tuple[TrainBatch, float]]:
+        The captioning loss of a micro-batch counts by its words, so that the gradient is the whole batch's.
+        """
+        device = self.parameters[0].device
+        words = int(batch.token_mask.sum()) - len(batch.token_mask)
+        sums: Losses | None = None
         for micro in batch.split(self.recipe.accumulation_steps):
-            yield micro.to(self.parameters[0].device), len(micro.image_ids) / len(batch.image_ids)
+            image_share = len(micro.image_ids) / len(batch.image_ids)
+            word_share = (int(micro.token_mask.sum()) - len(micro.token_mask)) / max(1, words)
+            micro = micro.to(device)
+            with autocast(device, self.recipe.precision):
+                losses = compute_losses(self.model, micro, self.recipe.loss)
+            losses = losses.weighted(self.recipe.loss, image_share, word_share)
+            losses.total.backward()
+            sums = losses.detached() if sums is None else sums.plus(losses.detached())
+        assert sums is not None
+        return sums
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -327,5 +327,3 @@ def _validation_line(epoch: float, result: ValidationScores) -> str:
     }
     parts = [f"{k} {f * result.scores[name]:.2f}" for k, (name, f) in shown.items() if name in result.scores]
     return f"epoch {epoch:g}: " + "  ".join(parts)
-
-

@@ -17,13 +17,14 @@ class TimmBackbone(nn.Module):
     Args:
         name: timm's name of the model, such as "resnet50" or "vit_base_patch16_224".
         pretrained: load timm's weights of that name (timm downloads them).
-        image_size: side of the square images in pixels, for models that are built for one size; None keeps theirs.
+        image_size: (height, width) or the side of square images, in pixels, for models that are built for one size;
+            None keeps theirs.
 
     Raises:
         ValueError: timm is not installed, or does not know the model.
     """
 
-    def __init__(self, name: str, pretrained: bool = False, image_size: int | None = None):
+    def __init__(self, name: str, pretrained: bool = False, image_size: int | tuple[int, int] | None = None):
         super().__init__()
         self.stages = nn.ModuleList([_TimmFeatures(_create_model(name, pretrained, image_size))])
         self.num_stages = 1
@@ -67,7 +68,7 @@ class _TimmFeatures(nn.Module):
         return features
 
 
-def _create_model(name: str, pretrained: bool, image_size: int | None) -> nn.Module:
+def _create_model(name: str, pretrained: bool, image_size: int | tuple[int, int] | None) -> nn.Module:
     try:
         timm = import_module("timm")
     except ImportError as error:

@@ -1,0 +1,46 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer and make: both set up their environment first.
+VENV ?= .venv
+SYSTEM_PYTHON ?= python3
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo test test-java lint types imports check
+
+help:
+	@echo "make setup    install into $(VENV) (choose another with VENV=DIR, another Python with SYSTEM_PYTHON=PATH)"
+	@echo "make demo     caption, classify and find the photographs in demo/photos; draws demo/output/contact_sheet.png"
+	@echo "make test     all tests that need no GPU, no Java and no other projects"
+	@echo "make check    make test, and also lint, types and imports"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(SYSTEM_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one with: make $(MAKECMDGOALS) SYSTEM_PYTHON=PATH" >&2; exit 1; }
+	$(SYSTEM_PYTHON) -m venv $(VENV)
+	@echo '*' > $(VENV)/.gitignore
+	$(PYTHON) -m pip install --disable-pip-version-check --no-input --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(PYTHON) demo/demo.py
+
+test: setup
+	$(PYTHON) -m pytest -m "not java and not peers and not gpu"
+
+# METEOR, and our caption metrics against pycocoevalcap's.
+test-java: setup
+	$(PYTHON) -m pip install --disable-pip-version-check --no-input --quiet -c constraints.txt -e '.[coco-metrics]'
+	$(PYTHON) -m pytest -m "java and not peers and not gpu"
+
+lint: setup
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+types: setup
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright --pythonpath $(PYTHON)
+
+imports: setup
+	$(VENV)/bin/lint-imports
+
+check: test lint types imports

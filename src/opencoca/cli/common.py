@@ -1,0 +1,141 @@
+"""What the commands share: the parser, common options, lists of images, tables and JSON files as output."""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from opencoca.pipeline import Pipeline
+
+raw_help = argparse.RawDescriptionHelpFormatter
+Run = Callable[[argparse.Namespace], int]
+
+
+class CommandError(Exception):
+    """Ends the command with this sentence on stderr and this exit code."""
+
+    def __init__(self, sentence: str, exit_code: int = 2):
+        super().__init__(sentence)
+        self.exit_code = exit_code
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes in the arguments are one sentence, like all others; options cannot be abbreviated."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message}; `{self.prog} --help` explains the command")
+
+
+def add_command(commands: Any, name: str, run: Run, purpose: str, *, example: str, more: str = "") -> Parser:
+    """Adds a command with help that says what it is for and shows an example."""
+    epilog = f"example:\n  {example}" + (f"\n\n{more}" if more else "")
+    parser = commands.add_parser(name, help=purpose, description=purpose, epilog=epilog, formatter_class=raw_help)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_group(commands: Any, name: str, purpose: str) -> Any:
+    """Adds a command that has commands of its own, and returns what those are added to."""
+    parser = commands.add_parser(name, help=purpose, description=purpose)
+    return parser.add_subparsers(title="commands", metavar="COMMAND", dest=f"{name}_command", required=True)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --device, --dtype and --batch-size."""
+    parser.add_argument(
+        "--model", metavar="M", help="name of a shipped model, or a model's or training run's folder (default: shipped)"
+    )
+    parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--dtype", metavar="T", help="floating-point type: float32, bfloat16 or float16 (default: float32)"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive_int, default=32, metavar="N", help="images at a time (default: 32)"
+    )
+
+
+def load_pipeline(arguments: argparse.Namespace) -> "Pipeline":
+    """The model that --model, --device and --dtype name."""
+    from opencoca.pipeline import load
+
+    return load(arguments.model, arguments.device, arguments.dtype)
+
+
+def positive_int(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
+    return _int(text, 1)
+
+
+def non_negative_int(text: str) -> int:
+    """An argument that is a whole number of at least 0."""
+    return _int(text, 0)
+
+
+def _int(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+    return value
+
+
+def expand_images(arguments: Iterable[str]) -> list[str]:
+    """Files as they are, folders as the images below them. Raises ValueError for a folder without any."""
+    from opencoca.data import list_images
+
+    paths: list[str] = []
+    for argument in arguments:
+        folder = Path(argument)
+        paths += [str(folder / key) for key in list_images(folder)] if folder.is_dir() else [argument]
+    return paths
+
+
+def shows_progress() -> bool:
+    """Whether a progress bar would not be torn apart by results that appear in the same window."""
+    return sys.stderr.isatty() and not sys.stdout.isatty()
+
+
+def complain(sentence: str) -> None:
+    """One sentence on stderr, above a progress bar if there is one; the command goes on."""
+    from tqdm import tqdm
+
+    tqdm.write(f"opencoca: {sentence}", file=sys.stderr)
+
+
+def check_writable(*paths: str | Path | None) -> None:
+    """Finds out before the work begins whether its results can be stored. Raises OSError that names the file."""
+    for path in filter(None, paths):
+        target = Path(path)
+        if target.exists() and not target.is_file():
+            raise ValueError(f"cannot write {path}: it is not an ordinary file; choose another name")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=target.parent):
+                pass
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ValueError(f"cannot write {path} ({reason}); choose a folder that you may write to") from error
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Raises WriteError if the file cannot be written; an older one then stays as it was."""
+    from opencoca.files import atomic_write
+
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def format_table(rows: Sequence[tuple[str, str]]) -> str:
+    """Names on the left, values aligned on the right."""
+    left = max(len(name) for name, _ in rows)
+    right = max(len(value) for _, value in rows)
+    return "\n".join(f"{name:<{left}}  {value:>{right}}" for name, value in rows)

@@ -1,0 +1,254 @@
+"""`opencoca evaluate`: scores of a model on labelled or captioned images, as a table and as JSON."""
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from opencoca.cli.common import (
+    CommandError,
+    add_command,
+    add_group,
+    add_model_options,
+    check_writable,
+    complain,
+    format_table,
+    load_pipeline,
+    positive_int,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from opencoca.data import ImageTextSource
+    from opencoca.evaluation.encoding import BrokenImage
+    from opencoca.evaluation.zero_shot import ZeroShotReport
+
+_CAPTIONS = "--model runs/coca --images DIR --captions val.csv --out scores.json"
+_LEFT_OUT = "Images that cannot be read are left out, counted, and named on stderr and in the JSON file."
+
+
+def add_commands(commands: Any) -> None:
+    group = add_group(commands, "evaluate", "Score a model: retrieval, captioning, or zero-shot classification.")
+    retrieval = add_command(
+        group,
+        "retrieval",
+        run_retrieval,
+        "How well images find their captions and captions their images: recall at 1, 5 and 10, in percent.",
+        example=f"opencoca evaluate retrieval {_CAPTIONS}",
+        more=_LEFT_OUT,
+    )
+    captioning = add_command(
+        group,
+        "captioning",
+        run_captioning,
+        "How good generated captions are: BLEU-1 to 4, ROUGE-L and CIDEr-D, times 100.",
+        example=f"opencoca evaluate captioning {_CAPTIONS} --save-captions captions.jsonl",
+        more=_LEFT_OUT,
+    )
+    for parser in (retrieval, captioning):
+        parser.add_argument("--images", required=True, metavar="DIR", help="folder of images, or tar shards")
+        parser.add_argument(
+            "--captions",
+            metavar="CSV",
+            help="table (CSV, TSV, JSONL or Parquet) with the columns image and caption, one row a caption or a list; "
+            "tar shards bring their own",
+        )
+    captioning.add_argument("--save-captions", metavar="FILE", help="write JSON lines: image, caption, references")
+    captioning.add_argument(
+        "--coco", action="store_true", help="METEOR and SPICE too (extra coco-metrics; need Java, SPICE also a network)"
+    )
+    captioning.add_argument(
+        "--max-new-tokens", type=positive_int, default=30, metavar="N", help="longest caption, in tokens (default: 30)"
+    )
+
+    zero_shot = add_command(
+        group,
+        "zero-shot",
+        run_zero_shot,
+        "How often the right label's prompts are the most similar: accuracy, in percent.",
+        example="opencoca evaluate zero-shot --images DIR --labels labels.csv --out scores.json",
+        more=_LEFT_OUT,
+    )
+    zero_shot.add_argument("--images", required=True, metavar="DIR", help="folder of images")
+    zero_shot.add_argument(
+        "--labels",
+        metavar="CSV",
+        help="table with the columns image and label (default: each sub-folder of DIR is a label)",
+    )
+    zero_shot.add_argument(
+        "--class-names",
+        metavar="CSV",
+        help="table with the columns label and name: what a label is called in prompts (default: the label itself)",
+    )
+    zero_shot.add_argument(
+        "--templates", default="clip", metavar="T", help="clip, simple, or a file with one a line (default: clip)"
+    )
+    for parser in (retrieval, captioning, zero_shot):
+        parser.add_argument("--out", metavar="FILE", help="write scores, counts and settings as JSON")
+        parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N images")
+        add_model_options(parser)
+
+
+def run_retrieval(arguments: argparse.Namespace) -> int:
+    from opencoca.evaluation.retrieval import evaluate_retrieval
+
+    check_writable(arguments.out)
+    source = _open_captioned(arguments)
+    pipeline = load_pipeline(arguments)
+    started = time.perf_counter()
+    report = evaluate_retrieval(pipeline, source, batch_size=arguments.batch_size, progress=True)
+    scores = asdict(report.scores)
+    counts = {
+        "images": scores.pop("num_images"),
+        "captions": scores.pop("num_texts"),
+        "images_without_captions": report.num_images_without_captions,
+    }
+    rows = [(f"{direction} R@{k}", scores[f"{key}_r{k}"]) for key, direction in _DIRECTIONS for k in (1, 5, 10)]
+    table = [(name, f"{100 * value:.2f}") for name, value in rows]
+    table += [(f"{direction} median rank", f"{scores[f'{key}_median_rank']:g}") for key, direction in _DIRECTIONS]
+    _finish(arguments, "retrieval", scores, table, counts, report.broken_images, started)
+    return 0
+
+
+_DIRECTIONS = (("image_to_text", "image to text"), ("text_to_image", "text to image"))
+
+
+def run_captioning(arguments: argparse.Namespace) -> int:
+    from opencoca.evaluation.captioning import evaluate_captioning
+    from opencoca.generation import GenerationOptions
+
+    check_writable(arguments.out, arguments.save_captions)
+    source = _open_captioned(arguments)
+    options = GenerationOptions(arguments.max_new_tokens)
+    pipeline = load_pipeline(arguments)
+    started = time.perf_counter()
+    report = evaluate_captioning(pipeline, source, options, batch_size=arguments.batch_size, progress=True)
+    if arguments.save_captions:
+        _write_captions(arguments.save_captions, report.captions, report.references)
+    scores = asdict(report.scores)
+    del scores["cider_d_of_image"]
+    counts = {
+        "images": scores.pop("num_images"),
+        "captions": sum(map(len, report.references.values())),
+        "images_without_captions": report.num_images_without_captions,
+    }
+    problem = None
+    if arguments.coco:
+        more, problem = _coco_scores(report.captions, report.references)
+        scores |= more
+    table = [(_METRICS[name], f"{100 * value:.2f}") for name, value in scores.items()]
+    _finish(arguments, "captioning", scores, table, counts, report.broken_images, started)
+    if problem:
+        raise CommandError(problem)
+    return 0
+
+
+_METRICS = {f"bleu_{n}": f"BLEU-{n}" for n in (1, 2, 3, 4)}
+_METRICS |= {"rouge_l": "ROUGE-L", "cider_d": "CIDEr-D", "meteor": "METEOR", "spice": "SPICE"}
+
+
+def _coco_scores(
+    captions: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, float], str | None]:
+    """METEOR and SPICE, those of them that could be computed, and what kept the others from it."""
+    from opencoca.evaluation.coco_extra import CocoMetricsError, coco_scores
+
+    try:
+        return coco_scores(captions, references), None
+    except CocoMetricsError as error:
+        return error.scores, str(error)
+    except ImportError as error:
+        return {}, str(error)
+
+
+def run_zero_shot(arguments: argparse.Namespace) -> int:
+    from opencoca.evaluation.prompts import load_templates
+    from opencoca.evaluation.zero_shot import evaluate_zero_shot, open_labelled, read_class_names
+
+    check_writable(arguments.out)
+    source = _limited(open_labelled(arguments.images, arguments.labels), arguments.limit)
+    names = read_class_names(arguments.class_names) if arguments.class_names else None
+    templates = load_templates(arguments.templates)
+    pipeline = load_pipeline(arguments)
+    started = time.perf_counter()
+    report = evaluate_zero_shot(pipeline, source, templates, names, batch_size=arguments.batch_size, progress=True)
+    scores = {name: getattr(report.scores, name) for name in ("top1", "top5", "mean_per_class")}
+    counts = {"images": report.scores.num_images, "labels": len(report.labels), "templates": len(templates)}
+    titles = ("top-1", "top-5", "mean per class")
+    table = [(title, f"{100 * value:.2f}") for title, value in zip(titles, scores.values(), strict=True)]
+    confusions = _confusions(report)
+    _finish(arguments, "zero-shot", scores, table, counts, report.broken_images, started, confusions=confusions)
+    return 0
+
+
+def _confusions(report: "ZeroShotReport") -> list[dict[str, Any]]:
+    return [
+        {"label": report.labels[found.target], "taken_for": report.labels[found.predicted], "images": found.count}
+        for found in report.scores.confusions
+    ]
+
+
+def _open_captioned(arguments: argparse.Namespace) -> "ImageTextSource":
+    from opencoca.data import ImageFolder, open_source
+
+    source = open_source(arguments.images, arguments.captions)
+    if arguments.captions is None and isinstance(source, ImageFolder):
+        raise CommandError(f"{arguments.images!r} is a folder of images without captions; add --captions CSV")
+    return _limited(source, arguments.limit)
+
+
+def _limited(source: "ImageTextSource", limit: int | None) -> "ImageTextSource":
+    from opencoca.data import Subset
+
+    return source if limit is None else Subset(source, range(min(limit, len(source))))
+
+
+def _finish(
+    arguments: argparse.Namespace,
+    task: str,
+    scores: Mapping[str, float],
+    table: list[tuple[str, str]],
+    counts: Mapping[str, int],
+    broken: "Sequence[BrokenImage]",
+    started: float,
+    **more: Any,
+) -> None:
+    """Prints the table and, with --out, writes everything that tells how the scores came about."""
+    import opencoca
+    from opencoca.pipeline import DEFAULT_MODEL
+
+    seconds = time.perf_counter() - started
+    for image in broken:
+        complain(image.reason)
+    counts = {**counts, "broken_images": len(broken)}
+    print(format_table([*table, *((name.replace("_", " "), f"{count:,}") for name, count in counts.items())]))
+    if not arguments.out:
+        return
+    places = ("images", "captions", "labels", "class_names")
+    settings = ("batch_size", "limit", "device", "dtype", "templates", "max_new_tokens")
+    given = vars(arguments)
+    content = {
+        "task": task,
+        "metrics": dict(scores),
+        "model": arguments.model or DEFAULT_MODEL,
+        "data": {name: given[name] for name in places if name in given},
+        "counts": counts,
+        "broken_images": [asdict(image) for image in broken],
+        **more,
+        "seconds": round(seconds, 3),
+        "opencoca_version": opencoca.__version__,
+        "settings": {name: given[name] for name in settings if name in given},
+    }
+    write_json(arguments.out, content)
+
+
+def _write_captions(path: str, captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
+    import json
+
+    from opencoca.files import atomic_write
+
+    with atomic_write(path) as partial, open(partial, "w", encoding="utf-8") as file:
+        for image, caption in captions.items():
+            row = {"image": image, "caption": caption, "references": references[image]}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,0 +1,219 @@
+"""`opencoca caption`, `classify` and `embed`: photographs in, what a model says about them out."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opencoca.cli.common import (
+    CommandError,
+    add_command,
+    add_model_options,
+    check_writable,
+    complain,
+    expand_images,
+    load_pipeline,
+    non_negative_int,
+    positive_int,
+    shows_progress,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from opencoca.pipeline import Pipeline
+
+_IMAGES = "image files, and folders that are searched for them"
+_BROKEN = "An image that cannot be read is reported, the others are used, and the exit code is 2."
+_EMBED_SUFFIXES = (".npz", ".npy", ".safetensors")
+
+
+def add_commands(commands: Any) -> None:
+    caption = add_command(
+        commands,
+        "caption",
+        run_caption,
+        "Write a caption for each image: PATH<TAB>CAPTION a line.",
+        example="opencoca caption holiday/ --json > captions.jsonl",
+        more=_BROKEN,
+    )
+    caption.add_argument("images", nargs="+", metavar="IMAGE", help=_IMAGES)
+    caption.add_argument(
+        "--json", action="store_true", help="one JSON object a line: image, caption, log_probability (in nats)"
+    )
+    caption.add_argument(
+        "--max-new-tokens", type=positive_int, default=30, metavar="N", help="longest caption, in tokens (default: 30)"
+    )
+    caption.add_argument(
+        "--min-new-tokens", type=non_negative_int, default=0, metavar="N", help="shortest, in tokens (default: 0)"
+    )
+    caption.add_argument("--prefix", default="", metavar="P", help="text that every caption begins with")
+    add_model_options(caption)
+
+    classify = add_command(
+        commands,
+        "classify",
+        run_classify,
+        "Say which of your labels fits each image, with probabilities.",
+        example="opencoca classify photo.jpg --labels cat,dog,'a red car'",
+        more=_BROKEN,
+    )
+    classify.add_argument("images", nargs="+", metavar="IMAGE", help=_IMAGES)
+    classify.add_argument("--labels", required=True, metavar="A,B,C", help="what to choose from, separated by commas")
+    classify.add_argument(
+        "--templates",
+        metavar="T",
+        help="sentences around a label: clip (80 of them), simple (one), or a text file with one a line, {} for the "
+        "label (default: three general ones)",
+    )
+    classify.add_argument(
+        "--top", type=positive_int, default=5, metavar="K", help="how many labels to print an image (default: 5)"
+    )
+    classify.add_argument(
+        "--json", action="store_true", help="one JSON object a line: image, labels [{label, probability}]"
+    )
+    add_model_options(classify)
+
+    embed = add_command(
+        commands,
+        "embed",
+        run_embed,
+        "Store the embeddings of images and texts: float32 vectors of length 1, whose dot product is their similarity.",
+        example="opencoca embed holiday/ --texts 'a sunset' 'a dog' --out holiday.npz",
+        more=".npz holds image_names, image_embed (I, E), texts and text_embed (B, E); .safetensors the two tensors,\n"
+        "their names as JSON lists in its metadata; .npy one of the two, its names in FILE.names.json.\n" + _BROKEN,
+    )
+    embed.add_argument("images", nargs="*", metavar="IMAGE", help=_IMAGES)
+    embed.add_argument("--texts", nargs="+", default=[], metavar="TEXT", help="texts to embed")
+    embed.add_argument(
+        "--texts-file", metavar="FILE", help="UTF-8 text file with one text a line; empty lines are none"
+    )
+    embed.add_argument("--out", required=True, metavar="FILE", help="ends in .npz, .npy or .safetensors")
+    add_model_options(embed)
+
+
+def run_caption(arguments: argparse.Namespace) -> int:
+    from opencoca.evaluation.encoding import encode_images
+    from opencoca.generation import GenerationOptions, generate
+
+    paths = expand_images(arguments.images)
+    options = GenerationOptions(arguments.max_new_tokens, arguments.min_new_tokens, arguments.prefix)
+    pipeline = load_pipeline(arguments)
+    failed = False
+    for batch in encode_images(pipeline, paths, arguments.batch_size, progress=shows_progress()):
+        for broken in batch.broken:
+            complain(broken.reason)
+            failed = True
+        captions = generate(pipeline.model, batch.tokens, pipeline.tokenizer, options)
+        for index, caption in zip(batch.indices, captions, strict=True):
+            if arguments.json:
+                row = {"image": paths[index], "caption": caption.text, "log_probability": caption.log_probability}
+                print(json.dumps(row, ensure_ascii=False))
+            else:
+                print(f"{paths[index]}\t{' '.join(caption.text.split())}")
+    return 2 if failed else 0
+
+
+def run_classify(arguments: argparse.Namespace) -> int:
+    from opencoca.evaluation.encoding import encode_images
+    from opencoca.evaluation.prompts import load_templates
+    from opencoca.pipeline import DEFAULT_TEMPLATES
+
+    paths = expand_images(arguments.images)
+    labels = [label.strip() for label in arguments.labels.split(",") if label.strip()]
+    templates = load_templates(arguments.templates) if arguments.templates else DEFAULT_TEMPLATES
+    pipeline = load_pipeline(arguments)
+    label_embeds = pipeline.embed_labels(labels, templates)
+    scale = pipeline.model.logit_scale.detach().float().cpu()
+    failed = False
+    for batch in encode_images(pipeline, paths, arguments.batch_size, progress=shows_progress()):
+        for broken in batch.broken:
+            complain(broken.reason)
+            failed = True
+        probabilities = (batch.embed @ label_embeds.T * scale).softmax(dim=-1)
+        values, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        for index, row, positions in zip(batch.indices, values.tolist(), order.tolist(), strict=True):
+            best = [(labels[position], value) for position, value in zip(positions, row, strict=True)][: arguments.top]
+            if arguments.json:
+                scores = [{"label": label, "probability": value} for label, value in best]
+                print(json.dumps({"image": paths[index], "labels": scores}, ensure_ascii=False))
+            else:
+                print("\t".join([paths[index], *(f"{label} {value:.1%}" for label, value in best)]))
+    return 2 if failed else 0
+
+
+def run_embed(arguments: argparse.Namespace) -> int:
+    out = Path(arguments.out)
+    if out.suffix not in _EMBED_SUFFIXES:
+        raise CommandError(f"cannot tell the format of {str(out)!r}: --out must end in {', '.join(_EMBED_SUFFIXES)}")
+    texts = [*arguments.texts, *_read_lines(arguments.texts_file)]
+    if not arguments.images and not texts:
+        raise CommandError("there is nothing to embed; give images, --texts or --texts-file")
+    if out.suffix == ".npy" and arguments.images and texts:
+        raise CommandError("a .npy file holds one array; give images or texts, or store both as .npz or .safetensors")
+    check_writable(arguments.out)
+    paths = expand_images(arguments.images)
+    pipeline = load_pipeline(arguments)
+    names, image_embed, failed = _embed_images(pipeline, paths, arguments.batch_size)
+    if paths and not names:
+        raise CommandError(f"none of the {len(paths)} images can be read, so nothing was written")
+    text_embed = pipeline.embed_texts(texts)
+    _write_embeddings(out, names, image_embed, texts, text_embed)
+    print(f"{out}: {len(names)} images and {len(texts)} texts, {image_embed.shape[1]} numbers each")
+    return 2 if failed else 0
+
+
+def _embed_images(pipeline: "Pipeline", paths: list[str], batch_size: int) -> tuple[list[str], "Tensor", bool]:
+    import torch
+
+    from opencoca.evaluation.encoding import encode_images
+
+    names: list[str] = []
+    embeds = [torch.empty(0, pipeline.model.config.embed_dim)]
+    failed = False
+    for batch in encode_images(pipeline, paths, batch_size, progress=bool(paths), description="embedding images"):
+        for broken in batch.broken:
+            complain(broken.reason)
+            failed = True
+        names += [paths[index] for index in batch.indices]
+        embeds.append(batch.embed)
+    return names, torch.cat(embeds), failed
+
+
+def _write_embeddings(
+    out: Path, names: list[str], image_embed: "Tensor", texts: list[str], text_embed: "Tensor"
+) -> None:
+    import numpy as np
+    from safetensors.torch import save
+
+    from opencoca.cli.common import write_json
+    from opencoca.files import atomic_write
+
+    if out.suffix == ".npy":
+        write_json(out.with_name(out.name + ".names.json"), names or texts)
+    with atomic_write(out) as partial:
+        if out.suffix == ".safetensors":
+            metadata = {"image_names": json.dumps(names), "texts": json.dumps(texts)}
+            partial.write_bytes(save({"image_embed": image_embed, "text_embed": text_embed}, metadata))
+            return
+        with open(partial, "wb") as file:
+            if out.suffix == ".npy":
+                np.save(file, (image_embed if names else text_embed).numpy())
+            else:
+                np.savez(
+                    file,
+                    image_names=np.array(names, dtype=str),
+                    image_embed=image_embed.numpy(),
+                    texts=np.array(texts, dtype=str),
+                    text_embed=text_embed.numpy(),
+                )
+
+
+def _read_lines(path: str | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read the texts in {path!r}: it is not UTF-8 text ({error})") from error
+    return [line.strip() for line in lines if line.strip()]

@@ -1,0 +1,90 @@
+"""`opencoca tokenizer train`: a vocabulary from one's own captions."""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+from opencoca.cli.common import CommandError, add_command, add_group, check_writable, positive_int
+
+
+def add_commands(commands: Any) -> None:
+    group = add_group(commands, "tokenizer", "Make a vocabulary of one's own.")
+    train = add_command(
+        group,
+        "train",
+        run_train,
+        "Train a byte-level BPE vocabulary on captions.",
+        example="opencoca tokenizer train train.csv --out tokenizer.json --vocab-size 8000",
+    )
+    train.add_argument(
+        "captions",
+        nargs="+",
+        metavar="CAPTIONS",
+        help="tables (CSV, TSV, JSONL or Parquet) with a caption column, or .txt files with one caption a line",
+    )
+    train.add_argument("--out", required=True, metavar="FILE", help="ends in .json, or is a folder")
+    train.add_argument(
+        "--vocab-size", type=positive_int, default=8000, metavar="N", help="259 to 65536 token ids (default: 8000)"
+    )
+    train.add_argument(
+        "--min-frequency",
+        type=positive_int,
+        default=2,
+        metavar="N",
+        help="how often a pair must be seen to be merged (default: 2)",
+    )
+    train.add_argument("--keep-case", action="store_true", help="tell capitals apart (default: all lower case)")
+    train.add_argument("--keep-final-period", action="store_true", help="do not drop the full stop at a caption's end")
+    train.add_argument("--caption-column", default="caption", metavar="NAME", help="of the tables (default: caption)")
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    from opencoca.files import atomic_write
+    from opencoca.tokenizer import FILE_NAME, train_tokenizer
+
+    out = Path(arguments.out)
+    if out.is_dir() or out.suffix != ".json":
+        out /= FILE_NAME
+    check_writable(out)
+    captions = [text for path in arguments.captions for text in _read_captions(Path(path), arguments.caption_column)]
+    if not captions:
+        raise CommandError(f"there are no captions in {', '.join(arguments.captions)}")
+    tokenizer = train_tokenizer(
+        captions,
+        arguments.vocab_size,
+        lowercase=not arguments.keep_case,
+        strip_final_period=not arguments.keep_final_period,
+        min_frequency=arguments.min_frequency,
+        show_progress=sys.stderr.isatty(),
+    )
+    with atomic_write(out) as partial:
+        partial.write_text(tokenizer.to_json(), encoding="utf-8", newline="\n")
+    print(f"{out}: {tokenizer.vocab_size:,} token ids from {len(captions):,} captions")
+    return 0
+
+
+def _read_captions(path: Path, column: str) -> list[str]:
+    from opencoca.data.tables import _READERS, split_captions
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of captions {str(path)!r}")
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".txt":
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            return [line.strip() for line in lines if line.strip()]
+        if suffix not in _READERS:
+            raise ValueError(f"its ending is none of .txt, {', '.join(_READERS)}")
+        columns, rows = _READERS[suffix](path)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"cannot read the captions in {str(path)!r}: {error}") from error
+    if column == "caption" and "caption" not in columns and "captions" in columns:
+        column = "captions"
+    if column not in columns:
+        have = ", ".join(map(repr, columns)) or "none"
+        raise ValueError(f"{str(path)!r} has no column {column!r}; its columns are: {have}")
+    parse_json = suffix in (".csv", ".tsv")
+    texts = (split_captions(row.get(column), f"{where} of {path}", parse_json=parse_json) for where, row in rows)
+    return [text for own in texts for text in own if text]

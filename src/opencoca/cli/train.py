@@ -1,0 +1,47 @@
+"""`opencoca train`: a recipe in, a model folder out."""
+
+from typing import Any
+
+from opencoca.cli.common import CommandError
+
+_PURPOSE = "Train a model as a recipe file says, or continue where an earlier run of it stopped."
+_EXAMPLE = "opencoca train recipes/flickr8k.yaml --data.train_images DIR --epochs 5"
+
+
+def add_commands(commands: Any) -> None:
+    """For the list of commands alone: `run_train` gets the rest of the line as it is, for the recipe's own parser."""
+    commands.add_parser("train", help=_PURPOSE, add_help=False)
+
+
+def run_train(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(_help())
+        return 0
+    if not argv or argv[0].startswith("-"):
+        raise CommandError("the recipe comes first: opencoca train RECIPE [--key value ...]")
+
+    from opencoca.train import load_recipe, train
+
+    recipe = load_recipe(argv[0], argv[1:])
+    from opencoca.train.step import NonFiniteLossError
+    from opencoca.train.trainer import TrainingInterrupted
+
+    try:
+        folder = train(recipe)
+    except TrainingInterrupted as error:
+        raise CommandError(str(error), exit_code=130) from error
+    except NonFiniteLossError as error:
+        raise CommandError(str(error)) from error
+    print(f"the trained model is in {folder}")
+    return 0
+
+
+def _help() -> str:
+    from opencoca.train.recipe import recipe_parser
+
+    options = recipe_parser().format_help().partition("\noptions:\n")[2]
+    return (
+        f"usage: opencoca train RECIPE [--key value ...]\n\n{_PURPOSE}\n\nexample:\n  {_EXAMPLE}\n\n"
+        "RECIPE is a YAML file of the keys below, those with a dot nested; an option of the same name overrides it.\n"
+        "Ctrl-C saves the state, and the same command continues from it.\n\noptions:\n" + options.rstrip()
+    )

@@ -1,0 +1,49 @@
+"""Captioning of a whole source: one caption an image, scored against its human captions."""
+
+from dataclasses import dataclass
+
+from opencoca.data import ImageTextSource
+from opencoca.evaluation.caption_metrics import CaptionScores, caption_scores
+from opencoca.evaluation.encoding import BrokenImage, encode_images, require_images
+from opencoca.evaluation.retrieval import with_captions
+from opencoca.generation import GenerationOptions, generate
+from opencoca.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class CaptioningReport:
+    """scores: BLEU, ROUGE-L, CIDEr-D; captions: what the model wrote, and references: what people wrote, by key."""
+
+    scores: CaptionScores
+    captions: dict[str, str]
+    references: dict[str, tuple[str, ...]]
+    broken_images: tuple[BrokenImage, ...]
+    num_images_without_captions: int
+
+
+def evaluate_captioning(
+    pipeline: Pipeline,
+    source: ImageTextSource,
+    options: GenerationOptions | None = None,
+    *,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> CaptioningReport:
+    """Captions every image that has human captions, and scores the result.
+
+    Raises ValueError if no image can be read and has a caption.
+    """
+    captioned = with_captions(source)
+    options = options or GenerationOptions()
+    captions: dict[str, str] = {}
+    references: dict[str, tuple[str, ...]] = {}
+    broken: list[BrokenImage] = []
+    for batch in encode_images(pipeline, captioned, batch_size, progress=progress, description="captioning images"):
+        written = generate(pipeline.model, batch.tokens, pipeline.tokenizer, options)
+        for index, caption in zip(batch.indices, written, strict=True):
+            captions[captioned.key(index)] = caption.text
+            references[captioned.key(index)] = captioned.captions(index)
+        broken += batch.broken
+    require_images(len(captions), broken, "images that can be read and have captions")
+    scores = caption_scores(captions, references)
+    return CaptioningReport(scores, captions, references, tuple(broken), len(source) - len(captioned))

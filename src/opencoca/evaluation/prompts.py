@@ -1,0 +1,200 @@
+"""Zero-shot classification without the model: prompts, the weights made of them, and the scores.
+
+A label becomes many sentences ("a photo of a dog.", "a sketch of a dog."), their embeddings are averaged into one
+classifier row a label, and an image belongs to the row it is most similar to (CoCa paper, section 4.2.2; prompt
+ensembling from Radford et al., 2021, section 3.1.4).
+
+Letters: N images, L labels, E embed_dim.
+"""
+
+import importlib.resources
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SIMPLE_TEMPLATES = ("a photo of a {}.",)
+NUM_CONFUSIONS = 10
+
+
+def load_templates(name_or_path: str = "clip") -> tuple[str, ...]:
+    """Prompt templates, each with ``{}`` where the label goes.
+
+    Args:
+        name_or_path: ``clip`` for the 80 templates that CLIP used on ImageNet, ``simple`` for "a photo of a {}." alone,
+            or a UTF-8 text file with one template a line; empty lines are skipped.
+
+    Raises:
+        ValueError: no such file, a file without templates, or a template in which ``{}`` does not stand once.
+    """
+    if name_or_path == "clip":
+        return tuple(_load_asset("clip_templates.json"))
+    if name_or_path == "simple":
+        return SIMPLE_TEMPLATES
+    try:
+        lines = Path(name_or_path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"Cannot read templates from {name_or_path} ({error}): give clip, simple or a text file."
+        ) from error
+    templates = tuple(line.strip() for line in lines if line.strip())
+    try:
+        _check_templates(templates)
+    except ValueError as error:
+        raise ValueError(f"{name_or_path}: {error}") from None
+    return templates
+
+
+def load_imagenet_class_names() -> tuple[str, ...]:
+    """The 1,000 ImageNet class names in the order of its class ids, worded for prompts as CLIP uses them."""
+    return tuple(_load_asset("imagenet_class_names.json"))
+
+
+def _load_asset(name: str) -> list[str]:
+    asset = importlib.resources.files("opencoca").joinpath("assets/prompts", name)
+    return json.loads(asset.read_text(encoding="utf-8"))
+
+
+def _check_templates(templates: Sequence[str]) -> None:
+    if isinstance(templates, str):
+        raise ValueError(f"The templates are the single string {templates!r}: give a list of templates.")
+    if not templates:
+        raise ValueError("There are no prompt templates: give at least one, such as 'a photo of a {}.'")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(f"The template {template!r} must contain {{}} once, where the label goes.")
+
+
+def fill_templates(label: str, templates: Sequence[str]) -> list[str]:
+    """The label in every template, in their order.
+
+    Raises:
+        ValueError: an empty label, no templates, or a template in which ``{}`` does not stand once.
+    """
+    _check_templates(templates)
+    if not label.strip():
+        raise ValueError(f"The label {label!r} is empty: give every label a name.")
+    return [template.replace("{}", label) for template in templates]  # not str.format: a label may contain braces
+
+
+def zero_shot_weights(
+    embed_texts: Callable[[list[str]], Tensor],
+    labels: Sequence[str],
+    templates: Sequence[str],
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """One classifier row a label: the mean of its normalised prompt embeddings, normalised again.
+
+    Args:
+        embed_texts: maps P sentences to their embeddings (P, E); it is called once a label with all of its prompts and
+            splits them into batches as it likes.
+        labels: class names. A name may stand for several classes, as two of ImageNet's do: their rows are equal.
+        templates: see ``load_templates``.
+        progress: called after each label with the number of labels done and of all labels.
+
+    Returns:
+        (L, E); similarities are ``image_embed @ weights.T``.
+
+    Raises:
+        ValueError: no labels, an empty label, bad templates, or embeddings that are not finite.
+    """
+    if isinstance(labels, str) or not labels:
+        raise ValueError(f"The labels are {labels!r}: give a list of at least one class name.")
+    rows = []
+    for done, label in enumerate(labels, start=1):
+        prompts = fill_templates(label, templates)
+        embed = embed_texts(prompts)
+        assert embed.shape[0] == len(prompts), "embed_texts must return one row a sentence"
+        row = F.normalize(F.normalize(embed.float(), dim=-1).mean(dim=0), dim=-1)
+        if not row.isfinite().all():
+            raise ValueError(
+                f"The text embeddings of the label {label!r} are not finite: the model gave NaN or infinity."
+            )
+        rows.append(row)
+        if progress is not None:
+            progress(done, len(labels))
+    return torch.stack(rows)
+
+
+class Confusion(NamedTuple):
+    """``count`` images of the class ``target`` were taken for ``predicted`` (both are indices of labels)."""
+
+    target: int
+    predicted: int
+    count: int
+
+
+@dataclass(frozen=True)
+class ClassificationScores:
+    """Accuracies between 0 and 1 (tables print them times 100).
+
+    ``mean_per_class`` averages the accuracy of each class that occurs in the targets, so that rare classes count as
+    much as frequent ones. ``confusions`` holds the most frequent mistakes first.
+    """
+
+    top1: float
+    top5: float
+    mean_per_class: float
+    confusions: tuple[Confusion, ...]
+    num_images: int
+    num_labels: int
+
+
+@torch.no_grad()
+def classification_scores(logits: Tensor, targets: Tensor) -> ClassificationScores:
+    """Score similarities of N images to L labels.
+
+    Args:
+        logits: (N, L), the larger the more similar.
+        targets: (N,) integers, the right label of each image.
+
+    Among labels that are equally similar the first is taken, as argmax does: equal logits score like guessing. With
+    five labels or fewer, ``top5`` is 1.
+
+    Raises:
+        ValueError: shapes that do not fit, no images, a target that is no label, or logits that are not finite.
+    """
+    if logits.ndim != 2 or 0 in logits.shape or targets.shape != logits.shape[:1] or targets.is_floating_point():
+        raise ValueError(
+            f"logits have shape {tuple(logits.shape)} and targets {tuple(targets.shape)} of type {targets.dtype}: give "
+            "(N, L) similarities and one integer label an image."
+        )
+    num_labels = logits.shape[1]
+    targets = targets.to(logits.device, torch.int64)
+    outside = (targets < 0) | (targets >= num_labels)
+    if outside.any():
+        image = int(outside.nonzero()[0])
+        raise ValueError(f"Image {image} has the target {int(targets[image])}, but there are {num_labels} labels.")
+    if not logits.isfinite().all():
+        image = int((~logits.isfinite()).nonzero()[0, 0])
+        raise ValueError(f"The logits of image {image} are not finite: the model gave NaN or infinity.")
+
+    right = logits.gather(1, targets[:, None])
+    before = torch.arange(num_labels, device=logits.device) < targets[:, None]
+    rank = (logits > right).sum(dim=1) + ((logits == right) & before).sum(dim=1) + 1
+    correct = (rank == 1).double()
+    num_of_class = torch.bincount(targets, minlength=num_labels)
+    correct_of_class = torch.zeros(num_labels, dtype=torch.float64, device=logits.device).index_add(0, targets, correct)
+    present = num_of_class > 0
+    return ClassificationScores(
+        top1=correct.mean().item(),
+        top5=(rank <= 5).double().mean().item(),
+        mean_per_class=(correct_of_class[present] / num_of_class[present]).mean().item(),
+        confusions=_confusions(targets, logits, rank),
+        num_images=len(logits),
+        num_labels=num_labels,
+    )
+
+
+def _confusions(targets: Tensor, logits: Tensor, rank: Tensor) -> tuple[Confusion, ...]:
+    wrong = rank > 1
+    others = logits[wrong].scatter(1, targets[wrong][:, None], -torch.inf)  # a tied right label is no prediction
+    pairs = zip(targets[wrong].tolist(), others.argmax(dim=1).tolist(), strict=True)
+    most = sorted(Counter(pairs).items(), key=lambda item: (-item[1], item[0]))[:NUM_CONFUSIONS]
+    return tuple(Confusion(target, predicted, count) for (target, predicted), count in most)

@@ -1,0 +1,101 @@
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from opencoca.data import EvalTransform, PreprocessConfig, decode_image, iterate_images, open_source
+from opencoca.data.files import atomic_writer, parallel_map
+
+from .helpers import encode, gradient, write_images
+
+TRANSFORM = EvalTransform(PreprocessConfig(image_size=(8, 12)))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_images(tmp_path, [f"{number}.jpg" for number in range(7)])
+    return tmp_path
+
+
+@pytest.mark.parametrize("num_workers", [None, 0, 1, 3])
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 20])
+def test_every_image_once_in_order(folder, num_workers, batch_size):
+    batches = list(iterate_images(open_source(folder), TRANSFORM, batch_size, num_workers))
+    assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(7))
+    assert {len(batch.indices) for batch in batches[:-1]} <= {batch_size}
+    pixels = torch.cat([batch.pixels for batch in batches])
+    expected = torch.stack([TRANSFORM(decode_image(folder / f"{number}.jpg")) for number in range(7)])
+    assert torch.equal(pixels, expected)
+
+
+def test_broken_images_are_reported_instead(folder):
+    (folder / "2.jpg").write_bytes(b"rubbish")
+    source = open_source(folder)
+    (folder / "5.jpg").unlink()
+    batches = list(iterate_images(source, TRANSFORM, 3, 2))
+    assert [batch.indices.tolist() for batch in batches] == [[0, 1], [3, 4], [6]]
+    assert [len(batch.pixels) for batch in batches] == [2, 2, 1]
+    errors = [error for batch in batches for error in batch.errors]
+    assert [index for index, _ in errors] == [2, 5]
+    assert "'2.jpg'" in errors[0][1]
+    assert "5.jpg" in errors[1][1]
+
+
+def test_only_broken_images(folder):
+    (batch,) = iterate_images([b"", b"x"], TRANSFORM, 4, 1)
+    assert batch.pixels.shape == (0, 3, 8, 12)
+    assert len(batch.errors) == 2
+    assert "'image 0': the file is empty" in batch.errors[0][1]
+    assert list(iterate_images([], TRANSFORM, 4, 1)) == []
+
+
+def test_paths_bytes_and_images(folder):
+    grey = gradient().convert("L")
+    images = [folder / "1.jpg", str(folder / "2.jpg"), encode(gradient(seed=3)), gradient(seed=4), grey]
+    (batch,) = iterate_images(images, TRANSFORM, 8, 2)
+    assert batch.pixels.shape == (5, 3, 8, 12)
+    assert torch.equal(batch.pixels[0], TRANSFORM(decode_image(folder / "1.jpg")))
+    assert torch.equal(batch.pixels[4], TRANSFORM(grey.convert("RGB")))
+
+
+def test_mistakes(folder):
+    with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
+        iterate_images([], TRANSFORM, 0)
+    with pytest.raises(ValueError, match="num_workers must be 0 or more"):
+        list(iterate_images([], TRANSFORM, 1, -1))
+
+
+def test_work_is_ahead_of_the_consumer_but_bounded():
+    begun = []
+    results = parallel_map(lambda item: begun.append(item) or item, range(100), num_threads=2, window=6)
+    assert next(results) == 0
+    time.sleep(0.1)
+    assert 2 <= len(begun) <= 7
+    threads = threading.active_count()
+    results.close()
+    assert threading.active_count() < threads
+    assert len(begun) <= 8
+
+
+def test_order_is_kept_and_errors_arrive():
+    delays = np.random.default_rng(0).uniform(0, 0.004, 40)
+    assert list(parallel_map(lambda i: time.sleep(delays[i]) or i, range(40), 8, 16)) == list(range(40))
+    with pytest.raises(ZeroDivisionError):
+        list(parallel_map(lambda item: 1 / item, [1, 0, 1], 2, 4))
+
+
+def test_atomic_writer(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(TypeError), atomic_writer(path) as file:
+        file.writelines([b"half", None])
+    assert path.read_bytes() == b"old"
+    with pytest.raises(OSError, match=r"cannot write the file: No space left on device: '.*file'"), atomic_writer(path):
+        raise OSError(28, "No space left on device")
+    with atomic_writer(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert [item.name for item in tmp_path.iterdir()] == ["file"]
