@@ -201,5 +201,6 @@ def _safetensors_errors_as_os_errors() -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        code = re.search(r"(?:os error|code:) (\d+)", str(error))
-        raise OSError(int(code[1]) if code else None, str(error)) from error
+        found = re.search(r"(?:os error|code:) (\d+)", str(error))
+        code = int(found[1]) if found else None
+        raise OSError(code, str(error) if code is None else os.strerror(code)) from error

@@ -195,3 +195,11 @@ def test_a_shard_that_shrinks_while_in_use(shards):
     os.truncate(shards / "00002.tar", 700)
     with pytest.raises(OSError, match=r"00002\.tar' became shorter"):
         source.open_bytes(11)
+
+
+def test_a_sample_cut_within_its_caption_is_dropped(tmp_path):
+    path = write_tar(tmp_path / "s.tar", sample(0, "a caption"))
+    path.write_bytes(path.read_bytes()[: path.read_bytes().index(b"a caption") + 3])
+    cut = scan_shard(path)
+    assert cut.samples == ()
+    assert "cut short within '00000.txt'" in (cut.damage or "")

@@ -35,7 +35,7 @@ HARD_CAPTIONS = (
     "A man (in red) [standing] {here} ((twice)) -LRB- (a (b) c",
     "and/or his/her w/ w/o b/w a/b/c a/b-c http://www.foo.com/bar?x=1 www.example.com foo@bar.com @user #tag",
     "AT&T R&B at&t Q & A &amp; &lt; a*b ** a+b a=b ~ | \\ a\\b ^ A_b snake_case C++ C# .net",
-    "A man.A dog,a cat;a bird:a fish dog.the.cat yes!no etc., aa., mr.,",
+    "A man.A dog,a cat;a bird:a fish dog.the.cat yes!no etc., aa., mr., dog.; dog.: don't.,",
     ":) :-) :( ;) :D <3 =) :P ^_^ naïve café É Ångström 20°C © ™ a😀b 日本",
     "<b>bold</b> < b > a<b",
     "  leading and trailing   spaces\tand a tab  ",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opencoca.generation import GeneratedCaption, GenerationOptions, generate
-from opencoca.generation.generate import _Work
+from opencoca.generation.loop import _Work
 from opencoca.generation.search import Extension
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
@@ -169,19 +169,19 @@ def test_a_caption_does_not_depend_on_its_batch(tokenizer):
             assert caption.log_probability == pytest.approx(together[index].log_probability, abs=1e-4)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 2.0])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_when_texts_are_dropped_changes_nothing(tokenizer, monkeypatch, share):
     model = make_model(tokenizer)
     tokens = make_tokens(model)
     usual = generate(model, tokens, tokenizer)
-    monkeypatch.setattr("opencoca.generation.generate._DROP_FROM_SHARE", share)
+    monkeypatch.setattr("opencoca.generation.loop._DROP_FROM_SHARE", share)
     assert [caption.token_ids for caption in generate(model, tokens, tokenizer)] == [c.token_ids for c in usual]
 
 
 def test_finished_texts_are_not_computed_on(tokenizer, monkeypatch):
     model = make_model(tokenizer)
     tokens = make_tokens(model)
-    monkeypatch.setattr("opencoca.generation.generate._DROP_FROM_SHARE", 0.0)
+    monkeypatch.setattr("opencoca.generation.loop._DROP_FROM_SHARE", 0.0)
     rows = []
     step = model.decode_step
     monkeypatch.setattr(model, "decode_step", lambda ids, state: rows.append(ids.shape[0]) or step(ids, state))
@@ -230,7 +230,7 @@ def test_searches_may_keep_several_texts_per_image(tokenizer, monkeypatch):
         return texts
 
     monkeypatch.setattr(_Work, "_drop_finished", collect)
-    monkeypatch.setattr("opencoca.generation.generate.Greedy", TwoStarts)
+    monkeypatch.setattr("opencoca.generation.loop.Greedy", TwoStarts)
     generate(model, tokens, tokenizer)
     assert sorted(image for image, _ in found) == list(range(NUM_IMAGES))
     for image, texts in found:

@@ -27,7 +27,7 @@ def layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def turned(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotary positions by complex numbers: channel j and j + d / 2 are one number, turned by position x 10000^(-2j/d)."""
+    """Rotary positions: channels j and j + d / 2 are one complex number, turned by position x 10000^(-2j / d)."""
     half = x.shape[1] // 2
     numbers = torch.complex(x[:, :half], x[:, half:])
     angles = positions[:, None].double() * torch.tensor([10_000.0 ** (-j / half) for j in range(half)]).double()

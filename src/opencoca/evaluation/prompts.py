@@ -80,7 +80,7 @@ def fill_templates(label: str, templates: Sequence[str]) -> list[str]:
     _check_templates(templates)
     if not label.strip():
         raise ValueError(f"The label {label!r} is empty: give every label a name.")
-    return [template.replace("{}", label) for template in templates]  # not str.format: a label may contain braces
+    return [template.replace("{}", label) for template in templates]  # not str.format: other braces stay
 
 
 def zero_shot_weights(

@@ -77,10 +77,10 @@ _RULE_TABLE: tuple[tuple[str, str | None], ...] = (
     # Full stops that belong to their word.
     (_JOINED, None),
     (_ACRONYM, None),
-    (rf"{_any_of(_ABBREVIATIONS)}\.", None),
+    (rf"(?:ph\.d|ed\.d|{_any_of(_ABBREVIATIONS)})\.", None),
     (rf"(?-i:{_any_of(_CAPITALISED_ABBREVIATIONS)}|{_any_of(_CAPITALISED_ABBREVIATIONS.upper())})\.", None),
     (rf"{_any_of(_ABBREVIATIONS_BEFORE_NUMBERS)}\.(?=(\s?\d))", None),
-    (rf"(?:{_A}+(?:-{_A}+)*|{_JOINED})\.(?=([,:]))", None),
+    (rf"(?:{_A}+(?:-{_A}+)*|{_JOINED})\.(?=([,:;]))", None),
     # Numbers, dates, decades, money.
     (_NUMBER, None),
     (r"\d{1,2}[/-]\d{1,2}[/-]\d{2,4}|\d+[- \xa0]\d+/\d+", None),
@@ -94,7 +94,7 @@ _RULE_TABLE: tuple[tuple[str, str | None], ...] = (
     (r"¾", "3/4"),
     # What people write on the web.
     (rf"#{_L}+|@[a-z_]\w*|c\+\+|[cf]#", None),
-    (r"[a-z0-9][\w.-]*@(?:[\w-]+\.)*[\w-]+", None),
+    (r'[a-z0-9][^\s"<>|(){}]*@(?:[^\s"<>|(){}.]+\.)*[^\s"<>|(){}.]+', None),
     (_EMOTICON, None),
     (_URL, None),
     (_TAG, None),
@@ -105,7 +105,7 @@ _RULE_TABLE: tuple[tuple[str, str | None], ...] = (
     (r"&#\d+;", None),
     # Punctuation and symbols: quotes, single dashes, commas and the like match nothing and so are dropped.
     (r"''|``|\.{3,5}|-{2,4}", ""),
-    (r"-{5,}|_+|\*+|#+|[!?]+", None),
+    (r"-{5,}|_+|\*+|#+|[!?]+|<<|>>|@@+|\\\*", None),
     (r"\(", "-lrb-"),
     (r"\)", "-rrb-"),
     (r"\[", "-lsb-"),
@@ -168,7 +168,7 @@ def ptb_tokenize(caption: str) -> list[str]:
     mixed fraction ("1 1/2") is one token with a no-break space (U+00A0) inside, as in the original.
 
     Equal to the Java tokenizer for text as people write captions. Known differences are rarities: telephone numbers in
-    brackets or with spaces, malformed e-mail addresses, web addresses without ``http``, scripts whose vowels are
+    brackets or with spaces, web addresses without ``http``, markup, scripts whose vowels are
     combining marks (Hindi), and characters above U+2000 that the Java version maps by accident of its tables.
     """
     return list(_tokens(caption))

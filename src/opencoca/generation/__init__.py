@@ -1,6 +1,6 @@
 """Writing captions: options, logit filters, search, and the loop that runs them."""
 
-from opencoca.generation.generate import generate
+from opencoca.generation.loop import generate
 from opencoca.generation.options import GeneratedCaption, GenerationOptions
 
 __all__ = ["GeneratedCaption", "GenerationOptions", "generate"]

@@ -27,8 +27,10 @@ def contrastive_loss(
     each other's negatives: the loss of a pair compares it with the true negatives alone.
     reduction: ``mean`` averages over pairs and over the two directions, as common implementations do; ``sum`` adds the
     two directions, each averaged over pairs, as the paper's formula does.
-    Raises ValueError if a text describes an image that is not there.
+    Raises ValueError if a text describes an image that is not there, and for another reduction.
     """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction {reduction!r} is neither mean nor sum")
     num_images, num_texts = image_embed.shape[0], text_embed.shape[0]
     if image_ids is None:
         image_ids = torch.arange(num_images, device=image_embed.device)

@@ -24,8 +24,9 @@ class TrainBatch:
     token_mask: Tensor
 
     def to(self, device: torch.device) -> "TrainBatch":
+        """The same batch on ``device``; inputs stored in half precision become float32 there."""
         moved = (tensor.to(device, non_blocking=True) for tensor in (self.image_ids, self.token_ids, self.token_mask))
-        return TrainBatch(self.inputs.to(device, non_blocking=True), self.from_stage, *moved)
+        return TrainBatch(self.inputs.to(device, non_blocking=True).float(), self.from_stage, *moved)
 
     def split(self, parts: int) -> Iterator["TrainBatch"]:
         """Micro-batches of whole images with their texts, as even as possible."""

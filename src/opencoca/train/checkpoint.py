@@ -31,12 +31,12 @@ class TrainState:
 
 def save_checkpoint(path: Path, state: TrainState) -> None:
     """Writes everything that continuing bit-identically needs. Raises OSError if it can't; the old file stays."""
-    names = _parameter_names(state.model)
+    names = {id(parameter): name for name, parameter in state.model.named_parameters()}
     tensors: dict[str, Tensor] = {f"model/{name}": tensor for name, tensor in _unique_tensors(state.model).items()}
     if state.average is not None:
         tensors |= {f"average/{name}": tensor for name, tensor in state.average.state().items()}
     for parameter, values in state.optimizer.state.items():
-        tensors |= {f"optimizer/{key}/{names[parameter]}": torch.as_tensor(value) for key, value in values.items()}
+        tensors |= {f"optimizer/{key}/{names[id(parameter)]}": torch.as_tensor(value) for key, value in values.items()}
     tensors["rng/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
@@ -50,29 +50,36 @@ def save_checkpoint(path: Path, state: TrainState) -> None:
 
 
 def load_checkpoint(path: Path, state: TrainState) -> None:
-    """Puts a checkpoint's content into the state's objects. Raises ValueError if the file is damaged or of another run."""
+    """Puts a checkpoint's content into the state's objects. Raises ValueError if it is damaged or of another run."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["opencoca"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"checkpoint {path} is damaged or not one of a training run: {error}") from error
+            progress = dict(header["progress"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint {path} is damaged or not one of a training run ({error}); restore it from a copy, or "
+            "delete it to begin the run anew"
+        ) from error
     try:
         with torch.no_grad():
             for name, tensor in _unique_tensors(state.model).items():
-                tensor.copy_(tensors[f"model/{name}"])
+                _copy(tensors[f"model/{name}"], tensor)
         if state.average is not None:
             prefix = "average/"
             averages = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             state.average.load(averages, header["average_updates"])
         _load_optimizer(state, tensors)
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"checkpoint {path} does not fit this recipe's model: {error}") from error
-    torch.set_rng_state(tensors["rng/cpu"])
+        torch.set_rng_state(tensors["rng/cpu"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"checkpoint {path} does not fit this recipe's model ({error}); choose another --output, or delete it to "
+            "begin the run anew"
+        ) from error
     if torch.cuda.is_available() and "rng/cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng/cuda"])
     state.progress.clear()
-    state.progress.update(header["progress"])
+    state.progress.update(progress)
 
 
 def _disk_error(message: str) -> int:
@@ -81,18 +88,26 @@ def _disk_error(message: str) -> int:
 
 
 def _load_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
-    parameters = {name: parameter for parameter, name in _parameter_names(state.model).items()}
-    state.optimizer.state.clear()
+    parameters = dict(state.model.named_parameters())
+    loaded: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith("optimizer/"):
             _, slot, name = key.split("/", 2)
-            parameter = parameters[name]
-            value = tensor if slot == "step" else tensor.to(parameter.device)
-            state.optimizer.state[parameter][slot] = value
+            if tensor.ndim and tensor.shape != parameters[name].shape:
+                raise RuntimeError(f"{key} has the shape {tuple(tensor.shape)}")
+            loaded.setdefault(name, {})[slot] = tensor.to(parameters[name].device)
+    slots = {slot for values in loaded.values() for slot in values}
+    state.optimizer.state.clear()
+    for name, values in loaded.items():
+        if missing := slots - values.keys():
+            raise KeyError(f"optimizer/{missing.pop()}/{name}")
+        state.optimizer.state[parameters[name]] = values
 
 
-def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
-    return {parameter: name for name, parameter in model.named_parameters()}
+def _copy(source: Tensor, target: Tensor) -> None:
+    if source.shape != target.shape:  # copy_ would spread it out
+        raise RuntimeError(f"a tensor of shape {tuple(source.shape)} where {tuple(target.shape)} is needed")
+    target.copy_(source)
 
 
 def _unique_tensors(model: nn.Module) -> dict[str, Tensor]:

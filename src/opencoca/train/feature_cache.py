@@ -7,6 +7,7 @@ Letters: I images, V views.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from tqdm import tqdm
 from opencoca.data import EvalTransform, ImageTextSource, TrainTransform, decode_image, mentions_side
 from opencoca.data.files import parallel_map
 from opencoca.data.images import ImageError
-from opencoca.files import atomic_write
+from opencoca.data.sources import ImageFolder, TarShards
+from opencoca.files import WriteError, atomic_write
 
 _BATCH = 32
 
@@ -45,9 +47,13 @@ class CacheViews:
         return self.training(picture, generator, flip=None if may_flip else False)
 
     def describe(self) -> dict:
-        training = self.training
-        crops = [training.scale, training.ratio, training.flip_probability, training.color_jitter] if training else []
-        return {"preprocess": self.evaluation.config.to_dict(), "crops": crops, "views": self.count, "seed": self.seed}
+        """What the stored values depend on; crops and seed only where there are random views."""
+        views = {"preprocess": self.evaluation.config.to_dict(), "views": self.count}
+        if self.training is not None and self.count > 2:
+            crops = self.training
+            views["crops"] = [crops.scale, crops.ratio, crops.flip_probability, crops.color_jitter]
+            views["seed"] = self.seed
+        return views
 
 
 class FeatureCache:
@@ -64,26 +70,41 @@ class FeatureCache:
 
 @torch.no_grad()
 def open_feature_cache(
-    folder: Path, encoder, stages: int, source: ImageTextSource, views: CacheViews, device: torch.device, label: str
+    folder: Path,
+    encoder,
+    stages: int,
+    source: ImageTextSource,
+    views: CacheViews,
+    device: torch.device,
+    label: str,
+    precision: str = "bf16",
 ) -> FeatureCache:
     """The cache of what the encoder's first ``stages`` give for every image and view; computes what is missing.
 
     The folder's name is a fingerprint of encoder, images and views, so that a stale cache is never used. An
-    interrupted computation goes on where it stopped. Raises OSError if the disk is full: what is done stays.
+    interrupted computation goes on where it stopped. precision: bf16 or fp32, of the computation.
+    Raises WriteError (an OSError) if the disk is full: what is done stays.
     """
-    folder = folder / _fingerprint(encoder, stages, source, views)
+    folder = folder / _fingerprint(encoder, stages, source, views, precision)
     folder.mkdir(parents=True, exist_ok=True)
-    sample = _run(encoder, stages, torch.zeros(1, 3, *views.evaluation.config.image_size), device)
+
+    def run(pixels: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return encoder.run_stages(pixels.to(device), 0, stages)
+
+    sample = run(torch.zeros(1, 3, *views.evaluation.config.image_size))
     shape = (views.count, len(source), *sample.shape[1:])
     path, progress_path = folder / "features.f16", folder / "progress.json"
     progress = {"rows": 0, "broken": {}}
-    if progress_path.is_file() and path.is_file():
+    size_bytes = 2 * math.prod(shape)
+    if progress_path.is_file() and path.is_file() and path.stat().st_size == size_bytes:
         progress = json.loads(progress_path.read_text())
     if progress["rows"] < len(source):
         if not progress["rows"]:
-            _reserve(path, 2 * int(np.prod(shape)))
+            progress_path.unlink(missing_ok=True)
+            _reserve(path, size_bytes)
         features = np.memmap(path, np.float16, "r+", shape=shape)
-        _fill(features, progress, progress_path, encoder, stages, source, views, device, label)
+        _fill(features, progress, progress_path, run, source, views, label)
         features.flush()
     broken = {int(image): reason for image, reason in progress["broken"].items()}
     return FeatureCache(np.memmap(path, np.float16, "r", shape=shape), broken)
@@ -95,18 +116,20 @@ def _reserve(path: Path, size_bytes: int) -> None:
         try:
             os.posix_fallocate(file.fileno(), 0, size_bytes)
         except OSError as error:
-            path.unlink()
+            path.unlink(missing_ok=True)
             gib = size_bytes / 2**30
-            raise OSError(
-                error.errno, f"no room for {gib:.1f} GiB of features ({error.strerror})", str(path)
-            ) from error
+            message = (
+                f"no room for {gib:.1f} GiB of features in {path.parent} ({error.strerror}): free some space, or set "
+                "encoder.cache_dir to a folder on another disk"
+            )
+            raise WriteError(error.errno, message) from error
 
 
-def _fill(features, progress, progress_path, encoder, stages, source, views, device, label) -> None:
+def _fill(features, progress, progress_path, run, source, views, label) -> None:
     bar = tqdm(total=len(source), initial=progress["rows"], desc=f"features of {label}", unit="img", leave=False)
     for images, pixels, broken in _view_batches(source, views, progress["rows"]):
         for view in range(views.count):
-            hidden = _run(encoder, stages, pixels[view], device)
+            hidden = run(pixels[view])
             features[view, images] = hidden.float().clamp(-65504, 65504).half().cpu().numpy()
         progress["broken"].update({str(image): reason for image, reason in broken.items()})
         progress["rows"] = int(images[-1]) + 1
@@ -135,18 +158,29 @@ def _view_batches(source, views: CacheViews, start: int) -> Iterator[tuple[np.nd
         yield images, [torch.stack([row[view] for row in good]) for view in range(views.count)], broken
 
 
-def _run(encoder, stages: int, pixels: Tensor, device: torch.device) -> Tensor:
-    with torch.autocast(device.type, torch.bfloat16):
-        return encoder.run_stages(pixels.to(device), 0, stages)
-
-
-def _fingerprint(encoder, stages: int, source: ImageTextSource, views: CacheViews) -> str:
+def _fingerprint(encoder, stages: int, source: ImageTextSource, views: CacheViews, precision: str) -> str:
+    """Of all that the features depend on: weights and settings of the stages, the images, and how views are made."""
     digest = hashlib.sha256()
     for name, tensor in encoder.stages[:stages].state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().numpy().tobytes())
-    digest.update(json.dumps([stages, views.describe()]).encode())
+    for name, module in encoder.stages[:stages].named_modules():
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, int | float | str | tuple)}
+        digest.update(f"{name} {type(module).__name__} {sorted(plain.items())}".encode())
+    digest.update(json.dumps([stages, precision, views.describe()]).encode())
+    for path in source.paths if isinstance(source, TarShards) else ():
+        digest.update(_stamp(path))
     for image in range(len(source)):
         digest.update(source.key(image).encode() + b"\0")
+        digest.update(_stamp(source.root / source.key(image)) if isinstance(source, ImageFolder) else b"")
         digest.update("\0".join(source.captions(image)).encode() if views.training else b"")
     return digest.hexdigest()[:16]
+
+
+def _stamp(path: Path) -> bytes:
+    # Another file under the same name has another size or time; reading all of them to be sure would take minutes.
+    try:
+        status = path.stat()
+        return f"{status.st_size} {status.st_mtime_ns}".encode()
+    except OSError:
+        return b"missing"

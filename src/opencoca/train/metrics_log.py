@@ -4,30 +4,42 @@ import json
 from pathlib import Path
 from typing import Any
 
+from opencoca.files import WriteError, atomic_write
+from opencoca.train.step import StepMetrics
+
 
 class MetricsLog:
     """Appends one JSON object a line to ``path``; lines of steps after ``resume_step`` are dropped at the start."""
 
     def __init__(self, path: Path, resume_step: int, tensorboard: bool = False):
         self.path = path
+        self.writer = _tensorboard_writer(path.parent, resume_step) if tensorboard else None
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self.writer = _tensorboard_writer(path.parent) if tensorboard else None
+        with atomic_write(path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """kind: train or validation."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        """kind: train or validation. Raises WriteError (an OSError) if the disk is full."""
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        except OSError as error:
+            message = f"cannot write {self.path} ({error.strerror}): free some space, and the same command continues"
+            raise WriteError(error.errno, message) from error
         if self.writer is not None:
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self.writer.add_scalar(f"{kind}/{name}", value, step)
 
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete lines of a metrics file; a last line that a crash cut off is left out."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:
@@ -35,9 +47,37 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _tensorboard_writer(folder: Path):
+class MetricsWindow:
+    """What happened since the last line of the log; its state goes into checkpoints, so that no step is left out."""
+
+    def __init__(self, state: dict[str, Any] | None = None):
+        self._state: dict[str, Any] = {"rows": [], "images": 0, "tokens": 0, "waited": 0.0, "seconds": 0.0}
+        self._state |= state or {}
+
+    def add(self, metrics: StepMetrics, images: int, tokens: int, waited: float, seconds: float) -> None:
+        """waited: the part of the step's seconds before its batch was there."""
+        self._state["rows"].append(metrics.to_dict())
+        for name, value in (("images", images), ("tokens", tokens), ("waited", waited), ("seconds", seconds)):
+            self._state[name] += value
+
+    def state(self) -> dict[str, Any]:
+        """In JSON's types, for a checkpoint."""
+        return self._state
+
+    def flush(self) -> dict[str, float]:
+        """Means over the steps since the last flush, and begins anew."""
+        rows, seconds = self._state["rows"], max(self._state["seconds"], 1e-9)
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        means |= {"lr": rows[-1]["lr"], "logit_scale": rows[-1]["logit_scale"]}
+        means |= {f"{name}_per_sec": self._state[name] / seconds for name in ("images", "tokens")}
+        means |= {"step_ms": 1e3 * seconds / len(rows), "data_wait_ms": 1e3 * self._state["waited"] / len(rows)}
+        self._state = MetricsWindow()._state
+        return means
+
+
+def _tensorboard_writer(folder: Path, resume_step: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError("tensorboard: true needs the package: pip install 'opencoca[tensorboard]'") from error
-    return SummaryWriter(folder / "tensorboard")
+    return SummaryWriter(folder / "tensorboard", purge_step=resume_step + 1)

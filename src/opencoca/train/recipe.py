@@ -289,7 +289,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     try:
         from_file = parser.parse_object(values, defaults=True)
         namespace: Namespace = parser.parse_args(overrides, namespace=from_file)
-        return Recipe(**vars(parser.instantiate_classes(namespace)))
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.49
+        return Recipe(**vars(instantiate(namespace)))
     except Exception as error:
         raise ValueError(f"recipe {path}: {_in_plain_words(error)}") from error
 
@@ -299,8 +300,8 @@ _SECTIONS = ("model", "data", "tokenizer", "encoder", "loss", "optimizer")
 
 def _in_plain_words(error: Exception) -> str:
     """jsonargparse's message in one line, with the names of Python's types as people write them."""
-    text = re.sub(r"<class '(\w+)'>", r"\1", " ".join(str(error).split()))
-    return text.removeprefix("Parser key ").replace("typing.Literal", "one of ")
+    text = re.sub(r"a <class '(\w+)'>", r"\1", " ".join(str(error).split()))
+    return text.removeprefix("Parser key ").replace("a typing.Literal", "one of ")
 
 
 def _override(overrides: list[str], name: str) -> str | None:

@@ -4,13 +4,11 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from opencoca.data import ImageTextSource, decode_image
+from opencoca.files import atomic_write
 from opencoca.train.metrics_log import read_metrics
 
 _SCORES = {
@@ -25,7 +23,7 @@ def write_report(folder: Path, source: ImageTextSource | None, captions: dict[st
     """Draws report.png from the run's metrics.jsonl; captions: by key, of the images to show. Returns its path."""
     metrics = read_metrics(folder / "metrics.jsonl")
     photographs = _photographs(source, captions) if source is not None else []
-    figure = plt.figure(figsize=(16, 5 + 4.2 * ((len(photographs) + 3) // 4)), layout="constrained")
+    figure = Figure(figsize=(16, 5 + 4.2 * ((len(photographs) + 3) // 4)), layout="constrained")
     rows = 1 + (len(photographs) + 3) // 4
     grid = figure.add_gridspec(rows, 4, height_ratios=[1.2] + [1.0] * (rows - 1))
     _draw_losses(figure.add_subplot(grid[0, :2]), metrics)
@@ -33,12 +31,12 @@ def write_report(folder: Path, source: ImageTextSource | None, captions: dict[st
     for index, (picture, caption) in enumerate(photographs):
         axes = figure.add_subplot(grid[1 + index // 4, index % 4])
         axes.imshow(picture)
-        axes.set_title(textwrap.fill(caption, 38), fontsize=10)
+        axes.set_title(_literally(textwrap.fill(caption, 38)), fontsize=10)
         axes.axis("off")
-    figure.suptitle(title)
+    figure.suptitle(_literally(title))
     path = folder / "report.png"
-    figure.savefig(path, dpi=70)
-    plt.close(figure)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=70, format="png")
     return path
 
 
@@ -52,8 +50,14 @@ def _draw_losses(axes: Axes, metrics: list[dict[str, Any]]) -> None:
                     *zip(*points, strict=True), style, color=color, alpha=0.6 if kind == "train" else 1, label=label
                 )
     axes.set(xlabel="step", ylabel="nats", title="losses")
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     axes.grid(alpha=0.3)
+
+
+def _literally(text: str) -> str:
+    """Without the formulas that matplotlib would see between two dollar signs."""
+    return text.replace("$", r"\$")
 
 
 def _draw_scores(axes: Axes, metrics: list[dict[str, Any]]) -> None:

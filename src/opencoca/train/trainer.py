@@ -1,12 +1,16 @@
 """A training run from recipe to report: sets up, loops over steps, validates, keeps checkpoints, survives interruption.
 
-What a step computes is in step.py; where batches come from, in batches.py; what is scored, in validation.py. One process;
-a distributed engine replaces the batches' slice, the gather of embeddings and the gradient reduction, not this loop.
+What a step computes is in step.py; where batches come from, in batches.py; what is scored, in validation.py. One
+process; a distributed engine replaces the batches' slice, the gather of embeddings and the gradient reduction, not this
+loop.
 """
 
 import json
 import signal
+import threading
 import time
+import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +19,23 @@ import torch
 from tqdm import tqdm
 
 from opencoca.data import EvalTransform, ImageTextSource, PreprocessConfig, TrainTransform, open_source
+from opencoca.data.loader import MAX_BROKEN_SHARE
+from opencoca.files import atomic_write
 from opencoca.interop.efficientnet_weights import load_imagenet_weights
 from opencoca.model.coca import CoCa
 from opencoca.model.image_encoders.efficientnet_lite import EfficientNetLite
 from opencoca.model_folder import load_model_folder, save_model_folder
 from opencoca.tokenizer import Tokenizer, train_tokenizer
-from opencoca.train.batches import TrainBatches
+from opencoca.train.batches import TrainBatch, TrainBatches
 from opencoca.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from opencoca.train.feature_cache import CacheViews, FeatureCache, open_feature_cache
 from opencoca.train.memory import keep_freed_memory
-from opencoca.train.metrics_log import MetricsLog
+from opencoca.train.metrics_log import MetricsLog, MetricsWindow
 from opencoca.train.optimizer import WeightAverage, build_optimizer, freeze_image_stages, freeze_unused
 from opencoca.train.recipe import Recipe
 from opencoca.train.report import write_report
-from opencoca.train.step import StepMetrics, TrainStep
+from opencoca.train.run_folder import remember_recipe
+from opencoca.train.step import TrainStep
 from opencoca.train.validation import ValidationScores, Validator
 
 
@@ -49,6 +56,7 @@ class Trainer:
         has_val = recipe.data.val_images is not None
         self.val_source = _open(recipe.data.val_images or "", recipe.data.val_captions, "val") if has_val else None
         self.folder.mkdir(parents=True, exist_ok=True)
+        remember_recipe(self.folder, recipe, continues=self.checkpoint_path.is_file())
         self.tokenizer = self._make_tokenizer()
         text = replace(recipe.model.text, vocab_size=self.tokenizer.vocab_size)
         self.config = replace(recipe.model, text=text)
@@ -57,16 +65,16 @@ class Trainer:
         )
         torch.manual_seed(recipe.seed)
         self.model = self._make_model()
-        self._check_same_recipe()
         stages = freeze_image_stages(self.model, recipe.encoder.frozen_stages)
         freeze_unused(self.model, recipe.loss.contrastive_weight != 0, recipe.loss.caption_weight != 0)
+        self.frozen_stages = stages
         self.cached_stages = stages if recipe.encoder.cache_features else 0
         self.average = WeightAverage(self.model, recipe.optimizer.ema_decay) if recipe.optimizer.ema_decay else None
         self.batches = self._make_batches()
         self.validator = self._make_validator()
         steps = recipe.epochs * self.batches.steps_per_epoch
         self.total_steps = min(steps, recipe.max_steps) if recipe.max_steps else steps
-        progress = {"step": 0, "best": None, "best_step": 0, "seconds": 0.0}
+        progress = {"step": 0, "best": None, "best_step": 0, "seconds": 0.0, "window": {}}
         self.state = TrainState(self.model, build_optimizer(self.model, recipe), self.average, progress)
         self.step = TrainStep(self.model, self.state.optimizer, self.average, recipe)
         self._stop_asked = False
@@ -85,55 +93,74 @@ class Trainer:
             load_checkpoint(self.checkpoint_path, self.state)
         done = self.state.progress["step"]
         log = MetricsLog(self.folder / "metrics.jsonl", done, self.recipe.tensorboard)
-        previous = {name: signal.signal(name, self._ask_to_stop) for name in (signal.SIGINT, signal.SIGTERM)}
+        # Only the main thread may handle signals; in another one, stopping is the caller's affair.
+        handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        previous = {name: signal.signal(name, self._ask_to_stop) for name in handled}
         try:
             if done < self.total_steps:
                 self._loop(log)
             return self._finish()
         finally:
+            log.close()
             for name, handler in previous.items():
                 signal.signal(name, handler)
 
     def _loop(self, log: MetricsLog) -> None:
         progress = self.state.progress
-        self.model.train()
         supply = self.batches.iterate(progress["step"])
-        bar = tqdm(total=self.total_steps, initial=progress["step"], desc="training", unit="step", dynamic_ncols=True)
-        window = _Window()
-        saved = started = time.monotonic()
-        while progress["step"] < self.total_steps:
-            waited = time.monotonic()
+        window = MetricsWindow(progress.get("window"))
+        self._set_train_mode()
+        saved = time.monotonic()
+        with tqdm(total=self.total_steps, initial=progress["step"], desc="training", unit="step") as bar:
+            while progress["step"] < self.total_steps:
+                validated = self._advance(supply, window) and self._report_step(log, window, bar)
+                now = time.monotonic()
+                if validated or self._stop_asked or now - saved > 60 * self.recipe.checkpoint_minutes:
+                    progress |= {"seconds": progress["seconds"] + now - saved, "window": window.state()}
+                    saved = now
+                    save_checkpoint(self.checkpoint_path, self.state)
+                if self._stop_asked and progress["step"] < self.total_steps:
+                    where = f"step {progress['step']} of {self.total_steps}"
+                    raise TrainingInterrupted(f"stopped after {where}; the same command continues from there")
+
+    def _advance(self, supply: Iterator[TrainBatch], window: MetricsWindow) -> bool:
+        """One step; False if there was none, because the signal to stop has ended the worker processes as well."""
+        began = time.monotonic()
+        try:
             batch = next(supply)
-            window.add_wait(time.monotonic() - waited)
-            metrics = self.step(batch, progress["step"], self.total_steps)
-            progress["step"] += 1
-            window.add(metrics, len(batch.image_ids), int(batch.token_mask.sum()))
-            bar.update()
-            if progress["step"] % self.recipe.log_every_steps == 0 or progress["step"] == self.total_steps:
-                line = window.flush()
-                log.write("train", progress["step"], line | {"epoch": self._epoch()})
-                bar.set_postfix({name: f"{line[name]:.3g}" for name in ("loss", "lr") if name in line})
-            at_validation = self._is_validation_step()
-            if at_validation:
-                self._validate(log, bar)
-            if at_validation or self._stop_asked or time.monotonic() - saved > 60 * self.recipe.checkpoint_minutes:
-                progress["seconds"] += time.monotonic() - started
-                saved = started = time.monotonic()
-                save_checkpoint(self.checkpoint_path, self.state)
-            if self._stop_asked and progress["step"] < self.total_steps:
-                bar.close()
-                raise TrainingInterrupted(
-                    f"stopped after step {progress['step']} of {self.total_steps}; the same command continues from there"
-                )
-        bar.close()
+        except RuntimeError:
+            if self._stop_asked:
+                return False
+            raise
+        waited = time.monotonic() - began
+        metrics = self.step(batch, self.state.progress["step"], self.total_steps)
+        self.state.progress["step"] += 1
+        tokens = int(batch.token_mask.sum())
+        window.add(metrics, len(batch.image_ids), tokens, waited, time.monotonic() - began)
+        return True
+
+    def _report_step(self, log: MetricsLog, window: MetricsWindow, bar: tqdm) -> bool:
+        """Writes metrics and validates where they are due; True if it validated."""
+        step = self.state.progress["step"]
+        bar.update()
+        if step % self.recipe.log_every_steps == 0 or step == self.total_steps:
+            line = window.flush()
+            log.write("train", step, line | {"epoch": self._epoch()})
+            bar.set_postfix({name: f"{line[name]:.3g}" for name in ("loss", "lr")})
+        validates = step % (self.recipe.validate_every_epochs * self.batches.steps_per_epoch) == 0
+        if validates or step == self.total_steps:
+            self._validate(log, bar)
+            self._set_train_mode()
+            return True
+        return False
+
+    def _set_train_mode(self) -> None:
+        # Dropout in what is frozen would only add noise; cached features have none either.
+        self.model.train()
+        self.model.image_encoder.stages[: self.frozen_stages].eval()
 
     def _epoch(self) -> float:
         return round(self.state.progress["step"] / self.batches.steps_per_epoch, 3)
-
-    def _is_validation_step(self) -> bool:
-        every = self.recipe.validate_every_epochs * self.batches.steps_per_epoch
-        step = self.state.progress["step"]
-        return step % every == 0 or step == self.total_steps
 
     def _validate(self, log: MetricsLog, bar: tqdm) -> None:
         """Scores the averaged weights (if there are) and keeps them as the run's model if they are the best so far."""
@@ -157,7 +184,8 @@ class Trainer:
         info: dict[str, Any] = {"recipe": self.recipe.to_dict(), "step": self.state.progress["step"]}
         if result is not None:
             info["validation"] = result.scores
-            (self.folder / "val_captions.json").write_text(json.dumps(result.captions, indent=0), encoding="utf-8")
+            with atomic_write(self.folder / "val_captions.json") as partial:
+                partial.write_text(json.dumps(result.captions, indent=0), encoding="utf-8")
         save_model_folder(self.folder, self.model, self.tokenizer, self.preprocess, info=info)
 
     def _finish(self) -> Path:
@@ -181,8 +209,8 @@ class Trainer:
             return Tokenizer.clip()
         if options.source != "train":
             return Tokenizer.load(options.source)
-        if stored.is_file():
-            return Tokenizer.load(stored)
+        if stored.is_file() and self.checkpoint_path.is_file():
+            return Tokenizer.load(stored)  # without a checkpoint it may be that of another recipe
         source = self.train_source
         captions = [caption for image in range(len(source)) for caption in source.captions(image)]
         tokenizer = train_tokenizer(
@@ -208,21 +236,7 @@ class Trainer:
                 model.image_encoder.load_state_dict(encoder.state_dict())
             except RuntimeError as error:
                 raise ValueError(f"the image encoder of {init} does not fit this recipe's: {error}") from error
-        return model.to(self.device)
-
-    def _check_same_recipe(self) -> None:
-        """The run's folder remembers its recipe: continuing with another one would mix two runs."""
-        path = self.folder / "recipe.json"
-        ours = json.loads(json.dumps(self.recipe.to_dict()))
-        if path.is_file() and self.checkpoint_path.is_file():
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-            differing = sorted(_differences(theirs, ours))
-            if differing:
-                raise ValueError(
-                    f"{self.folder} holds a run of another recipe (differs in {', '.join(differing[:5])}); "
-                    "choose another --output, or delete that folder"
-                )
-        path.write_text(json.dumps(ours, indent=2), encoding="utf-8")
+        return model.to(self.device).eval()
 
     def _transforms(self) -> tuple[EvalTransform, TrainTransform]:
         data = self.recipe.data
@@ -243,7 +257,15 @@ class Trainer:
         views = CacheViews(evaluation, augmenting if training else None, count, self.recipe.seed)
         folder = Path(self.recipe.encoder.cache_dir or self.folder / "features")
         encoder = self.model.image_encoder
-        return open_feature_cache(folder, encoder, self.cached_stages, source, views, self.device, label)
+        cache = open_feature_cache(
+            folder, encoder, self.cached_stages, source, views, self.device, label, self.recipe.precision
+        )
+        if cache.broken:
+            message = f"{len(cache.broken)} of {len(source)} {label} are left out: {next(iter(cache.broken.values()))}"
+            if len(cache.broken) > MAX_BROKEN_SHARE * len(source):
+                raise ValueError(f"{message}; that is more than {MAX_BROKEN_SHARE:.0%}, remove or repair them")
+            warnings.warn(message, stacklevel=2)
+        return cache
 
     def _make_batches(self) -> TrainBatches:
         _, training = self._transforms()
@@ -259,37 +281,6 @@ class Trainer:
         evaluation, _ = self._transforms()
         cache = self._cache(self.val_source, False, "validation images")
         return Validator(self.recipe, self.val_source, self.tokenizer, evaluation, cache, self.cached_stages)
-
-
-class _Window:
-    """Metrics between two lines of the log: means of the losses, rates, and where the time went."""
-
-    def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self.metrics: list[StepMetrics] = []
-        self.images = self.tokens = 0
-        self.wait = 0.0
-        self.start = time.monotonic()
-
-    def add_wait(self, seconds: float) -> None:
-        self.wait += seconds
-
-    def add(self, metrics: StepMetrics, images: int, tokens: int) -> None:
-        self.metrics.append(metrics)
-        self.images += images
-        self.tokens += tokens
-
-    def flush(self) -> dict[str, float]:
-        seconds, steps = time.monotonic() - self.start, len(self.metrics)
-        rows = [metrics.to_dict() for metrics in self.metrics]
-        means = {name: sum(row[name] for row in rows) / steps for name in rows[0]}
-        means |= {"lr": rows[-1]["lr"], "logit_scale": rows[-1]["logit_scale"]}
-        means |= {"images_per_sec": self.images / seconds, "tokens_per_sec": self.tokens / seconds}
-        means |= {"step_ms": 1e3 * seconds / steps, "data_wait_ms": 1e3 * self.wait / steps}
-        self._reset()
-        return means
 
 
 def _open(images: str, captions: str | None, label: str) -> ImageTextSource:
@@ -308,13 +299,6 @@ def _pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but there is no CUDA device; use --device cpu")
     return device
-
-
-def _differences(first: Any, second: Any, prefix: str = "") -> list[str]:
-    if isinstance(first, dict) and isinstance(second, dict):
-        keys = first.keys() | second.keys()
-        return [d for key in keys for d in _differences(first.get(key), second.get(key), f"{prefix}{key}.")]
-    return [] if first == second else [prefix.rstrip(".")]
 
 
 def _validation_line(epoch: float, result: ValidationScores) -> str:

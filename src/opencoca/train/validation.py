@@ -1,4 +1,4 @@
-"""Scores of the validation set while training: the same metrics as `opencoca evaluate`, on cached features if there are.
+"""Scores of the validation set while training: the metrics of `opencoca evaluate`, on cached features if there are.
 
 Letters: I images, B captions, E embed_dim.
 """
@@ -59,6 +59,10 @@ class Validator:
     ):
         self.recipe, self.source, self.tokenizer, self.transform = recipe, source, tokenizer, transform
         self.cache, self.cached_stages = cache, cached_stages
+        if not any(source.captions(image) for image in range(len(source))):
+            raise ValueError(
+                "none of the validation images has a caption; set data.val_captions, or no data.val_images"
+            )
         self.options = GenerationOptions(max_new_tokens=recipe.val_max_new_tokens)
 
     @torch.no_grad()

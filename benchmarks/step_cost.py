@@ -1,0 +1,88 @@
+"""What a training step costs over its floor: matrix FLOPs of the real words and images over the measured bf16 rate.
+
+    python benchmarks/step_cost.py [--recipe recipes/flickr8k.yaml] [--frozen-stages -1] [--profile] [--out FILE]
+
+Takes the recipe's model and options, and batches of random features and word ids with caption lengths as Flickr8k's.
+"""
+
+import argparse
+from dataclasses import replace
+
+import torch
+from common import matmul_rate, median_seconds, report
+from torch.utils.flop_counter import FlopCounterMode
+
+from opencoca.model.coca import CoCa
+from opencoca.train import load_recipe
+from opencoca.train.batches import TrainBatch
+from opencoca.train.memory import keep_freed_memory
+from opencoca.train.optimizer import WeightAverage, build_optimizer, freeze_image_stages
+from opencoca.train.step import TrainStep, autocast, compute_losses
+
+# Token counts of Flickr8k's training captions in the recipe's vocabulary: mean 13.3, 99th percentile 26.
+MEAN_LENGTH, SHORTEST, LONGEST = 13.3, 5, 32
+
+
+def random_batch(model: CoCa, stages: int, images: int, captions: int, vocab_size: int) -> TrainBatch:
+    size = model.config.image.image_size
+    with torch.no_grad():
+        features = model.image_encoder.run_stages(torch.randn(2, 3, *size), 0, stages)
+    inputs = torch.randn(images, *features.shape[1:]).half()
+    lengths = torch.poisson(torch.full((images * captions,), MEAN_LENGTH)).clamp(SHORTEST, LONGEST)
+    token_ids = torch.randint(3, vocab_size, (images * captions, int(lengths.max())))
+    mask = torch.arange(token_ids.shape[1]) < lengths[:, None]
+    return TrainBatch(inputs, stages, torch.arange(images), token_ids, mask)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="recipes/flickr8k.yaml")
+    parser.add_argument("--frozen-stages", type=int, help="instead of the recipe's; -1 freezes the whole encoder")
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--vocab-size", type=int, default=5000)
+    parser.add_argument("--profile", action="store_true", help="also print the operations that take longest")
+    parser.add_argument("--out")
+    arguments = parser.parse_args()
+
+    keep_freed_memory()
+    torch.manual_seed(0)
+    recipe = load_recipe(arguments.recipe, [])
+    frozen = recipe.encoder.frozen_stages if arguments.frozen_stages is None else arguments.frozen_stages
+    model = CoCa(replace(recipe.model, text=replace(recipe.model.text, vocab_size=arguments.vocab_size)))
+    stages = freeze_image_stages(model, frozen)
+    average = WeightAverage(model, recipe.optimizer.ema_decay) if recipe.optimizer.ema_decay else None
+    step = TrainStep(model, build_optimizer(model, recipe), average, recipe)
+    batch = random_batch(model, stages, recipe.batch_size, recipe.data.captions_per_image, arguments.vocab_size)
+
+    with FlopCounterMode(display=False) as counter, autocast(torch.device("cpu"), recipe.precision):
+        losses = compute_losses(model, batch.to(torch.device("cpu")), recipe.loss)
+        losses.total.backward()
+    model.zero_grad()
+    words = int(batch.token_mask.sum()) - len(batch.token_mask)
+    flops = counter.get_total_flops()
+    rate = matmul_rate(torch.bfloat16)
+    seconds = median_seconds(lambda: step(batch, 0, 100), arguments.steps, warmup=2)
+    report(
+        {
+            "recipe": arguments.recipe,
+            "trained_million_parameters": sum(p.numel() for p in step.parameters) / 1e6,
+            "million_parameters": sum(p.numel() for p in model.parameters()) / 1e6,
+            "images": recipe.batch_size,
+            "captions": len(batch.token_ids),
+            "words": words,
+            "step_tflop": flops / 1e12,
+            "bf16_gflop_per_sec": rate / 1e9,
+            "floor_ms": 1e3 * flops / rate,
+            "step_ms": 1e3 * seconds,
+            "step_over_floor": seconds * rate / flops,
+        },
+        arguments.out,
+    )
+    if arguments.profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            step(batch, 3, 100)
+        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=45))
+
+
+if __name__ == "__main__":
+    main()

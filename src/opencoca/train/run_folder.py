@@ -1,0 +1,59 @@
+"""What a run's folder remembers of its recipe, so that two runs are never mixed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from opencoca.files import atomic_write
+from opencoca.train.recipe import Recipe
+
+# Where and how fast a run goes, not what comes out of it; ``size`` only fills in ``model``, which is compared.
+_MAY_CHANGE = frozenset(
+    {
+        "output",
+        "size",
+        "device",
+        "checkpoint_minutes",
+        "log_every_steps",
+        "tensorboard",
+        "data.num_workers",
+        "encoder.cache_dir",
+    }
+)
+_SCHEDULE = frozenset({"epochs", "max_steps"})
+
+
+def remember_recipe(folder: Path, recipe: Recipe, continues: bool) -> None:
+    """Writes recipe.json; continues: a checkpoint is there, so it must be one of the same recipe.
+
+    Raises ValueError, naming the keys, if it is of another one. Settings that the weights do not depend on may differ.
+    """
+    path = folder / "recipe.json"
+    ours = json.loads(json.dumps(recipe.to_dict()))
+    if continues and path.is_file():
+        differing = _differences(_read(path), ours)
+        if differing:
+            shown = ", ".join(f"{key}: {then!r} then, {now!r} now" for key, then, now in differing[:5])
+            more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+            hint = "the learning rate's schedule spans the whole run, so " if differing[0][0] in _SCHEDULE else ""
+            raise ValueError(
+                f"{folder} holds a run of another recipe ({shown}{more}); {hint}choose another --output, or delete "
+                "that folder"
+            )
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(ours, indent=2), encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete the folder to begin the run anew") from error
+
+
+def _differences(theirs: Any, ours: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """(key, their value, our value) of every setting that differs and matters, by key."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        keys = sorted(theirs.keys() | ours.keys())
+        return [d for k in keys for d in _differences(theirs.get(k), ours.get(k), f"{key}.{k}" if key else k)]
+    return [] if theirs == ours or key in _MAY_CHANGE else [(key, theirs, ours)]

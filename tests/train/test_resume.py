@@ -1,0 +1,250 @@
+"""A run that was stopped and continued equals one that was not, to the last bit."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opencoca.train import Recipe, train
+from opencoca.train.step import TrainStep
+from opencoca.train.trainer import Trainer, TrainingInterrupted
+
+from .helpers import Pairs, ask_to_stop, read_lines, read_tensors, run_until_stopped, tiny_recipe
+
+# Ten images in batches of 4 with the rest dropped: 2 steps an epoch, 10 steps, validation after steps 4, 8 and 10.
+EVERYTHING_RANDOM = {
+    "model__text__dropout": 0.1,
+    "model__image__dropout": 0.1,
+    "model__pooler__dropout": 0.1,
+    "data__captions_per_image": 2,
+    "data__color_jitter": 0.2,
+    "optimizer__ema_decay": 0.9,
+    "loss__label_smoothing": 0.1,
+    "epochs": 5,
+    "validate_every_epochs": 2,
+    "log_every_steps": 3,
+    "accumulation_steps": 2,
+}
+CACHED = {"encoder__frozen_stages": 2, "encoder__cache_features": True, "encoder__cache_views": 4}
+SETTINGS = {
+    "pixels-fp32": {"precision": "fp32"},
+    "pixels-bf16": {"precision": "bf16"},
+    "cached-fp32": {"precision": "fp32", **CACHED},
+    "cached-bf16": {"precision": "bf16", **CACHED},
+    "workers": {"precision": "fp32", "data__num_workers": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pairs: Pairs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folder, runs = tmp_path_factory.mktemp("uninterrupted"), {}
+
+    def get(name: str) -> Path:
+        if name not in runs:
+            runs[name] = train(tiny_recipe(pairs, folder / name, **EVERYTHING_RANDOM, **SETTINGS[name]))
+        return runs[name]
+
+    return get
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    for name in ("last.safetensors", "model.safetensors"):
+        ours, header = read_tensors(first / name)
+        theirs, other_header = read_tensors(second / name)
+        assert ours.keys() == theirs.keys()
+        differing = [key for key in ours if not torch.equal(ours[key], theirs[key])]
+        assert not differing, f"{name}: {differing[:5]}"
+        if "opencoca" in header:
+            assert without_times(header) == without_times(other_header)
+    assert read_lines(first) == read_lines(second)
+    for name in ("val_captions.json", "tokenizer.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def without_times(metadata: dict[str, str]) -> dict[str, Any]:
+    header = json.loads(metadata["opencoca"])
+    for place in (header["progress"], header["progress"]["window"]):
+        for key in ("seconds", "waited"):
+            place.pop(key, None)
+    return header
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_stopped_and_continued_equals_uninterrupted(
+    name: str, pairs: Pairs, uninterrupted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(pairs, tmp_path / "run", **EVERYTHING_RANDOM, **SETTINGS[name])
+    # In the middle of an epoch and of a window of metrics; during validation; at an epoch's end; in the last epoch.
+    stopped = run_until_stopped(recipe, steps=1)
+    assert stopped.state.progress["step"] == 1
+    assert run_until_stopped(recipe, validations=1).state.progress["step"] == 4
+    assert run_until_stopped(recipe, steps=2).state.progress["step"] == 6
+    assert run_until_stopped(recipe, steps=3).state.progress["step"] == 9
+    assert_same_run(train(recipe), uninterrupted(name))
+
+
+def test_the_comparison_sees_randomness(pairs: Pairs, uninterrupted: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = train(tiny_recipe(pairs, tmp_path / "run", **EVERYTHING_RANDOM, seed=1))
+    with pytest.raises(AssertionError):
+        assert_same_run(folder, uninterrupted("pixels-fp32"))
+
+
+def test_a_crash_loses_only_what_came_after_the_last_checkpoint(
+    pairs: Pairs, uninterrupted: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(pairs, tmp_path / "run", **EVERYTHING_RANDOM)
+    real_step, calls = TrainStep.__call__, []
+
+    def crashing(self: TrainStep, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 8:  # the checkpoint is that of step 4; a line of metrics was written at step 6
+            raise MemoryError("out of memory")
+        return real_step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", crashing)
+        with pytest.raises(MemoryError):
+            train(recipe)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert read_lines(tmp_path / "run")[-1]["step"] == 6
+    with metrics.open("a", encoding="utf-8") as file:
+        file.write('{"kind": "train", "step": 7, "lo')  # cut off in the middle of a line
+    assert_same_run(train(recipe), uninterrupted("pixels-fp32"))
+
+
+def test_a_finished_run_is_left_as_it_is(pairs: Pairs, uninterrupted: Callable[[str], Path]) -> None:
+    folder = uninterrupted("pixels-fp32")
+    names = ("last.safetensors", "model.safetensors", "metrics.jsonl", "val_captions.json")
+    before = {name: (folder / name).read_bytes() for name in names}
+    recipe = tiny_recipe(pairs, folder, **EVERYTHING_RANDOM, **SETTINGS["pixels-fp32"])
+    assert train(recipe) == folder
+    assert {name: (folder / name).read_bytes() for name in names} == before
+
+
+def test_signals_are_handled_during_the_run_alone(pairs: Pairs, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    recipe = tiny_recipe(pairs, tmp_path / "run")
+    run_until_stopped(recipe, steps=1)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_second_interrupt_stops_at_once(pairs: Pairs, tmp_path: Path) -> None:
+    trainer = Trainer(tiny_recipe(pairs, tmp_path / "run"))
+
+    def impatient(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the second interrupt was ignored")
+
+    trainer.step = impatient  # pyright: ignore
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+
+
+def test_a_signal_that_ends_the_workers_too_still_saves(pairs: Pairs, tmp_path: Path) -> None:
+    recipe = tiny_recipe(pairs, tmp_path / "run", epochs=4)
+    trainer = Trainer(recipe)
+    real = trainer.batches.iterate
+
+    def dying(step: int) -> Any:
+        supply = real(step)
+        yield next(supply)
+        ask_to_stop()
+        raise RuntimeError("DataLoader worker exited unexpectedly")
+
+    trainer.batches.iterate = dying
+    with pytest.raises(TrainingInterrupted, match="after step 1 of 8"):
+        trainer.run()
+    again = Trainer(recipe)
+    again.run()
+    assert again.state.progress["step"] == 8
+
+
+def test_a_failing_worker_without_a_signal_is_an_error(pairs: Pairs, tmp_path: Path) -> None:
+    trainer = Trainer(tiny_recipe(pairs, tmp_path / "run"))
+
+    def dying(step: int) -> Any:
+        raise RuntimeError("DataLoader worker exited unexpectedly")
+        yield
+
+    trainer.batches.iterate = dying
+    with pytest.raises(RuntimeError, match="worker"):
+        trainer.run()
+
+
+HARMLESS = {
+    "log_every_steps": 1,
+    "checkpoint_minutes": 3.0,
+    "data__num_workers": 1,
+    "device": "auto",
+    "tensorboard": False,
+    "encoder__cache_dir": "elsewhere",
+}
+HARMFUL: dict[str, Any] = {
+    "epochs": 3,
+    "max_steps": 3,
+    "seed": 1,
+    "batch_size": 5,
+    "precision": "bf16",
+    "optimizer__learning_rate": 1e-4,
+    "optimizer__ema_decay": 0.5,
+    "model__text__dropout": 0.5,
+    "model__text__width": 64,
+    "data__flip_probability": 0.0,
+    "validate_every_epochs": 2,
+    "tokenizer__vocab_size": 300,
+    "loss__caption_weight": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def begun(pairs: Pairs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable[..., Recipe]]:
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    run_until_stopped(tiny_recipe(pairs, folder), steps=1)
+
+    def recipe(output: Path = folder, **changes: Any) -> Recipe:
+        return tiny_recipe(pairs, output, **changes)
+
+    return folder, recipe
+
+
+@pytest.mark.parametrize("key", HARMFUL)
+def test_another_recipe_is_refused_by_key(key: str, begun: tuple[Path, Callable[..., Recipe]]) -> None:
+    folder, recipe = begun
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match="another recipe") as error:
+        Trainer(recipe(**{key: HARMFUL[key]}))
+    message = str(error.value)
+    assert key.replace("__", ".") in message
+    assert str(folder) in message
+    assert repr(HARMFUL[key]) in message
+    assert "--output" in message
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_settings_that_the_weights_do_not_depend_on_may_change(begun: tuple[Path, Callable[..., Recipe]]) -> None:
+    Trainer(begun[1](**HARMLESS))
+    moved = begun[0].rename(begun[0].with_name("moved"))
+    try:
+        Trainer(begun[1](**HARMLESS, output=moved))
+    finally:
+        moved.rename(begun[0])
+
+
+def test_a_damaged_record_of_the_recipe_is_an_error(pairs: Pairs, tmp_path: Path) -> None:
+    recipe = tiny_recipe(pairs, tmp_path / "run")
+    run_until_stopped(recipe, steps=1)
+    (tmp_path / "run" / "recipe.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"recipe\.json is damaged"):
+        Trainer(recipe)
+
+
+def test_a_start_that_left_no_checkpoint_binds_nobody(pairs: Pairs, tmp_path: Path) -> None:
+    first = Trainer(tiny_recipe(pairs, tmp_path / "run", tokenizer__vocab_size=330))
+    second = Trainer(tiny_recipe(pairs, tmp_path / "run", tokenizer__vocab_size=280))
+    assert second.tokenizer.vocab_size == 280 < first.tokenizer.vocab_size
