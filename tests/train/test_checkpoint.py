@@ -114,9 +114,9 @@ def test_a_full_disk_is_one_error_and_nothing_is_lost(pairs: Pairs, output: Path
     assert sizes["metrics.jsonl"] < sizes["model.safetensors"] < sizes["last.safetensors"]
     before = content(output)
     trainer = Trainer(recipe)
-    with largest_file(sizes[file] - 1 if file != "metrics.jsonl" else sizes[file] + 10):
-        with pytest.raises(WriteError) as error:
-            trainer.run()
+    limit = sizes[file] + 10 if file == "metrics.jsonl" else sizes[file] - 1
+    with largest_file(limit), pytest.raises(WriteError) as error:
+        trainer.run()
     message = str(error.value)
     assert file in message
     assert "free some space" in message

@@ -280,7 +280,7 @@ class TestBrokenImages:
     def test_many_are_an_error(self, damaged: Pairs, output: Path) -> None:
         (damaged.images / "image7.png").write_text("words", encoding="utf-8")
         recipe = tiny_recipe(damaged, output, encoder__frozen_stages=1, encoder__cache_features=True)
-        with pytest.raises(ValueError, match="2 of 12 training images are left out.*more than 10%"):
+        with pytest.raises(ValueError, match=r"2 of 12 training images are left out.*more than 10%"):
             Trainer(recipe)
 
 
