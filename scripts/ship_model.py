@@ -23,24 +23,25 @@ A small CoCa ({parameters:.1f}M parameters) that captions, classifies, embeds an
 
 | part | what |
 |---|---|
-| image encoder | EfficientNet-Lite2 ({encoder:.1f}M), 81 image features; ImageNet weights, its last three stages trained further |
+| image encoder | EfficientNet-Lite2 ({encoder:.1f}M), 81 features; ImageNet weights, last three trained further |
 | poolers | contrastive pooler of one query; the decoder looks at the image features themselves |
 | text decoder | {unimodal} unimodal and {multimodal} multimodal layers of width {width}; {vocab} byte-pair tokens |
 
 ## Training
 
-Recipe `recipes/flickr8k.yaml`: {epochs} epochs of {batch} images with five captions each ({steps} steps), contrastive and captioning
-loss together, bf16, {minutes:.0f} minutes on {cores} CPU cores after the features of the frozen stages had been stored (9 minutes). Best
-of the epochs' weights by CIDEr-D and R@1 on the validation images, so that the scores below are those of the set it was
-chosen on.
+Recipe `recipes/flickr8k.yaml`: {epochs} epochs of {batch} images with five captions each ({steps} steps),
+contrastive and captioning loss together, bf16, {minutes:.0f} minutes on {cores} CPU cores after the features of the
+frozen stages had been stored (9 minutes). Best of the epochs' weights by CIDEr-D and R@1 on the validation images,
+so that the scores below are those of the set it was chosen on.
 
 ## Data and licences
 
-- **Flickr8k** (Hodosh, Young, Hockenmaier 2013): 6,000 training images with 30,000 captions, for research use. The photographs are
-  their photographers'; none is part of this project.
-- **ImageNet weights** of EfficientNet-Lite2: Apache-2.0 (Google; converted by ML Illustrated). ImageNet's images are for
-  non-commercial research and education.
-- The weights are offered under Apache-2.0 as far as the project can; consider the terms above before commercial use.
+- **Flickr8k** (Hodosh, Young, Hockenmaier 2013): 6,000 training images with 30,000 captions, for research use. The
+  photographs are their photographers'; none is part of this project.
+- **ImageNet weights** of EfficientNet-Lite2: Apache-2.0 (Google; converted by ML Illustrated). ImageNet's images
+  are for non-commercial research and education.
+- The weights are offered under Apache-2.0 as far as the project can; consider the terms above before commercial
+  use.
 
 ## Scores
 
@@ -50,10 +51,10 @@ Flickr8k validation, 1,000 images, greedy captions, percent.
 
 ## Limits
 
-It has seen 6,000 photographs of everyday scenes, mostly people and dogs outdoors, and speaks of other things in these terms: a
-painting becomes a person, a rocket a man jumping. It does not read text, count well, or know names. It repeats the biases of its
-captions, such as guessing gender, age and activity. Do not use it to judge people or where errors do harm. Classification works
-for labels that its captions speak of.
+It has seen 6,000 photographs of everyday scenes, mostly people and dogs outdoors, and speaks of other things in
+these terms: a painting becomes a person, a rocket a man jumping. It does not read text, count well, or know names.
+It repeats the biases of its captions, such as guessing gender, age and activity. Do not use it to judge people or
+where errors do harm. Classification works for labels that its captions speak of.
 """
 
 
@@ -68,9 +69,7 @@ def main() -> None:
     loaded = load_model_folder(arguments.run)
     recipe = without_paths(loaded.info["recipe"])
     info = {"recipe": recipe, "step": loaded.info["step"], "validation": loaded.info["validation"]}
-    save_model_folder(
-        arguments.out, loaded.model, loaded.tokenizer, loaded.preprocess, dtype=torch.float16, info=info
-    )
+    save_model_folder(arguments.out, loaded.model, loaded.tokenizer, loaded.preprocess, dtype=torch.float16, info=info)
     model, text = loaded.model, loaded.model.config.text
     lines = [line for line in read_metrics(arguments.run / "metrics.jsonl") if line["kind"] == "train"]
     seconds = sum(line["step_ms"] for line in lines) / 1e3 * recipe["log_every_steps"]
@@ -104,7 +103,8 @@ def score_table(files: list[Path]) -> str:
     rows = ["| metric | score |", "|---|---|"]
     for file in files:
         metrics = json.loads(file.read_text(encoding="utf-8"))["metrics"]
-        rows += [f"| {name} | {value} |" for name, value in metrics.items() if isinstance(value, int | float)]
+        for name, value in metrics.items():
+            rows.append(f"| {name} | {value:g} |" if "rank" in name else f"| {name} | {100 * value:.1f} |")
     return "\n".join(rows)
 
 

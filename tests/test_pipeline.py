@@ -92,6 +92,7 @@ def test_every_form_of_an_image_is_the_same_image(pipeline, arrays, paths):
         "arrays": arrays,
         "not contiguous": [np.asfortranarray(array) for array in arrays],
         "floats": [array / 255 for array in arrays],
+        "floats between": [np.clip(array - 0.4, 0, 255) / 255 for array in arrays],
         "tensors": [torch.from_numpy(array).movedim(-1, 0) for array in arrays],
         "float tensors": [torch.from_numpy(array).movedim(-1, 0) / 255 for array in arrays],
         "mixed": [paths[0], arrays[1], str(paths[2]), Image.fromarray(arrays[3]), paths[4].read_bytes()],

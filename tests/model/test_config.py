@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from opencoca.model.coca import CoCa
-from opencoca.model.config import NAMED_SIZES, CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
+from opencoca.model.config import NAMED_SIZES, BlockConfig, CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
 
 # The paper's table 1, in millions: image encoder, text decoder, both.
 PAPER_SIZES = {"base": (86, 297, 383), "large": (303, 484, 787), "2b": (1000, 1100, 2100)}
@@ -65,6 +65,50 @@ def test_named_sizes_grow_and_can_be_changed():
 def test_configurations_cannot_be_changed_in_place():
     with pytest.raises(FrozenInstanceError):
         CoCaConfig().embed_dim = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_towers_choices_reach_the_blocks():
+    """Every choice differs from its default, so that one that is not handed on shows."""
+    text = TextConfig(
+        width=48,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=10,
+        mlp_width=20,
+        block="parallel",
+        positions="rotary",
+        activation="swiglu",
+        norm_bias=False,
+        linear_bias=False,
+        dropout=0.25,
+    )
+    assert text.block_config() == BlockConfig(
+        width=48,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=10,
+        mlp_width=20,
+        parallel=True,
+        activation="swiglu",
+        norm_bias=False,
+        linear_bias=False,
+        rotary=True,
+        dropout=0.25,
+    )
+    plain = TextConfig(width=48, num_heads=8, mlp_width=20).block_config()
+    assert plain == BlockConfig(width=48, num_heads=8, num_kv_heads=8, head_dim=6, mlp_width=20)
+    image = ImageEncoderConfig(width=48, num_heads=8, mlp_width=20, dropout=0.25).block()
+    assert image == BlockConfig(width=48, num_heads=8, num_kv_heads=8, head_dim=6, mlp_width=20, dropout=0.25)
+
+
+@pytest.mark.parametrize(("num_kv_heads", "expected"), [(None, 4), (2, 2), (1, 1)])
+def test_fewer_key_value_heads_make_smaller_projections_and_caches(make_config, num_kv_heads: int, expected: int):
+    model = on_meta(make_config(num_kv_heads=num_kv_heads, head_dim=6))
+    projections = [m for name, m in model.unimodal_decoder.named_modules() if name.endswith("kv_proj")]
+    projections += [m for name, m in model.multimodal_decoder.named_modules() if name.endswith("kv_proj")]
+    assert [m.out_features for m in projections] == [2 * expected * 6] * 6
+    state = model.start_decoding(torch.empty(2, 5, 16, device="meta"), capacity=7)
+    assert {cache.keys.shape for cache in (*state.unimodal, *state.multimodal)} == {(2, expected, 7, 6)}
 
 
 heads_and_widths = st.integers(1, 6).flatmap(
