@@ -56,24 +56,20 @@ class Attention(nn.Module):
 
     def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """context (B, N, C) -> keys, values (B, K, N, d). Of an image this is done once, however long the text."""
-        return self._split_keys_values(self.kv_proj(context))
-
-    def _split_keys_values(self, keys_values: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = keys_values.unflatten(-1, (2, self.num_kv_heads, self.head_dim)).unbind(-3)
+        keys, values = self.kv_proj(context).unflatten(-1, (2, self.num_kv_heads, self.head_dim)).unbind(-3)
         return keys.transpose(1, 2), values.transpose(1, 2)
 
     def self_attend(self, x: Tensor, layout: TextLayout, cache: KeyValueCache | None = None) -> Tensor:
         """x (S, D) packed words -> (S, D): every word sees itself and the words before it, cached ones included."""
-        queries = layout.pad(self.q_proj(x)).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        keys, values = self._split_keys_values(layout.pad(self.kv_proj(x)))
+        (queries,) = layout.pad_heads(self.q_proj(x), 1, self.head_dim)
+        keys, values = layout.pad_heads(self.kv_proj(x), 2, self.head_dim)
         start = cache.length if cache is not None else 0
         if self.rotary:
             angles = rotary_angles(start, queries.shape[2], self.head_dim, queries.device)
             queries, keys = rotate(queries, angles), rotate(keys, angles)
         if cache is not None:
             keys, values = cache.append(keys, values)
-        mixed = attend(queries, keys, values, causal=True)
-        return self.out_proj(layout.pack(mixed.transpose(1, 2).flatten(2)))
+        return self.out_proj(layout.pack_heads(attend(queries, keys, values, causal=True)))
 
     def cross_attend(self, x: Tensor, keys: Tensor, values: Tensor, layout: TextLayout) -> Tensor:
         """x (S, D) packed words, keys and values (I, K, N, d) of I images -> (S, D).
@@ -82,11 +78,9 @@ class Attention(nn.Module):
         """
         num_images = keys.shape[0]
         assert layout.batch_size % num_images == 0, "texts cannot be shared out evenly among the images"
-        queries = layout.pad(self.q_proj(x)).unflatten(-1, (self.num_heads, self.head_dim))
-        shape = queries.shape
-        queries = queries.reshape(num_images, shape[0] // num_images * shape[1], *shape[2:]).transpose(1, 2)
-        mixed = attend(queries, keys, values, causal=False).transpose(1, 2)
-        return self.out_proj(layout.pack(mixed.reshape(shape).flatten(2)))
+        group = layout.batch_size // num_images
+        (queries,) = layout.pad_heads(self.q_proj(x), 1, self.head_dim, group)
+        return self.out_proj(layout.pack_heads(attend(queries, keys, values, causal=False), group))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (B, T, D) over context (B, N, C), or over itself, nothing masked -> (B, T, D)."""

@@ -98,6 +98,11 @@ class CoCa(nn.Module):
         """1 / temperature, a scalar, at most max_logit_scale."""
         return self.log_logit_scale.exp().clamp(max=self.config.max_logit_scale)
 
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Brings the stored scale back to its maximum: beyond it, it would have no gradient to return with."""
+        self.log_logit_scale.clamp_(max=math.log(self.config.max_logit_scale))
+
     def encode_image(self, images: Tensor) -> ImageOutput:
         """images (I, 3, height, width), preprocessed -> tokens and embedding."""
         return self.pool_image(self.image_encoder(images))

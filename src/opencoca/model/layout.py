@@ -5,6 +5,7 @@ attention, which needs rows, pads and packs again. With real captions this saves
 Letters: B batch, T text positions, S real positions of the whole batch, D width.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,38 @@ class TextLayout:
         """(B, T, ...) -> (S, ...)."""
         flat = padded.reshape(self.batch_size * self.length, *padded.shape[2:])
         return flat if self.slots is None else take_rows(flat, self.slots)
+
+
+    def pad_heads(self, packed: Tensor, parts: int, head_dim: int, group: int = 1) -> Tensor:
+        """(S, parts * H * d) -> (parts, B / group, H, group * T, d): padded and split into heads in one copy.
+
+        parts: how many kinds of vectors lie side by side (keys and values: 2). group: consecutive texts that attend
+        as one, their positions in a row.
+        """
+        num_heads = packed.shape[1] // (parts * head_dim)
+        shape = (parts, self.batch_size // group, num_heads, group * self.length, head_dim)
+        if self.slots is None:
+            split = packed.view(shape[1], shape[3], parts, num_heads, head_dim)
+            return split.permute(2, 0, 3, 1, 4)
+        slots = self._head_slots(self.slots, parts, num_heads, group)
+        return put_rows(packed.reshape(-1, head_dim), slots, math.prod(shape[:4])).view(shape)
+
+    def pack_heads(self, padded: Tensor, group: int = 1) -> Tensor:
+        """(B / group, H, group * T, d) -> (S, H * d): the inverse of `pad_heads` for one part."""
+        num_heads, head_dim = padded.shape[1], padded.shape[3]
+        if self.slots is None:
+            return padded.transpose(1, 2).reshape(self.batch_size * self.length, num_heads * head_dim)
+        slots = self._head_slots(self.slots, 1, num_heads, group)
+        return take_rows(padded.reshape(-1, head_dim), slots).view(-1, num_heads * head_dim)
+
+    def _head_slots(self, slots: Tensor, parts: int, num_heads: int, group: int) -> Tensor:
+        """(S * parts * H,) where each vector of a packed row stands in the flattened padded form."""
+        rows, positions = slots // self.length, slots % self.length
+        span = group * self.length
+        first = (rows // group) * (num_heads * span) + (rows % group) * self.length + positions
+        heads = torch.arange(num_heads, device=slots.device) * span
+        kinds = torch.arange(parts, device=slots.device) * (self.batch_size // group * num_heads * span)
+        return (first[:, None, None] + kinds[None, :, None] + heads).flatten()
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Tensors: model/NAME, average/NAME, optimizer/KEY/NAME, rng/cpu and rng/cuda; eve
 
 import errno
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,8 @@ def save_checkpoint(path: Path, state: TrainState) -> None:
         try:
             save_file(tensors, partial, {"opencoca": json.dumps(header)})
         except SafetensorError as error:
-            raise OSError(_disk_error(str(error)), str(error)) from error
+            code = _disk_error(str(error))
+            raise OSError(code, os.strerror(code)) from error
 
 
 def load_checkpoint(path: Path, state: TrainState) -> None:

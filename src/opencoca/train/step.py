@@ -123,6 +123,7 @@ class TrainStep:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, options.grad_clip, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.model.clamp_logit_scale()
         if self.average is not None:
             self.average.update(self.model)
         return StepMetrics(

@@ -29,7 +29,7 @@ from opencoca.tokenizer import Tokenizer, train_tokenizer
 from opencoca.train.batches import TrainBatch, TrainBatches
 from opencoca.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from opencoca.train.feature_cache import CacheViews, FeatureCache, open_feature_cache
-from opencoca.train.memory import keep_freed_memory
+from opencoca.train.memory import keep_freed_memory, release_freed_memory
 from opencoca.train.metrics_log import MetricsLog, MetricsWindow
 from opencoca.train.optimizer import WeightAverage, build_optimizer, freeze_image_stages, freeze_unused
 from opencoca.train.recipe import Recipe
@@ -37,6 +37,9 @@ from opencoca.train.report import write_report
 from opencoca.train.run_folder import remember_recipe
 from opencoca.train.step import TrainStep
 from opencoca.train.validation import ValidationScores, Validator
+
+
+_RELEASE_EVERY_STEPS = 20
 
 
 class TrainingInterrupted(Exception):
@@ -135,6 +138,8 @@ class Trainer:
         waited = time.monotonic() - began
         metrics = self.step(batch, self.state.progress["step"], self.total_steps)
         self.state.progress["step"] += 1
+        if self.device.type == "cpu" and self.state.progress["step"] % _RELEASE_EVERY_STEPS == 0:
+            release_freed_memory()
         tokens = int(batch.token_mask.sum())
         window.add(metrics, len(batch.image_ids), tokens, waited, time.monotonic() - began)
         return True
@@ -235,7 +240,10 @@ class Trainer:
             try:
                 model.image_encoder.load_state_dict(encoder.state_dict())
             except RuntimeError as error:
-                raise ValueError(f"the image encoder of {init} does not fit this recipe's: {error}") from error
+                first = str(error).splitlines()[1:2] or [str(error)]
+                raise ValueError(
+                    f"the image encoder of {init} does not fit this recipe's: {first[0].strip()}"
+                ) from error
         return model.to(self.device).eval()
 
     def _transforms(self) -> tuple[EvalTransform, TrainTransform]:
