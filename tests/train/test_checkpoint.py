@@ -114,7 +114,8 @@ def test_a_full_disk_is_one_error_and_nothing_is_lost(pairs: Pairs, output: Path
     assert sizes["metrics.jsonl"] < sizes["model.safetensors"] < sizes["last.safetensors"]
     before = content(output)
     trainer = Trainer(recipe)
-    limit = sizes[file] + 10 if file == "metrics.jsonl" else sizes[file] - 1
+    # A later checkpoint may be some digits shorter: its header holds times and scores.
+    limit = sizes[file] + 10 if file == "metrics.jsonl" else sizes[file] - 500
     with largest_file(limit), pytest.raises(WriteError) as error:
         trainer.run()
     message = str(error.value)

@@ -1,7 +1,7 @@
 """Every initial value of a CoCa, in one place.
 
 Linear maps keep the variance of their input (normal, deviation 1 / sqrt(fan-in)); those that write into a residual
-stream are scaled down by the root of their number so that the stream's variance does not grow with depth (GPT-2's rule).
+stream are scaled down by the root of their number, so that its variance does not grow with depth (GPT-2).
 """
 
 import torch

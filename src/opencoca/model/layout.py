@@ -57,7 +57,6 @@ class TextLayout:
         flat = padded.reshape(self.batch_size * self.length, *padded.shape[2:])
         return flat if self.slots is None else take_rows(flat, self.slots)
 
-
     def pad_heads(self, packed: Tensor, parts: int, head_dim: int, group: int = 1) -> Tensor:
         """(S, parts * H * d) -> (parts, B / group, H, group * T, d): padded and split into heads in one copy.
 

@@ -38,7 +38,6 @@ from opencoca.train.run_folder import remember_recipe
 from opencoca.train.step import TrainStep
 from opencoca.train.validation import ValidationScores, Validator
 
-
 _RELEASE_EVERY_STEPS = 20
 
 
