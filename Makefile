@@ -1,15 +1,17 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer and make: both set up their environment first.
 VENV ?= .venv
 SYSTEM_PYTHON ?= python3
+PEERS_VENV ?= .peers-venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-java lint types imports check
+.PHONY: help setup demo test test-java test-peers lint types imports check
 
 help:
 	@echo "make setup    install into $(VENV) (choose another with VENV=DIR, another Python with SYSTEM_PYTHON=PATH)"
 	@echo "make demo     caption, classify and find the photographs in demo/photos; draws demo/output/contact_sheet.png"
 	@echo "make test     all tests that need no GPU, no Java and no other projects"
+	@echo "make test-peers  ours against other projects' models, in an environment of its own ($(PEERS_VENV))"
 	@echo "make check    make test, and also lint, types and imports"
 
 setup: $(STAMP)
@@ -32,6 +34,15 @@ test: setup
 test-java: setup
 	$(PYTHON) -m pip install --disable-pip-version-check --no-input --quiet -c constraints.txt -e '.[coco-metrics]'
 	$(PYTHON) -m pytest -m "java and not peers and not gpu"
+
+# Other projects' models against ours, in an environment of their own; it has not what all other tests import.
+test-peers: $(PEERS_VENV)/.installed
+	$(PEERS_VENV)/bin/python -m pytest -m "peers and not java and not gpu" $$(grep -rl --include='test_*.py' 'mark\.peers' tests)
+
+$(PEERS_VENV)/.installed: pyproject.toml constraints.txt scripts/make_peers_env.sh
+	rm -rf $(PEERS_VENV)
+	scripts/make_peers_env.sh $(PEERS_VENV) $(SYSTEM_PYTHON)
+	@touch $@
 
 lint: setup
 	$(VENV)/bin/ruff format --check .

@@ -28,10 +28,11 @@ def median_seconds(function: Callable[[], Any], repeats: int, warmup: int = 1) -
 
 
 def matmul_rate(dtype: torch.dtype, size: int = 4096) -> float:
-    """FLOP a second of one large matrix product on random data: the best of five."""
+    """FLOP a second of square matrix products on random data: the best of five tries."""
     left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    best = min(median_seconds(lambda: left @ right, 1, warmup=0 if i else 1) for i in range(5))
-    return 2 * size**3 / best
+    repeats = max(1, (2048 // size) ** 3)
+    best = min(median_seconds(lambda: [left @ right for _ in range(repeats)], 1, warmup=1) for _ in range(5))
+    return 2 * size**3 * repeats / best
 
 
 def peak_bytes() -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,6 +17,13 @@ torch.set_num_threads(1)
 # Deadlines fail on a busy machine, and the default run is to give the same answer twice.
 settings.register_profile("opencoca", deadline=None, derandomize=True)
 settings.load_profile("opencoca")
+
+if find_spec("torchvision") is not None and torch.version.cuda is None:
+    # Other projects' packages need torchvision, and PyPI has it built for CUDA alone: beside a CPU build of PyTorch its
+    # operators do not load, and it fails to import where it describes two of them. Declaring these is enough.
+    _operators = torch.library.Library("torchvision", "DEF")
+    for _name in ("nms", "qnms"):
+        _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 ConfigMaker = Callable[..., CoCaConfig]
 ModelMaker = Callable[..., CoCa]

@@ -28,7 +28,8 @@ from cli_helpers import (
     write_csv,
 )
 from opencoca.cli import build_parser, main
-from opencoca.pipeline import Pipeline, load
+from opencoca.loading import load
+from opencoca.pipeline import Pipeline
 from opencoca.tokenizer import Tokenizer
 
 DAMAGED = {
@@ -152,7 +153,7 @@ def test_faults_of_the_program_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: object) -> None:
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr("opencoca.pipeline.load", fail)
+    monkeypatch.setattr("opencoca.loading.load", fail)
     with pytest.raises(RuntimeError, match="a fault"):
         main(["caption", "x.jpg"])
 
@@ -161,7 +162,7 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("opencoca.pipeline.load", interrupt)
+    monkeypatch.setattr("opencoca.loading.load", interrupt)
     assert main(["caption", "x.jpg"]) == 130
     assert capsys.readouterr().err == "opencoca: interrupted\n"
 
@@ -195,7 +196,7 @@ def test_caption_as_json(model: str, pipeline: Pipeline, images: Path, capsys: p
     chosen = paths_of(images)[::-1]
     assert main(["caption", *chosen, "--model", model, "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
-    details = pipeline.caption_details(chosen)
+    details = [captions[0] for captions in pipeline.caption_details(chosen)]
     assert [row["image"] for row in rows] == chosen
     assert [row["caption"] for row in rows] == [detail.text for detail in details]
     assert [row["log_probability"] for row in rows] == pytest.approx([d.log_probability for d in details], abs=1e-4)
@@ -296,7 +297,7 @@ def test_full_disk_leaves_the_old_file(
     out = tmp_path / "e.npz"
     out.write_text("old")
     captions = write_captions(tmp_path / "captions.csv")
-    monkeypatch.setattr("opencoca.files._flush_to_disk", full)
+    monkeypatch.setattr("opencoca.files.flush_to_disk", full)
     sentence = "No space left on device"
     assert_mistake(capsys, ["embed", str(images), "--model", model, "--out", str(out)], str(out), sentence)
     argv = ["evaluate", "retrieval", "--images", str(images), "--captions", str(captions), "--model", model]

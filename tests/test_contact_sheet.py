@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from opencoca import contact_sheet
+from opencoca import contact_sheet, drawing
 from opencoca.contact_sheet import Finding, Photograph, write_contact_sheet
 from opencoca.pipeline import LabelScore
 
@@ -61,8 +61,8 @@ def test_the_whole_of_an_image_is_shown_whatever_its_shape(tmp_path: Path, size:
 
 @given(st.text(max_size=80), st.integers(20, 400))
 def test_wrapped_lines_fit_and_lose_no_word_that_fits(text: str, width: int) -> None:
-    font = contact_sheet._font(17)
-    lines = contact_sheet._wrapped(text, font, width)
+    font = drawing.font(17)
+    lines = drawing.wrapped(text, font, width)
     assert all(font.getlength(line) <= width or line == "…" for line in lines)
     if all(font.getlength(word) <= width for word in text.split()):
         assert " ".join(lines).split() == text.split()

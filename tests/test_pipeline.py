@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 import opencoca
-from opencoca import pipeline as pipeline_module
+from opencoca import loading
 from opencoca.data.images import ImageError
 from opencoca.data.transforms import EvalTransform, PreprocessConfig
 from opencoca.generation import GenerationOptions, generate
+from opencoca.loading import ShippedModel, available_models, load
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
 from opencoca.model_folder import save_model_folder
-from opencoca.pipeline import LabelScore, Pipeline, ShippedModel, available_models, load
+from opencoca.pipeline import LabelScore, Pipeline
 from opencoca.preprocess import Preprocess
 from opencoca.tokenizer import train_tokenizer
 
@@ -182,9 +183,9 @@ def test_captions_equal_the_parts(pipeline, arrays, paths):
     chosen = {"max_new_tokens": 8, "min_new_tokens": 2, "prefix": "a photo"}
     for batch_size in (1, 2, 5, 100):
         details = pipeline.caption_details(paths, batch_size=batch_size, **chosen)
-        assert [caption.token_ids for caption in details] == [caption.token_ids for caption in expected]
+        assert [own[0].token_ids for own in details] == [own[0].token_ids for own in expected]
         captions = pipeline.caption(paths, batch_size=batch_size, **chosen)
-        assert captions == [caption.text for caption in expected]
+        assert captions == [own[0].text for own in expected]
         assert all(caption.startswith("a photo") for caption in captions)
 
 
@@ -326,8 +327,8 @@ def test_models_are_found_by_name(folder, monkeypatch):
     assert shipped.licence
     ours = replace(shipped, name="ours", folder=folder)
     assert isinstance(ours, ShippedModel)
-    monkeypatch.setattr(pipeline_module, "SHIPPED_MODELS", {"ours": ours})
-    monkeypatch.setattr(pipeline_module, "DEFAULT_MODEL", "ours")
+    monkeypatch.setattr(loading, "SHIPPED_MODELS", {"ours": ours})
+    monkeypatch.setattr(loading, "DEFAULT_MODEL", "ours")
     assert load("ours").info == load().info == {"seed": 0}
 
 

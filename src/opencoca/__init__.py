@@ -8,9 +8,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from opencoca.loading import load
     from opencoca.model.coca import CoCa
     from opencoca.model.config import CoCaConfig
-    from opencoca.pipeline import Pipeline, load
+    from opencoca.pipeline import Pipeline
     from opencoca.tokenizer import Tokenizer
 
     __version__: str
@@ -22,7 +23,7 @@ _MODULES = {
     "CoCaConfig": "opencoca.model.config",
     "Pipeline": "opencoca.pipeline",
     "Tokenizer": "opencoca.tokenizer",
-    "load": "opencoca.pipeline",
+    "load": "opencoca.loading",
 }
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from opencoca.drawing import ACCENT, CARD_FILL, INK, PAPER, SOFT, TRACK, font, framed, shortened, text_block
 from opencoca.files import atomic_write
 from opencoca.pipeline import LabelScore
 from opencoca.preprocess import ImageLike, as_pil
@@ -16,9 +16,6 @@ _WIDTH, _MARGIN, _GAP, _PADDING = 1600, 48, 24, 18
 _COLUMNS = 4
 _CARD = (_WIDTH - 2 * _MARGIN - (_COLUMNS - 1) * _GAP) // _COLUMNS
 _PHOTO_HEIGHT = _CARD * 3 // 4
-_RADIUS = 14
-_PAPER, _CARD_FILL, _BORDER = "#f3f1ec", "#ffffff", "#dedad1"
-_INK, _SOFT, _ACCENT, _TRACK = "#22211f", "#77736b", "#c2562d", "#efece5"
 
 
 @dataclass(frozen=True)
@@ -60,9 +57,9 @@ def write_contact_sheet(
     sections = [_heading(title, subtitle)] if title or subtitle else []
     sections += _rows(cards)
     if found:
-        sections += [_text_block("Found by text", _font(26, bold=True), _INK, _WIDTH - 2 * _MARGIN), *_rows(found)]
+        sections += [text_block("Found by text", font(26, bold=True), INK, _WIDTH - 2 * _MARGIN), *_rows(found)]
     height = 2 * _MARGIN + sum(section.height for section in sections) + _GAP * (len(sections) - 1)
-    sheet = Image.new("RGB", (_WIDTH, height), _PAPER)
+    sheet = Image.new("RGB", (_WIDTH, height), PAPER)
     y = _MARGIN
     for section in sections:
         sheet.paste(section, (_MARGIN, y))
@@ -78,47 +75,31 @@ def _rows(cards: Sequence[Image.Image]) -> list[Image.Image]:
     for start in range(0, len(cards), _COLUMNS):
         group = cards[start : start + _COLUMNS]
         height = max(card.height for card in group)
-        row = Image.new("RGB", (_WIDTH - 2 * _MARGIN, height), _PAPER)
+        row = Image.new("RGB", (_WIDTH - 2 * _MARGIN, height), PAPER)
         for column, card in enumerate(group):
-            row.paste(_framed(card, height), (column * (_CARD + _GAP), 0))
+            row.paste(framed(card, height), (column * (_CARD + _GAP), 0))
         rows.append(row)
     return rows
 
 
-def _framed(card: Image.Image, height: int) -> Image.Image:
-    """The card extended to this height, with round corners and a border; drawn large and shrunk, to be smooth."""
-    full = Image.new("RGB", (_CARD, height), _CARD_FILL)
-    full.paste(card, (0, 0))
-    scale = 4
-    size = (_CARD * scale, height * scale)
-    mask, border = Image.new("L", size, 0), Image.new("L", size, 0)
-    corners = (0, 0, size[0] - 1, size[1] - 1)
-    ImageDraw.Draw(mask).rounded_rectangle(corners, _RADIUS * scale, fill=255)
-    ImageDraw.Draw(border).rounded_rectangle(corners, _RADIUS * scale, outline=255, width=scale + scale // 2)
-    result = Image.new("RGB", full.size, _PAPER)
-    result.paste(full, mask=mask.resize(full.size, Image.Resampling.LANCZOS))
-    result.paste(_BORDER, mask=border.resize(full.size, Image.Resampling.LANCZOS))
-    return result
-
-
 def _photograph_card(photograph: Photograph) -> Image.Image:
     inner = _CARD - 2 * _PADDING
-    caption = _text_block(photograph.caption or "(no words)", _font(21), _INK, inner, _CARD_FILL)
+    caption = text_block(photograph.caption or "(no words)", font(21), INK, inner, CARD_FILL)
     bars = [_label_bar(label, inner) for label in photograph.labels]
     return _stack(photograph.image, [caption, *bars])
 
 
 def _finding_card(finding: Finding) -> Image.Image:
     inner = _CARD - 2 * _PADDING
-    query = _text_block(f"“{finding.query}”", _font(21, bold=True), _ACCENT, inner, _CARD_FILL)
-    score = _text_block(f"similarity {finding.similarity:.3f}", _font(17), _SOFT, inner, _CARD_FILL)
+    query = text_block(f"“{finding.query}”", font(21, bold=True), ACCENT, inner, CARD_FILL)
+    score = text_block(f"similarity {finding.similarity:.3f}", font(17), SOFT, inner, CARD_FILL)
     return _stack(finding.image, [query, score])
 
 
 def _stack(image: ImageLike, parts: Sequence[Image.Image]) -> Image.Image:
     spacing = 10
     height = _PHOTO_HEIGHT + 2 * _PADDING + sum(part.height for part in parts) + spacing * (len(parts) - 1)
-    card = Image.new("RGB", (_CARD, height), _CARD_FILL)
+    card = Image.new("RGB", (_CARD, height), CARD_FILL)
     card.paste(_covering(as_pil(image), (_CARD, _PHOTO_HEIGHT)), (0, 0))
     y = _PHOTO_HEIGHT + _PADDING
     for part in parts:
@@ -151,69 +132,29 @@ def _resized(image: Image.Image, size: tuple[int, int], scale: float) -> Image.I
 
 
 def _label_bar(label: LabelScore, width: int) -> Image.Image:
-    font = _font(17)
+    small = font(17)
     height, bar_height = 38, 7
-    part = Image.new("RGB", (width, height), _CARD_FILL)
+    part = Image.new("RGB", (width, height), CARD_FILL)
     draw = ImageDraw.Draw(part)
     percent = f"{label.probability:.0%}"
-    draw.text((width, 0), percent, _SOFT, font, anchor="ra")
-    name = _shortened(label.label, font, width - font.getlength(percent) - 16)
-    draw.text((0, 0), name, _INK, font, anchor="la")
+    draw.text((width, 0), percent, SOFT, small, anchor="ra")
+    name = shortened(label.label, small, width - small.getlength(percent) - 16)
+    draw.text((0, 0), name, INK, small, anchor="la")
     top = height - bar_height - 2
-    draw.rounded_rectangle((0, top, width - 1, top + bar_height), bar_height / 2, fill=_TRACK)
+    draw.rounded_rectangle((0, top, width - 1, top + bar_height), bar_height / 2, fill=TRACK)
     filled = round((width - 1) * min(1.0, max(0.0, label.probability)))
     if filled >= bar_height:
-        draw.rounded_rectangle((0, top, filled, top + bar_height), bar_height / 2, fill=_ACCENT)
+        draw.rounded_rectangle((0, top, filled, top + bar_height), bar_height / 2, fill=ACCENT)
     return part
 
 
 def _heading(title: str, subtitle: str) -> Image.Image:
     width = _WIDTH - 2 * _MARGIN
-    parts = [_text_block(title, _font(38, bold=True), _INK, width)] if title else []
-    parts += [_text_block(subtitle, _font(20), _SOFT, width)] if subtitle else []
-    heading = Image.new("RGB", (width, sum(part.height for part in parts)), _PAPER)
+    parts = [text_block(title, font(38, bold=True), INK, width)] if title else []
+    parts += [text_block(subtitle, font(20), SOFT, width)] if subtitle else []
+    heading = Image.new("RGB", (width, sum(part.height for part in parts)), PAPER)
     y = 0
     for part in parts:
         heading.paste(part, (0, y))
         y += part.height
     return heading
-
-
-def _text_block(
-    text: str, font: ImageFont.FreeTypeFont, colour: str, width: int, background: str = _PAPER
-) -> Image.Image:
-    lines = _wrapped(text, font, width)
-    step = round(font.size * 1.35)
-    block = Image.new("RGB", (width, step * len(lines)), background)
-    draw = ImageDraw.Draw(block)
-    for number, line in enumerate(lines):
-        draw.text((0, number * step), line, colour, font, anchor="la")
-    return block
-
-
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
-    """Lines that are no wider; a single word that is gets cut short."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-        elif lines[-1]:
-            lines.append(_shortened(word, font, width))
-        else:
-            lines[-1] = _shortened(word, font, width)
-    return lines
-
-
-def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"
-
-
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu, which comes with matplotlib: the same picture on every machine."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)

@@ -2,10 +2,13 @@
 
 import contextlib
 import errno
+import glob
 import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+_PARTIAL_SUFFIX = ".partial"
 
 
 class WriteError(OSError):
@@ -29,25 +32,38 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     if target.exists() and not target.is_file():
         # Renaming onto a device such as /dev/stdout would replace the device itself.
         raise WriteError(errno.EINVAL, f"cannot write {path}: it is not an ordinary file; choose another name")
-    partial = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    partial = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}{_PARTIAL_SUFFIX}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        _flush_to_disk(partial)
+        flush_to_disk(partial)
         partial.replace(target)
-        _flush_to_disk(target.parent)
+        flush_to_disk(target.parent)
     except WriteError:
         raise
     except OSError as error:
-        reason = error.strerror or str(error)
-        message = f"cannot write {path} ({reason}): {_remedy(error.errno)}; what was there before is unchanged"
-        raise WriteError(error.errno, message) from error
+        raise write_error(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
 
 
-def _flush_to_disk(path: Path) -> None:
+def write_error(path: str | os.PathLike[str], error: OSError) -> WriteError:
+    """The error in one sentence that names what could not be written and the remedy."""
+    reason = error.strerror or str(error)
+    message = f"cannot write {path} ({reason}): {_remedy(error.errno)}; what was there before is unchanged"
+    return WriteError(error.errno, message)
+
+
+def remove_partial_files(path: str | os.PathLike[str]) -> None:
+    """Removes what was left beside `path` by processes that were killed writing it; nobody may be writing it now."""
+    target = Path(os.path.realpath(path))
+    for partial in target.parent.glob(f".{glob.escape(target.name)}.*{_PARTIAL_SUFFIX}"):
+        partial.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Waits until the content of a file, or the names in a folder, have reached the disk. Raises OSError if not."""
     if path.is_dir() and os.name != "posix":
         return  # elsewhere a folder cannot be opened
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

@@ -1,28 +1,30 @@
 """The form in which a model is stored and passed on: a folder with config.json, model.safetensors, tokenizer.json."""
 
-import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opencoca.data.transforms import PreprocessConfig
 from opencoca.files import atomic_write
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
+from opencoca.model.init import without_values
+from opencoca.quantization import INT8, is_quantized, quantize, share_weight
+from opencoca.safetensors_file import TensorInfo, non_finite, read_tensor_infos, read_tensors, write_tensors
 from opencoca.tokenizer import Tokenizer
 
 FORMAT = "opencoca-1"
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
-_HEAD = "lm_head.weight"
+_HEAD = "lm_head."
+# Far beyond any real one's; a longer file would be parsed for many seconds before it is found to be none.
+_MAX_CONFIG_BYTES, _MAX_TOKENIZER_BYTES = 4_000_000, 32_000_000
 _CONTENTS = f"a model's folder holds {CONFIG_FILE}, {WEIGHTS_FILE} and {TOKENIZER_FILE}"
 
 
@@ -59,7 +61,7 @@ def save_model_folder(
     _check_vocabulary(model.config, tokenizer, "this tokenizer")
     tensors = _without_tied_head(model.config, model.state_dict())
     tensors = {name: _cast(tensor.detach(), dtype).cpu().contiguous() for name, tensor in tensors.items()}
-    if broken := _non_finite(tensors):
+    if broken := non_finite(tensors):
         kind = f" in {dtype}" if dtype is not None else ""
         raise ValueError(f"the model was not saved: these weights are not finite{kind}: {_first(broken)}")
     config = {
@@ -68,17 +70,22 @@ def save_model_folder(
         "preprocess": preprocess.to_dict(),
         "info": dict(info or {}),
     }
+    if is_quantized(model):
+        config["quantization"] = INT8
     folder = Path(folder)
     _write_text(folder / TOKENIZER_FILE, tokenizer.to_json())
     _write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    with atomic_write(folder / WEIGHTS_FILE) as partial, _safetensors_errors_as_os_errors():
-        save_file(tensors, partial, metadata={"format": "pt"})
+    write_tensors(folder / WEIGHTS_FILE, tensors)
 
 
 def load_model_folder(
     folder: str | os.PathLike[str], device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> LoadedModel:
     """Reads a model folder; the weights are in memory once, and every one of them is checked.
+
+    Names, shapes and types are compared before the weights are read. On the CPU and in the stored type the weights
+    are the file's own pages, memory-mapped: do not write into the file while they are in use (`save_model_folder`,
+    which replaces it, may).
 
     Args:
         device: where the model goes.
@@ -90,21 +97,31 @@ def load_model_folder(
     """
     folder = Path(folder)
     _check_files(folder)
-    model, preprocess, info = _read_config(folder / CONFIG_FILE)
+    weights = folder / WEIGHTS_FILE
+    stored = read_tensor_infos(weights)
+    model, preprocess, info = _read_config(folder / CONFIG_FILE, len(stored))
     tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
     _check_vocabulary(model.config, tokenizer, str(folder / TOKENIZER_FILE))
-    weights = folder / WEIGHTS_FILE
-    try:
-        tensors = load_file(weights, device=str(device))
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is damaged or cut short ({error}); copy or train the model again") from error
-    _check_tensors(weights, _without_tied_head(model.config, model.state_dict()), tensors)
+    _check_tensors(weights, _without_tied_head(model.config, model.state_dict()), stored)
+    tensors = read_tensors(weights, str(device))
+    if broken := non_finite(tensors):
+        raise _wrong_weights(weights, f"{len(broken)} not finite ({_first(broken)})")
     for name in tuple(tensors):
         tensors[name] = _cast(tensors[name], dtype)
     model.load_state_dict(tensors, strict=False, assign=True)
     if model.config.text.tie_embeddings:
-        model.lm_head.weight = model.unimodal_decoder.token_embed.weight
+        share_weight(model.lm_head, model.unimodal_decoder.token_embed)
     return LoadedModel(model.to(device).eval(), tokenizer, preprocess, info)
+
+
+def stored_format(config_file: str | os.PathLike[str]) -> str | None:
+    """The format that a config.json says it has; None if it says nothing of the kind, as another project's."""
+    try:
+        stored = json.loads(Path(config_file).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    found = stored.get("format") if isinstance(stored, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _check_files(folder: Path) -> None:
@@ -115,28 +132,54 @@ def _check_files(folder: Path) -> None:
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}; {_CONTENTS}")
+    for name, limit in ((CONFIG_FILE, _MAX_CONFIG_BYTES), (TOKENIZER_FILE, _MAX_TOKENIZER_BYTES)):
+        if (size := (folder / name).stat().st_size) > limit:
+            raise ValueError(f"{folder / name} is damaged or no model's: it has {size:,} bytes, more than {limit:,}")
 
 
-def _read_config(file: Path) -> tuple[CoCa, PreprocessConfig, dict[str, Any]]:
+def _read_config(file: Path, num_tensors: int) -> tuple[CoCa, PreprocessConfig, dict[str, Any]]:
     """The model that the configuration describes, its weights not yet there, and what else the file says."""
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: it is not JSON ({error})") from error
     found = stored.get("format") if isinstance(stored, dict) else None
     if found != FORMAT:
         raise ValueError(f"{file} is of format {found!r}, but this version of opencoca reads {FORMAT!r} alone")
     try:
         config = CoCaConfig.from_dict(stored["model"])
-        return _build_without_weights(config), PreprocessConfig.from_dict(stored["preprocess"]), dict(stored["info"])
+        _check_plausible(config, num_tensors)
+        model = _build_without_weights(config)
+        _quantize_as_stored(model, stored.get("quantization"))
+        return model, PreprocessConfig.from_dict(stored["preprocess"]), dict(stored["info"])
     except KeyError as error:
         raise ValueError(f"{file} is damaged: it has no entry {error}") from error
-    except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{file} describes no model that can be built: {error}") from error
 
 
+def _quantize_as_stored(model: CoCa, quantization: Any) -> None:
+    if quantization not in (None, INT8):
+        raise ValueError(
+            f"its weights are quantized as {quantization!r}, and this version of opencoca reads {INT8!r} alone"
+        )
+    if quantization == INT8:
+        quantize(model)
+
+
+def _check_plausible(config: CoCaConfig, num_tensors: int) -> None:
+    """What would take long, or reach outside, is refused before anything is built."""
+    layers = config.text.unimodal_depth + config.text.multimodal_depth
+    layers += config.image.depth if config.image.name == "vit" else 0
+    if layers > num_tensors:
+        raise ValueError(f"it asks for {layers} layers, but {WEIGHTS_FILE} holds {num_tensors} tensors")
+    if not re.fullmatch(r"(timm:)?[\w.-]+", config.image.name):
+        # timm also takes names that make it read other folders or download.
+        raise ValueError(f"the image encoder's name {config.image.name!r} is more than a name")
+
+
 def _build_without_weights(config: CoCaConfig) -> CoCa:
-    with torch.device("meta"):
+    with without_values():
         model = CoCa(config)
     stored = model.state_dict().keys()
     if all(name in stored for name, _ in model.named_buffers()):
@@ -145,10 +188,10 @@ def _build_without_weights(config: CoCaConfig) -> CoCa:
     return CoCa(config)
 
 
-def _check_tensors(file: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+def _check_tensors(file: Path, expected: Mapping[str, Tensor], found: Mapping[str, TensorInfo]) -> None:
     common = expected.keys() & found.keys()
     shapes = [
-        f"{name} {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
+        f"{name} {found[name].shape} instead of {tuple(expected[name].shape)}"
         for name in sorted(common)
         if found[name].shape != expected[name].shape
     ]
@@ -157,13 +200,16 @@ def _check_tensors(file: Path, expected: Mapping[str, Tensor], found: Mapping[st
         "not part of the model": sorted(found.keys() - common),
         "of another shape": shapes,
         "of another type": sorted(
-            name for name in common if found[name].is_floating_point() != expected[name].is_floating_point()
+            name for name in common if found[name].is_floating_point != expected[name].is_floating_point()
         ),
-        "not finite": sorted(_non_finite(found)),
     }
     if any(problems.values()):
         listed = "; ".join(f"{len(names)} {kind} ({_first(names)})" for kind, names in problems.items() if names)
-        raise ValueError(f"{file} does not hold the weights of the model in its {CONFIG_FILE}: {listed}")
+        raise _wrong_weights(file, listed)
+
+
+def _wrong_weights(file: Path, listed: str) -> ValueError:
+    return ValueError(f"{file} does not hold the weights of the model in its {CONFIG_FILE}: {listed}")
 
 
 def _check_vocabulary(config: CoCaConfig, tokenizer: Tokenizer, name: str) -> None:
@@ -175,15 +221,11 @@ def _check_vocabulary(config: CoCaConfig, tokenizer: Tokenizer, name: str) -> No
 
 
 def _without_tied_head(config: CoCaConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t for name, t in tensors.items() if not (config.text.tie_embeddings and name == _HEAD)}
+    return {name: t for name, t in tensors.items() if not (config.text.tie_embeddings and name.startswith(_HEAD))}
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() and tensor.ndim else tensor
-
-
-def _non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    return [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
 
 
 def _first(names: list[str], count: int = 3) -> str:
@@ -193,14 +235,3 @@ def _first(names: list[str], count: int = 3) -> str:
 def _write_text(file: Path, text: str) -> None:
     with atomic_write(file) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
-
-
-@contextlib.contextmanager
-def _safetensors_errors_as_os_errors() -> Iterator[None]:
-    """What safetensors says of a failed write, with the number that the system gave for it."""
-    try:
-        yield
-    except SafetensorError as error:
-        found = re.search(r"(?:os error|code:) (\d+)", str(error))
-        code = int(found[1]) if found else None
-        raise OSError(code, str(error) if code is None else os.strerror(code)) from error

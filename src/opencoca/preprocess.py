@@ -69,7 +69,7 @@ class Preprocess:
             pool.shutdown(cancel_futures=True)
 
     def _prepare(self, image: ImageLike, position: int) -> Tensor:
-        return self._transform(as_pil(image, position))
+        return self._transform(as_pil(image, position, as_stored=self.config.decoding == "as_stored"))
 
 
 def as_list(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
@@ -83,19 +83,20 @@ def as_list(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
     return list(images)
 
 
-def as_pil(image: ImageLike, position: int = 0) -> Image.Image:
+def as_pil(image: ImageLike, position: int = 0, *, as_stored: bool = False) -> Image.Image:
     """An image of any accepted kind as an upright RGB PIL image.
 
     position: where it stands in its list, for the messages about images without a name.
+    as_stored: of any mode and not turned upright, as `decode_image` has it.
 
     Raises ImageError if it cannot be used.
     """
     if isinstance(image, str | os.PathLike):
-        return decode_image(Path(image))
+        return decode_image(Path(image), as_stored=as_stored)
     if isinstance(image, bytes | bytearray | memoryview):
-        return decode_image(bytes(image), name=f"number {position} (bytes)")
+        return decode_image(bytes(image), name=f"number {position} (bytes)", as_stored=as_stored)
     if isinstance(image, Image.Image):
-        return _from_pil(image, position)
+        return _from_pil(image, position, as_stored)
     if isinstance(image, Tensor):
         name = f"number {position} (tensor of shape {tuple(image.shape)})"
         if image.ndim != 3 or image.shape[0] != 3:
@@ -115,11 +116,13 @@ def as_pil(image: ImageLike, position: int = 0) -> Image.Image:
 _ACCEPTED = "give a path, bytes, a PIL image, an array (height, width, 3) or a tensor (3, height, width)"
 
 
-def _from_pil(image: Image.Image, position: int) -> Image.Image:
+def _from_pil(image: Image.Image, position: int, as_stored: bool) -> Image.Image:
     name = str(getattr(image, "filename", "") or f"number {position} (PIL image)")
     if 0 in image.size:
         raise ImageError(name, f"its size is {image.width} x {image.height} pixels")
     try:
+        if as_stored:
+            return image.copy()
         # A file that Pillow opened is not upright yet, nor even decoded.
         return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's decoders fail on damaged data with every kind of exception

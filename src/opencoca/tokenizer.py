@@ -12,6 +12,7 @@ import gzip
 import html
 import importlib.resources
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,10 +27,14 @@ MAX_VOCAB_SIZE = 65_536
 _SPECIAL_TOKENS = ("<pad>", "<start>", "<end>")
 _MIN_VOCAB_SIZE = len(_SPECIAL_TOKENS) + 256  # every byte is a token: no text is out of vocabulary
 
+_SURROGATE_PAIR, _SURROGATE = re.compile("[\ud800-\udbff][\udc00-\udfff]"), re.compile("[\ud800-\udfff]")
+
 _CLIP_NUM_MERGES = 48_894
 _CLIP_SPECIAL_TOKENS = ("!", "<start_of_text>", "<end_of_text>")  # its padding is id 0, which is also a word
 _CLIP_WORD_END = "</w>"
-_CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# CLIP's pattern ignores case: a long s counts as an s after an apostrophe, and an iota below (U+0345), no letter itself
+# but the lower case of one, as nothing.
+_CLIP_WORDS = r"'[s\x{017f}]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\x{0345}]+"
 _CLIP_REPLACED = (
     (r"[\x00-\x08\x0b\x0e-\x1f\x7f\x{206a}-\x{206f}\x{feff}\x{fff9}-\x{fffc}]", ""),  # control characters
     (r"[\x{02bc}\x{2018}-\x{201b}]", "'"),  # curly quotes
@@ -74,18 +79,19 @@ class Tokenizer:
             raise ValueError("it has added tokens or truncation, which would change the meaning of a text")
         self._is_clip = getattr(backend.model, "end_of_word_suffix", None) == _CLIP_WORD_END
         backend.no_padding()  # ids come out ragged; __call__ pads
+        self._normalizer = backend.normalizer
+        if self._is_clip:  # _clean_as_clip does it all; what stands in the file is for other readers of it
+            backend.normalizer = normalizers.Sequence([])
         self._backend = backend
 
     @classmethod
     def clip(cls) -> "Tokenizer":
         """The CLIP vocabulary: 49,408 ids, bos 49406, eos 49407, pad 0 (Radford et al. 2021, section 2.4).
 
-        Ids equal those of CLIP's and open_clip's tokenizers wherever the cleaning agrees: control characters
-        removed, curly quotes straightened, HTML entities resolved, NFC, lower case, whitespace collapsed.
-        Differences remain where ftfy, which those projects use, does more: it repairs mis-decoded text
-        ("cafÃ©"), terminal colour codes, full-width and half-width forms and ligatures such as U+FB01; also in
-        the lower case of a Greek word's last sigma, in scripts newer than the regex engine's Unicode tables, and
-        in that a literal "<start_of_text>" or "<end_of_text>" is a bos or eos there and plain words here.
+        Text is cleaned as CLIP and open_clip do: mis-decoded and otherwise broken text repaired by ftfy, HTML
+        entities resolved, whitespace collapsed, lower case. Ids equal theirs but for the literal texts
+        "<start_of_text>" and "<end_of_text>", which are bos and eos there and plain words here, and for letters newer
+        than the Unicode tables of the tokenizers library (docs/equality.md).
         Decoding puts a space after every word and punctuation mark: "it 's a dog ."
         """
         return cls(_build_clip_backend())
@@ -140,8 +146,9 @@ class Tokenizer:
 
     def normalize(self, text: str) -> str:
         """The text as the vocabulary sees it: what `decode(encode(text))` gives back for a trained tokenizer."""
-        normalized = self._backend.normalizer.normalize_str(self._readable([text])[0])
-        return normalized if self._is_clip else normalized[1:]  # less the space that marks the first word
+        readable = self._readable([text])[0]
+        # Less the space that marks the first word of a trained tokenizer.
+        return readable if self._is_clip else self._normalizer.normalize_str(readable)[1:]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text, of any length: bos, words, eos."""
@@ -194,8 +201,7 @@ class Tokenizer:
         if isinstance(texts, str):
             raise ValueError(f"expected a list of texts, not the single text {texts[:40]!r}; put it in a list")
         texts = [_require_text(text, position) for position, text in enumerate(texts)]
-        # CLIP resolves twice, for web text that was escaped twice.
-        return [html.unescape(html.unescape(text)) for text in texts] if self._is_clip else texts
+        return [_clean_as_clip(text) for text in texts] if self._is_clip else texts
 
     def _cut(self, ids: list[int], context_length: int) -> list[int]:
         return ids if len(ids) <= context_length else [*ids[: context_length - 1], self.eos_id]
@@ -273,6 +279,17 @@ def _caption_normalizer(lowercase: bool, strip_final_period: bool) -> normalizer
     return normalizers.Sequence([*steps, normalizers.Prepend(" ")])
 
 
+def _clean_as_clip(text: str) -> str:
+    """The text as CLIP's vocabulary was made from: repaired, entities resolved, whitespace collapsed, lower case."""
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # elsewhere there is nothing to repair
+        import ftfy  # on first need: it takes as long to import as most commands take to start
+
+        # Resolved twice more, for web text that was escaped twice.
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = " ".join(text.split()).lower()
+    return text if text.isascii() else _without_surrogates(text)
+
+
 def _build_clip_backend() -> tokenizers.Tokenizer:
     """The CLIP tokenizer from its list of merges: bytes, bytes that end a word, merges, bos, eos, in this order."""
     asset = importlib.resources.files("opencoca").joinpath("assets/clip_vocab/merges.txt.gz")
@@ -335,8 +352,14 @@ def _require_text(text: object, position: int) -> str:
     """`text` as a string that can be written as UTF-8."""
     if not isinstance(text, str):
         raise ValueError(f"text number {position} is {text!r}, not a string; remove it or fill it in")
+    return _without_surrogates(text)
+
+
+def _without_surrogates(text: str) -> str:
+    """Surrogates, as JSON may hold them, in pairs become the characters that they stand for, others U+FFFD."""
     try:
         text.encode("utf-8")
         return text
-    except UnicodeEncodeError:  # lone surrogates, as JSON may hold them
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    except UnicodeEncodeError:
+        paired = _SURROGATE_PAIR.sub(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
+        return _SURROGATE.sub("\ufffd", paired)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opencoca.data import EvalTransform, PreprocessConfig, decode_image, iterate_images, open_source
-from opencoca.data.files import atomic_writer, parallel_map
+from opencoca.data.files import parallel_map
 
 from .helpers import encode, gradient, write_images
 
@@ -84,18 +84,3 @@ def test_order_is_kept_and_errors_arrive():
     assert list(parallel_map(lambda i: time.sleep(delays[i]) or i, range(40), 8, 16)) == list(range(40))
     with pytest.raises(ZeroDivisionError):
         list(parallel_map(lambda item: 1 / item, [1, 0, 1], 2, 4))
-
-
-def test_atomic_writer(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(TypeError), atomic_writer(path) as file:
-        file.writelines([b"half", None])
-    assert path.read_bytes() == b"old"
-    with pytest.raises(OSError, match=r"cannot write the file: No space left on device: '.*file'"), atomic_writer(path):
-        raise OSError(28, "No space left on device")
-    with atomic_writer(path) as file:
-        file.write(b"new")
-        assert path.read_bytes() == b"old"
-    assert path.read_bytes() == b"new"
-    assert [item.name for item in tmp_path.iterdir()] == ["file"]

@@ -42,6 +42,24 @@ def test_ranks_together_see_what_one_sees(num_samples, per_rank, world_size, dro
         assert not drop_last or sizes == {per_rank}
 
 
+@given(st.integers(1, 60), st.integers(1, 6), st.integers(1, 5), st.integers(1, 5))
+def test_ranks_share_out_every_micro_batch(num_samples, per_rank, world_size, micro_batches):
+    batch_size = per_rank * world_size
+    order = EpochOrder(num_samples, 3, drop_last=False, micro_batches=micro_batches)
+    for step in range(order.steps_per_epoch(batch_size)):
+        whole, sizes = order.batch(0, step, batch_size), order.micro_batch_sizes(step, batch_size)
+        assert sum(sizes) == len(whole)
+        assert len(sizes) == micro_batches
+        assert max(sizes) - min(sizes) <= 1
+        parts = []
+        for rank in range(world_size):
+            share = {"rank": rank, "world_size": world_size}
+            own = order.micro_batch_sizes(step, batch_size, **share)
+            parts.append(np.split(order.batch(0, step, batch_size, **share), np.cumsum(own)[:-1]))
+        for part, expected in enumerate(np.split(whole, np.cumsum(sizes)[:-1])):
+            np.testing.assert_array_equal(np.concatenate([own[part] for own in parts]), expected)
+
+
 def test_position_alone_decides():
     order = EpochOrder(1000, seed=7)
     later = order.batch(5, 3, 32).copy()

@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,15 +102,15 @@ def test_a_stopped_run_continues(source, tmp_path, monkeypatch):
 def test_errors_of_a_shard_that_never_appeared_are_found_again(source, tmp_path, monkeypatch):
     (source.root / "c.jpg").write_bytes(b"")
     out = tmp_path / "out"
-    replace = os.replace
+    replace = Path.replace
 
-    def fails_for_a_shard(old, new):
-        if str(new).endswith("00001.tar"):
+    def fails_for_a_shard(path, target):
+        if str(target).endswith("00001.tar"):
             raise OSError(28, "No space left on device")
-        replace(old, new)
+        return replace(path, target)
 
-    monkeypatch.setattr("opencoca.data.files.os.replace", fails_for_a_shard)
-    with pytest.raises(OSError, match=r"No space left on device: '.*00001\.tar'"):
+    monkeypatch.setattr(Path, "replace", fails_for_a_shard)
+    with pytest.raises(OSError, match=r"cannot write .*00001\.tar \(No space left on device\)"):
         pack_shards(source, out, samples_per_shard=2, progress=False)
     monkeypatch.undo()
     assert pack_shards(source, out, samples_per_shard=2, progress=False).num_errors == 1

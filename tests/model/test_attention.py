@@ -99,7 +99,7 @@ def test_causal_mask_lets_the_last_query_see_every_key():
 
 def test_rotary_keeps_lengths_and_scores_depend_on_distance_alone():
     query, key = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
-    angles = rotary_angles(0, 30, 8, torch.device("cpu")).double()
+    angles = rotary_angles(torch.arange(30), 8).double()
     queries, keys = rotate(query.expand(30, 8), angles), rotate(key.expand(30, 8), angles)
     torch.testing.assert_close(queries.norm(dim=1), query.norm().expand(30))
     scores = queries @ keys.T
@@ -107,7 +107,7 @@ def test_rotary_keeps_lengths_and_scores_depend_on_distance_alone():
         diagonal = scores.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5, rtol=0)
     assert scores[0].std() > 0.1
-    torch.testing.assert_close(rotary_angles(5, 4, 8, torch.device("cpu")).double(), angles[5:9])
+    torch.testing.assert_close(rotary_angles(torch.arange(5, 9), 8).double(), angles[5:9])
 
 
 def block_config(kv_heads: int = 2, rotary: bool = False) -> BlockConfig:

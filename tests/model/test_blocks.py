@@ -152,3 +152,27 @@ def test_dropout_passes_gradients_where_it_passes_values():
 def test_impossible_dropout(probability: float):
     with pytest.raises(ValueError, match=str(probability)):
         Dropout(probability)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_dropout_added_to_a_residual_is_dropout_and_a_sum(dtype: torch.dtype):
+    dropout = Dropout(0.25).train()
+    x = torch.randn(40, 12, dtype=torch.float64).to(dtype).requires_grad_()
+    residual = torch.randn(40, 12, dtype=torch.float64).to(dtype).requires_grad_()
+    torch.manual_seed(3)
+    added = dropout.add(residual, x)
+    torch.manual_seed(3)
+    dropped = dropout(x)
+    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(added, residual + dropped, rtol=tolerance, atol=tolerance)
+    direction = torch.randn(40, 12).to(dtype)
+    (got_residual, got_x) = torch.autograd.grad(added, (residual, x), direction)
+    (want_x,) = torch.autograd.grad(dropped, x, direction)
+    torch.testing.assert_close(got_residual, direction)
+    torch.testing.assert_close(got_x, want_x)
+
+
+def test_dropout_added_in_evaluation_is_a_sum():
+    x, residual = torch.randn(2, 3, 4)
+    assert torch.equal(Dropout(0.5).eval().add(residual, x), residual + x)
+    assert torch.equal(Dropout(0.0).train().add(residual, x), residual + x)

@@ -181,7 +181,7 @@ WRONG_DICTS = [
     ({"text": {"head_dim": 7, "positions": "rotary"}}, r"even head_dim, got 7"),
     ({"text": {"block": "serail"}}, r"block 'serail' is none of serial, parallel"),
     ({"text": {"positions": "sine"}}, r"positions 'sine' is none of learned, rotary"),
-    ({"text": {"activation": "relu"}}, r"activation 'relu' is none of gelu, swiglu"),
+    ({"text": {"activation": "relu"}}, r"activation 'relu' is none of gelu, quick_gelu, swiglu"),
     ({"text": {"dropout": 1.0}}, r"text dropout 1\.0"),
     ({"image": {"dropout": -0.1}}, r"image dropout -0\.1"),
     ({"pooler": {"dropout": 2}}, r"pooler dropout 2"),

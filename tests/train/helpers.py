@@ -20,6 +20,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from opencoca.train import Recipe, load_recipe
+from opencoca.train.checkpoints.index import CheckpointIndex
+from opencoca.train.checkpoints.reader import CheckpointReader
 from opencoca.train.trainer import Trainer, TrainingInterrupted
 
 TIME_KEYS = {"images_per_sec", "tokens_per_sec", "step_ms", "data_wait_ms"}
@@ -158,6 +160,33 @@ def run_until_stopped(recipe: Recipe, steps: int = 0, validations: int = 0) -> T
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The checkpoint that a run's ``latest`` names."""
+    return folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
+
+
+def read_state(folder: Path) -> tuple[dict[str, torch.Tensor], CheckpointIndex]:
+    """All tensors of a run's newest checkpoint, whole, with every process's random states; and its index."""
+    reader = CheckpointReader(newest_checkpoint(folder))
+    reader.check(0, 1)
+    tensors = {key: reader.read(key) for key in reader.keys}
+    for rank in range(len(reader.index.files)):
+        tensors |= {f"random/{rank}/{name}": value for name, value in reader.random_state(rank).items()}
+    return tensors, reader.index
+
+
+def files_of_checkpoints(folder: Path) -> dict[str, bytes]:
+    """Every file below a run's folder of checkpoints."""
+    paths = [path for path in (folder / "checkpoints").rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def flip_bit(path: Path, byte: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1
+    path.write_bytes(data)
 
 
 def read_lines(folder: Path) -> list[dict[str, Any]]:

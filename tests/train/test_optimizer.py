@@ -16,10 +16,10 @@ from opencoca.train.optimizer import (
     WeightAverage,
     build_optimizer,
     freeze_image_stages,
-    learning_rate_factor,
     parameter_groups,
 )
-from opencoca.train.recipe import OptimizerRecipe
+from opencoca.train.recipe_optimizer import OptimizerRecipe
+from opencoca.train.schedules import learning_rate_factor
 from opencoca.train.trainer import Trainer
 
 from .helpers import Pairs, tiny_recipe

@@ -19,7 +19,7 @@ from opencoca.train.report import write_report
 from opencoca.train.trainer import Trainer
 from opencoca.train.validation import ValidationScores
 
-from .helpers import TIME_KEYS, Pairs, read_tensors, run_until_stopped, tiny_recipe, write_pairs
+from .helpers import TIME_KEYS, Pairs, read_state, read_tensors, run_until_stopped, tiny_recipe, write_pairs
 
 TRAIN_KEYS = {"kind", "step", "epoch", "loss", "contrastive_loss", "caption_loss", "grad_norm", "logit_scale", "lr"}
 VALIDATION_KEYS = {"kind", "step", "epoch", "loss", "contrastive_loss", "caption_loss", "cider_d", "rouge_l"}
@@ -96,14 +96,14 @@ class TestBestWeights:
         trainer = Trainer(tiny_recipe(pairs, output, epochs=1, optimizer__ema_decay=0.9))
         trainer.run()
         kept, _ = read_tensors(output / "model.safetensors")
-        last, _ = read_tensors(output / "last.safetensors")
+        last, _ = read_state(output)
         assert torch.equal(kept["image_proj.weight"], last["average/image_proj.weight"])
         assert not torch.equal(kept["image_proj.weight"], last["model/image_proj.weight"])
 
     def test_without_validation_the_last_is_kept(self, pairs: Pairs, output: Path) -> None:
         train(tiny_recipe(pairs, output, data__val_images=None, data__val_captions=None, max_steps=3))
         kept, _ = read_tensors(output / "model.safetensors")
-        last, _ = read_tensors(output / "last.safetensors")
+        last, _ = read_state(output)
         assert torch.equal(kept["image_proj.weight"], last["model/image_proj.weight"])
         assert json.loads((output / "config.json").read_text(encoding="utf-8"))["info"]["step"] == 3
 

@@ -11,7 +11,20 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from opencoca.cli import data, evaluate, images, models, tokenizer, train
+from opencoca.cli import (
+    caption,
+    convert,
+    data,
+    evaluate,
+    explain,
+    export,
+    images,
+    models,
+    push,
+    quantize,
+    tokenizer,
+    train,
+)
 from opencoca.cli.common import CommandError, Parser, raw_help
 
 _BROKEN_PIPE, _INTERRUPTED, _MISTAKE = 141, 130, 2
@@ -65,7 +78,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for group in (images, evaluate, train, data, tokenizer, models):
+    for group in (caption, images, explain, evaluate, train, data, tokenizer, models, push, convert, export, quantize):
         group.add_commands(commands)
     return parser
 

@@ -47,23 +47,31 @@ def add_group(commands: Any, name: str, purpose: str) -> Any:
     return parser.add_subparsers(title="commands", metavar="COMMAND", dest=f"{name}_command", required=True)
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --device, --dtype and --batch-size."""
+def add_model_options(parser: argparse.ArgumentParser, batch_size: int | None = 32) -> None:
+    """--model, --device, --dtype and --batch-size, whose default of None stands for what fits into the memory."""
     parser.add_argument(
-        "--model", metavar="M", help="name of a shipped model, or a model's or training run's folder (default: shipped)"
+        "--model",
+        metavar="M",
+        help="name of a model (`opencoca models`), a model's or training run's folder, or hf-hub:ORGANISATION/NAME "
+        "(default: the shipped one)",
     )
     parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(
         "--dtype", metavar="T", help="floating-point type: float32, bfloat16 or float16 (default: float32)"
     )
+    default = batch_size or "as many as fit into --memory"
     parser.add_argument(
-        "--batch-size", type=positive_int, default=32, metavar="N", help="images at a time (default: 32)"
+        "--batch-size",
+        type=positive_int,
+        default=batch_size,
+        metavar="N",
+        help=f"images at a time (default: {default})",
     )
 
 
 def load_pipeline(arguments: argparse.Namespace) -> "Pipeline":
     """The model that --model, --device and --dtype name."""
-    from opencoca.pipeline import load
+    from opencoca.loading import load
 
     return load(arguments.model, arguments.device, arguments.dtype)
 

@@ -1,6 +1,7 @@
-"""`opencoca data`: look at a data set before training on it, and pack it into tar shards."""
+"""`opencoca data`: look at a data set before training on it, pack it into tar shards, and index shards."""
 
 import argparse
+import sys
 from typing import Any
 
 from opencoca.cli.common import (
@@ -8,6 +9,7 @@ from opencoca.cli.common import (
     add_command,
     add_group,
     check_writable,
+    complain,
     non_negative_int,
     positive_int,
     write_json,
@@ -15,7 +17,7 @@ from opencoca.cli.common import (
 
 
 def add_commands(commands: Any) -> None:
-    group = add_group(commands, "data", "Check a data set, or pack it into tar shards.")
+    group = add_group(commands, "data", "Check a data set, pack it into tar shards, or index shards.")
     check = add_command(
         group,
         "check",
@@ -44,6 +46,7 @@ def add_commands(commands: Any) -> None:
     pack.add_argument(
         "--quality", type=positive_int, default=95, metavar="N", help="JPEG quality if resized, 1 to 100 (default: 95)"
     )
+    _add_index(group)
     for parser in (check, pack):
         parser.add_argument("--images", metavar="DIR", help="folder of images, or tar shards")
         parser.add_argument(
@@ -56,6 +59,51 @@ def add_commands(commands: Any) -> None:
         parser.add_argument(
             "--num-workers", type=non_negative_int, default=4, metavar="N", help="decoding threads (default: 4)"
         )
+
+
+def _add_index(group: Any) -> None:
+    index = add_command(
+        group,
+        "index",
+        run_index,
+        "Find out where each sample lies in tar shards, so that training can read any of them with one request.",
+        example="opencoca data index 's3://bucket/cc3m/{00000..00331}.tar'",
+        more="A small file beside each shard holds its index. Local shards get theirs by themselves at first use; "
+        "remote ones\n(http://, https://, s3://, gs://) must have one before training. Shards that have a valid index "
+        "are passed over, so a run\nthat was stopped continues when it is started again. Damaged shards are named; "
+        "their whole samples are used.",
+    )
+    index.add_argument(
+        "shards", nargs="+", metavar="SHARDS", help="tar files, folders of them, and patterns with {00000..00099} or *"
+    )
+    index.add_argument(
+        "--index-dir", metavar="DIR", help="put the indexes there (web servers take none); training needs the same"
+    )
+    index.add_argument("--force", action="store_true", help="also scan shards that have a valid index")
+    index.add_argument("--num-workers", type=positive_int, default=4, metavar="N", help="shards at a time (default: 4)")
+
+
+def run_index(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from opencoca.data import find_shards, index_shards
+
+    paths = list(dict.fromkeys(path for pattern in arguments.shards for path in find_shards(pattern)))
+    done = index_shards(paths, index_dir=arguments.index_dir, force=arguments.force, num_workers=arguments.num_workers)
+    samples = lost = damaged = new = 0
+    for shard in tqdm(done, total=len(paths), desc="indexing", unit="shard", disable=not sys.stderr.isatty()):
+        samples += len(shard.index.keys)
+        lost += len(shard.index.lost)
+        new += shard.is_new
+        for _, reason in shard.index.damage:
+            complain(f"{shard.path}: {reason}")
+        damaged += bool(shard.index.damage)
+    print(f"{samples:,} samples in {len(paths):,} shards ({new:,} of them newly indexed)")
+    if lost or damaged:
+        print(f"{damaged:,} shards are damaged; {lost:,} samples in all have lost their image or another part")
+    if not samples:
+        raise CommandError("these shards hold no images")
+    return 0
 
 
 def run_check(arguments: argparse.Namespace) -> int:

@@ -46,6 +46,13 @@ def add_commands(commands: Any) -> None:
         example=f"opencoca evaluate captioning {_CAPTIONS} --save-captions captions.jsonl",
         more=_LEFT_OUT,
     )
+    retrieval.add_argument(
+        "--rerank-top",
+        type=positive_int,
+        default=16,
+        metavar="K",
+        help="how many of each image and text the captioner orders again, unless --by similarity (default: 16)",
+    )
     for parser in (retrieval, captioning):
         parser.add_argument("--images", required=True, metavar="DIR", help="folder of images, or tar shards")
         parser.add_argument(
@@ -84,6 +91,14 @@ def add_commands(commands: Any) -> None:
     zero_shot.add_argument(
         "--templates", default="clip", metavar="T", help="clip, simple, or a file with one a line (default: clip)"
     )
+    for parser in (retrieval, zero_shot):
+        parser.add_argument(
+            "--by",
+            choices=("similarity", "likelihood", "both"),
+            default="similarity",
+            help="compare embeddings, or ask the captioner how much more probable the image makes a text, or add the "
+            "two (default: similarity)",
+        )
     for parser in (retrieval, captioning, zero_shot):
         parser.add_argument("--out", metavar="FILE", help="write scores, counts and settings as JSON")
         parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N images")
@@ -97,7 +112,14 @@ def run_retrieval(arguments: argparse.Namespace) -> int:
     source = _open_captioned(arguments)
     pipeline = load_pipeline(arguments)
     started = time.perf_counter()
-    report = evaluate_retrieval(pipeline, source, batch_size=arguments.batch_size, progress=True)
+    report = evaluate_retrieval(
+        pipeline,
+        source,
+        by=arguments.by,
+        rerank_top=arguments.rerank_top,
+        batch_size=arguments.batch_size,
+        progress=True,
+    )
     scores = asdict(report.scores)
     counts = {
         "images": scores.pop("num_images"),
@@ -172,7 +194,9 @@ def run_zero_shot(arguments: argparse.Namespace) -> int:
     templates = load_templates(arguments.templates)
     pipeline = load_pipeline(arguments)
     started = time.perf_counter()
-    report = evaluate_zero_shot(pipeline, source, templates, names, batch_size=arguments.batch_size, progress=True)
+    report = evaluate_zero_shot(
+        pipeline, source, templates, names, by=arguments.by, batch_size=arguments.batch_size, progress=True
+    )
     scores = {name: getattr(report.scores, name) for name in ("top1", "top5", "mean_per_class")}
     counts = {"images": report.scores.num_images, "labels": len(report.labels), "templates": len(templates)}
     titles = ("top-1", "top-5", "mean per class")
@@ -216,7 +240,7 @@ def _finish(
 ) -> None:
     """Prints the table and, with --out, writes everything that tells how the scores came about."""
     import opencoca
-    from opencoca.pipeline import DEFAULT_MODEL
+    from opencoca.loading import DEFAULT_MODEL
 
     seconds = time.perf_counter() - started
     for image in broken:
@@ -226,7 +250,7 @@ def _finish(
     if not arguments.out:
         return
     places = ("images", "captions", "labels", "class_names")
-    settings = ("batch_size", "limit", "device", "dtype", "templates", "max_new_tokens")
+    settings = ("batch_size", "limit", "device", "dtype", "templates", "max_new_tokens", "by", "rerank_top")
     given = vars(arguments)
     content = {
         "task": task,

@@ -1,4 +1,4 @@
-"""`opencoca caption`, `classify` and `embed`: photographs in, what a model says about them out."""
+"""`opencoca classify` and `embed`: photographs in, what a model says about them out."""
 
 import argparse
 import json
@@ -13,7 +13,6 @@ from opencoca.cli.common import (
     complain,
     expand_images,
     load_pipeline,
-    non_negative_int,
     positive_int,
     shows_progress,
 )
@@ -29,27 +28,6 @@ _EMBED_SUFFIXES = (".npz", ".npy", ".safetensors")
 
 
 def add_commands(commands: Any) -> None:
-    caption = add_command(
-        commands,
-        "caption",
-        run_caption,
-        "Write a caption for each image: PATH<TAB>CAPTION a line.",
-        example="opencoca caption holiday/ --json > captions.jsonl",
-        more=_BROKEN,
-    )
-    caption.add_argument("images", nargs="+", metavar="IMAGE", help=_IMAGES)
-    caption.add_argument(
-        "--json", action="store_true", help="one JSON object a line: image, caption, log_probability (in nats)"
-    )
-    caption.add_argument(
-        "--max-new-tokens", type=positive_int, default=30, metavar="N", help="longest caption, in tokens (default: 30)"
-    )
-    caption.add_argument(
-        "--min-new-tokens", type=non_negative_int, default=0, metavar="N", help="shortest, in tokens (default: 0)"
-    )
-    caption.add_argument("--prefix", default="", metavar="P", help="text that every caption begins with")
-    add_model_options(caption)
-
     classify = add_command(
         commands,
         "classify",
@@ -65,6 +43,13 @@ def add_commands(commands: Any) -> None:
         metavar="T",
         help="sentences around a label: clip (80 of them), simple (one), or a text file with one a line, {} for the "
         "label (default: three general ones)",
+    )
+    classify.add_argument(
+        "--by",
+        choices=("similarity", "likelihood", "both"),
+        default="similarity",
+        help="compare embeddings, or ask the captioner how much more probable the image makes a label's sentence, or "
+        "add the two (default: similarity)",
     )
     classify.add_argument(
         "--top", type=positive_int, default=5, metavar="K", help="how many labels to print an image (default: 5)"
@@ -92,28 +77,6 @@ def add_commands(commands: Any) -> None:
     add_model_options(embed)
 
 
-def run_caption(arguments: argparse.Namespace) -> int:
-    from opencoca.evaluation.encoding import encode_images
-    from opencoca.generation import GenerationOptions, generate
-
-    paths = expand_images(arguments.images)
-    options = GenerationOptions(arguments.max_new_tokens, arguments.min_new_tokens, arguments.prefix)
-    pipeline = load_pipeline(arguments)
-    failed = False
-    for batch in encode_images(pipeline, paths, arguments.batch_size, progress=shows_progress()):
-        for broken in batch.broken:
-            complain(broken.reason)
-            failed = True
-        captions = generate(pipeline.model, batch.tokens, pipeline.tokenizer, options)
-        for index, caption in zip(batch.indices, captions, strict=True):
-            if arguments.json:
-                row = {"image": paths[index], "caption": caption.text, "log_probability": caption.log_probability}
-                print(json.dumps(row, ensure_ascii=False))
-            else:
-                print(f"{paths[index]}\t{' '.join(caption.text.split())}")
-    return 2 if failed else 0
-
-
 def run_classify(arguments: argparse.Namespace) -> int:
     from opencoca.evaluation.encoding import encode_images
     from opencoca.evaluation.prompts import load_templates
@@ -123,14 +86,13 @@ def run_classify(arguments: argparse.Namespace) -> int:
     labels = [label.strip() for label in arguments.labels.split(",") if label.strip()]
     templates = load_templates(arguments.templates) if arguments.templates else DEFAULT_TEMPLATES
     pipeline = load_pipeline(arguments)
-    label_embeds = pipeline.embed_labels(labels, templates)
-    scale = pipeline.model.logit_scale.detach().float().cpu()
+    logits_of = pipeline.label_logits(labels, templates, arguments.by)
     failed = False
     for batch in encode_images(pipeline, paths, arguments.batch_size, progress=shows_progress()):
         for broken in batch.broken:
             complain(broken.reason)
             failed = True
-        probabilities = (batch.embed @ label_embeds.T * scale).softmax(dim=-1)
+        probabilities = logits_of(batch.tokens, batch.embed).softmax(dim=-1)
         values, order = probabilities.sort(dim=-1, descending=True, stable=True)
         for index, row, positions in zip(batch.indices, values.tolist(), order.tolist(), strict=True):
             best = [(labels[position], value) for position, value in zip(positions, row, strict=True)][: arguments.top]

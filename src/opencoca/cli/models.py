@@ -1,29 +1,111 @@
-"""`opencoca models`: which models come with the package."""
+"""`opencoca models`: which models have a name, and which of them are on this machine."""
 
 import argparse
+import json
 from typing import Any
 
 from opencoca.cli.common import add_command
 
+_SCORE_NAMES = {
+    "imagenet_top1": "ImageNet zero-shot",
+    "coco_text_to_image_r1": "COCO text-to-image R@1",
+    "coco_image_to_text_r1": "image-to-text R@1",
+    "coco_bleu_4": "COCO BLEU-4",
+    "coco_cider": "COCO CIDEr",
+    "nocaps_cider": "NoCaps CIDEr",
+    "flickr8k_text_to_image_r1": "Flickr8k text-to-image R@1",
+    "flickr8k_image_to_text_r1": "image-to-text R@1",
+    "flickr8k_cider_d": "CIDEr-D",
+}
+
 
 def add_commands(commands: Any) -> None:
-    add_command(
+    parser = add_command(
         commands,
         "models",
         run_models,
         "List the models that --model knows by name.",
         example="opencoca models",
-        more="A model's folder, such as that of a training run, can be given instead of a name.",
+        more="Instead of a name, --model also takes a model's folder, such as that of a training run, and\n"
+        "hf-hub:organisation/name for a repository of the Hugging Face Hub.",
     )
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead")
 
 
 def run_models(arguments: argparse.Namespace) -> int:
-    from opencoca.model_folder import WEIGHTS_FILE
-    from opencoca.pipeline import DEFAULT_MODEL, available_models
+    listing = {"shipped": _shipped(), "published": _published()}
+    if arguments.json:
+        print(json.dumps(listing, indent=2, ensure_ascii=False))
+        return 0
+    print("In this installation:")
+    for model in listing["shipped"]:
+        place = f"{model['size_bytes'] / 1e6:.0f} MB" if model["size_bytes"] else "not in this installation"
+        print(f"\n  {model['name']} ({place}{', the default' if model['default'] else ''})")
+        _print_facts(model["description"], _scores_text(model["scores"]), f"licence: {model['licence']}")
+    print("\nPublished by LAION, downloaded when first used:")
+    for model in listing["published"]:
+        state = "downloaded" if model["file"] else "not downloaded"
+        print(f"\n  {model['name']}@{model['weights']} ({model['size_bytes'] / 1e9:.2f} GB, {state})")
+        parameters = f"{model['num_parameters'] / 1e6:.0f}M parameters, trained on {model['training_data']}"
+        place = f"licence: {model['licence']}, huggingface.co/{model['repository']}"
+        _print_facts(parameters, model["note"], _scores_text(model["scores"]), place)
+    return 0
 
+
+def _print_facts(*lines: str) -> None:
+    for line in filter(None, lines):
+        print(f"    {line}")
+
+
+def _scores_text(scores: dict[str, float]) -> str:
+    known = [f"{title} {scores[name]:g}" for name, title in _SCORE_NAMES.items() if name in scores]
+    others = [f"{name} {value:g}" for name, value in scores.items() if name not in _SCORE_NAMES]
+    return f"scores: {', '.join(known + others)}" if scores else ""
+
+
+def _shipped() -> list[dict[str, Any]]:
+    from opencoca.loading import DEFAULT_MODEL, available_models
+    from opencoca.model_folder import WEIGHTS_FILE
+
+    found = []
     for model in available_models():
         weights = model.folder / WEIGHTS_FILE
-        size = f"{weights.stat().st_size / 1e6:.0f} MB" if weights.is_file() else "not in this installation"
-        default = ", the default" if model.name == DEFAULT_MODEL else ""
-        print(f"{model.name} ({size}{default})\n  {model.description}\n  licence: {model.licence}")
-    return 0
+        found.append(
+            {
+                "name": model.name,
+                "default": model.name == DEFAULT_MODEL,
+                "description": model.description,
+                "licence": model.licence,
+                "scores": dict(model.scores),
+                "size_bytes": weights.stat().st_size if weights.is_file() else None,
+                "folder": str(model.folder),
+            }
+        )
+    return found
+
+
+def _published() -> list[dict[str, Any]]:
+    from opencoca.hub import find_downloaded
+    from opencoca.published_models import PUBLISHED_MODELS
+
+    found = []
+    for model in PUBLISHED_MODELS:
+        file = find_downloaded(model.repo_id, model.file_name, model.revision)
+        found.append(
+            {
+                "name": model.name,
+                "weights": model.weights,
+                "repository": model.repo_id,
+                "revision": model.revision,
+                "file_name": model.file_name,
+                "sha256": model.sha256,
+                "size_bytes": model.size_bytes,
+                "num_parameters": model.num_parameters,
+                "licence": model.licence,
+                "training_data": model.training_data,
+                "scores": dict(model.scores),
+                "note": model.note,
+                "file": None if file is None else str(file),
+            }
+        )
+    return found

@@ -1,7 +1,6 @@
 """`opencoca tokenizer train`: a vocabulary from one's own captions."""
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ def add_commands(commands: Any) -> None:
         "captions",
         nargs="+",
         metavar="CAPTIONS",
-        help="tables (CSV, TSV, JSONL or Parquet) with a caption column, or .txt files with one caption a line",
+        help="tables (CSV, TSV, JSONL or Parquet) with a caption column, .txt files with one caption a line, or tar "
+        "shards",
     )
     train.add_argument("--out", required=True, metavar="FILE", help="ends in .json, or is a folder")
     train.add_argument(
@@ -66,25 +66,22 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 
 def _read_captions(path: Path, column: str) -> list[str]:
-    from opencoca.data.tables import _READERS, split_captions
+    from opencoca.data import open_source
+    from opencoca.data.tables import TABLE_SUFFIXES, read_captions
 
+    suffix = path.suffix.lower()
+    if suffix == ".tar" or path.is_dir():
+        source = open_source(path, caption_column=column)
+        return [text for index in range(len(source)) for text in source.captions(index)]
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of captions {str(path)!r}")
-    suffix = path.suffix.lower()
-    try:
-        if suffix == ".txt":
+    if suffix == ".txt":
+        try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
-            return [line.strip() for line in lines if line.strip()]
-        if suffix not in _READERS:
-            raise ValueError(f"its ending is none of .txt, {', '.join(_READERS)}")
-        columns, rows = _READERS[suffix](path)
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"cannot read the captions in {str(path)!r}: {error}") from error
-    if column == "caption" and "caption" not in columns and "captions" in columns:
-        column = "captions"
-    if column not in columns:
-        have = ", ".join(map(repr, columns)) or "none"
-        raise ValueError(f"{str(path)!r} has no column {column!r}; its columns are: {have}")
-    parse_json = suffix in (".csv", ".tsv")
-    texts = (split_captions(row.get(column), f"{where} of {path}", parse_json=parse_json) for where, row in rows)
-    return [text for own in texts for text in own if text]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"cannot read the captions in {str(path)!r}: it is not UTF-8 text ({error})") from error
+        return [line.strip() for line in lines if line.strip()]
+    if suffix not in TABLE_SUFFIXES:
+        endings = ", ".join((".txt", ".tar", *TABLE_SUFFIXES))
+        raise ValueError(f"cannot read the captions in {str(path)!r}: its ending is none of {endings}")
+    return read_captions(path, caption_column=column)

@@ -20,6 +20,7 @@ def run_train(argv: list[str]) -> int:
     if not argv or argv[0].startswith("-"):
         raise CommandError("the recipe comes first: opencoca train RECIPE [--key value ...]")
 
+    from opencoca.distributed import is_main_process
     from opencoca.train import load_recipe, train
 
     recipe = load_recipe(argv[0], argv[1:])
@@ -28,11 +29,13 @@ def run_train(argv: list[str]) -> int:
 
     try:
         folder = train(recipe)
-    except TrainingInterrupted as error:
-        raise CommandError(str(error), exit_code=130) from error
-    except NonFiniteLossError as error:
-        raise CommandError(str(error)) from error
-    print(f"the trained model is in {folder}")
+    except (TrainingInterrupted, NonFiniteLossError) as error:
+        exit_code = 130 if isinstance(error, TrainingInterrupted) else 2
+        if not is_main_process():  # all processes stop at once, and one says why
+            raise SystemExit(exit_code) from error
+        raise CommandError(str(error), exit_code=exit_code) from error
+    if is_main_process():
+        print(f"the trained model is in {folder}")
     return 0
 
 

@@ -1,14 +1,22 @@
 """Where samples come from, in which order, and how they become batches."""
 
+from opencoca.data.batch import CaptionBatch
 from opencoca.data.captions import CaptionTokenizer, TokenizedCaptions, collate_captions
 from opencoca.data.check import CheckReport, check_source, format_report
 from opencoca.data.images import MAX_PIXELS, ImageError, ImageHeader, decode_image, read_header, to_rgb
 from opencoca.data.iterate import ImageBatch, iterate_images
-from opencoca.data.loader import CaptionBatch, TrainingLoader
-from opencoca.data.order import EpochOrder
+from opencoca.data.labels import LabelSource
+from opencoca.data.loader import TrainingLoader
+from opencoca.data.mixture import MixedOrder, MixedSource, make_order
+from opencoca.data.order import BlockOrder, EpochOrder, SampleOrder
 from opencoca.data.pack import PackSummary, pack_shards
-from opencoca.data.sources import ImageFolder, ImageTextSource, Subset, TarShards, list_images, open_source
+from opencoca.data.quarantine import BadSample, Quarantine, read_quarantine
+from opencoca.data.remote import RemoteReadError, RetryPolicy
+from opencoca.data.shard_index import index_shards, load_index
+from opencoca.data.source import ImageTextSource, Place, Sample
+from opencoca.data.sources import ImageFolder, JoinedSource, Subset, find_shards, list_images, open_source
 from opencoca.data.tables import CaptionTable, read_caption_table
+from opencoca.data.tar_source import ShardStorage, TarShards
 from opencoca.data.transforms import (
     CLIP_MEAN,
     CLIP_STD,
@@ -23,6 +31,8 @@ __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
     "MAX_PIXELS",
+    "BadSample",
+    "BlockOrder",
     "CaptionBatch",
     "CaptionTable",
     "CaptionTokenizer",
@@ -34,8 +44,19 @@ __all__ = [
     "ImageFolder",
     "ImageHeader",
     "ImageTextSource",
+    "JoinedSource",
+    "LabelSource",
+    "MixedOrder",
+    "MixedSource",
     "PackSummary",
+    "Place",
     "PreprocessConfig",
+    "Quarantine",
+    "RemoteReadError",
+    "RetryPolicy",
+    "Sample",
+    "SampleOrder",
+    "ShardStorage",
     "Subset",
     "TarShards",
     "TokenizedCaptions",
@@ -44,14 +65,19 @@ __all__ = [
     "check_source",
     "collate_captions",
     "decode_image",
+    "find_shards",
     "format_report",
+    "index_shards",
     "iterate_images",
     "list_images",
+    "load_index",
+    "make_order",
     "mentions_side",
     "normalize",
     "open_source",
     "pack_shards",
     "read_caption_table",
     "read_header",
+    "read_quarantine",
     "to_rgb",
 ]

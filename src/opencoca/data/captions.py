@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from opencoca.data.sources import ImageTextSource
+from opencoca.data.source import ImageTextSource
 from opencoca.data.transforms import mentions_side
 
 _CHUNK = 8192
@@ -23,6 +23,13 @@ class CaptionTokenizer(Protocol):
     def encode_batch(self, texts: list[str], context_length: int) -> list[list[int]]:
         """Token ids of each text, at most `context_length` of them."""
         ...
+
+
+class ShownCaptions(NamedTuple):
+    """What an image shows of its captions at one visit: token ids of each, and whether one speaks of left or right."""
+
+    token_ids: list[np.ndarray]
+    mention_side: bool
 
 
 class TokenizedCaptions:
@@ -54,9 +61,37 @@ class TokenizedCaptions:
         """Number of captions of each image, (num_images,)."""
         return np.diff(self.image_starts)
 
+    def show(self, index: int, captions: Sequence[str], wanted: int, bits: np.random.PCG64) -> ShownCaptions | None:
+        """`wanted` captions of an image; `captions` is not used. None if it has none."""
+        first, end = self.image_starts[index : index + 2]
+        if first == end:
+            return None
+        chosen = first + choose_captions(int(end - first), wanted, bits)
+        return ShownCaptions([self.token_ids(caption) for caption in chosen], bool(self.sides[chosen].any()))
+
     def token_ids(self, caption: int) -> np.ndarray:
         """Token ids of one caption, counted over the whole source."""
         return self.flat[self.caption_starts[caption] : self.caption_starts[caption + 1]]
+
+
+class CaptionsOnDemand:
+    """Captions tokenised when their image is shown: for sources that give them with the image, or make them up.
+
+    Args: see `TokenizedCaptions`.
+    """
+
+    def __init__(self, source: ImageTextSource, tokenizer: CaptionTokenizer, context_length: int):
+        self.source, self.tokenizer, self.context_length = source, tokenizer, context_length
+
+    def show(self, index: int, captions: Sequence[str], wanted: int, bits: np.random.PCG64) -> ShownCaptions | None:
+        """`wanted` of an image's `captions`, or texts that its source draws. None if there are none."""
+        texts: list[str] | None = self.source.draw_texts(index, captions, wanted, bits)
+        if texts is None and captions:
+            texts = [str(captions[place]) for place in choose_captions(len(captions), wanted, bits).tolist()]
+        if not texts:
+            return None
+        rows = self.tokenizer.encode_batch(texts, self.context_length)
+        return ShownCaptions([np.asarray(ids, dtype=np.int32) for ids in rows], any(map(mentions_side, texts)))
 
 
 def choose_captions(available: int, wanted: int, bits: np.random.PCG64) -> np.ndarray:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from opencoca.data.files import parallel_map
 from opencoca.data.images import MAX_PIXELS, ImageError, decode_image, read_header
-from opencoca.data.sources import ImageTextSource
+from opencoca.data.source import ImageTextSource
 
 _MEGAPIXEL_EDGES = (0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 # Two thumbnails of 8 x 8 pixels count as the same picture up to this mean difference, out of 255.

@@ -1,42 +1,14 @@
-"""Small file and thread helpers that the rest of `opencoca.data` shares."""
+"""Work done ahead in threads."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-@contextlib.contextmanager
-def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open `path` for writing such that it either appears whole or not at all.
-
-    The bytes go to a temporary file in the same folder, which is flushed to disk and renamed when the block ends
-    without an exception, and removed otherwise. Raises OSError that names `path` when it can't be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        # A failing write (a full disk) doesn't say which file it was about.
-        if error.errno is not None and error.filename in (None, str(temporary)):
-            raise OSError(error.errno, f"cannot write the file: {error.strerror}", str(path)) from error
-        raise
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def parallel_map(

@@ -81,6 +81,7 @@ def decode_image(
     max_pixels: int = MAX_PIXELS,
     name: str | None = None,
     draft_size: tuple[int, int] | None = None,
+    as_stored: bool = False,
 ) -> Image.Image:
     """Decode a file (its bytes or its path) into an upright RGB image.
 
@@ -93,6 +94,7 @@ def decode_image(
         name: what error messages call the image; the path by default.
         draft_size: (width, height) that suffices. A JPEG may then be decoded at 1/2, 1/4 or 1/8 of its size, never
             below this, which is several times as fast; other formats ignore it.
+        as_stored: the pixels as the file has them instead: of any mode, and not turned upright.
 
     Raises:
         ImageError: truncated, not an image, a format that Pillow can't read, too large, empty.
@@ -102,6 +104,8 @@ def decode_image(
             sideways = _is_sideways(image)
             image.draft("RGB", (draft_size[1], draft_size[0]) if sideways else draft_size)
         image.load()
+        if as_stored:
+            return image.copy()
         upright = to_rgb(image)
         # Asked for after load(): some of Pillow's formats (TIFF) turn the pixels themselves and then drop the tag.
         method = _TRANSPOSE.get(_orientation(image))

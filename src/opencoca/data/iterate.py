@@ -12,7 +12,7 @@ from PIL import Image
 
 from opencoca.data.files import parallel_map
 from opencoca.data.images import ImageData, ImageError, decode_image, to_rgb
-from opencoca.data.sources import ImageTextSource
+from opencoca.data.source import ImageTextSource
 from opencoca.data.transforms import EvalTransform, normalize
 
 
@@ -46,22 +46,24 @@ def iterate_images(
     if num_workers is None:
         num_workers = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
+    as_stored = transform.config.decoding == "as_stored"
+
     def load(index: int) -> tuple[int, np.ndarray | str]:
         try:
-            return index, transform.to_uint8(_decode(images, index))
+            return index, transform.to_uint8(_decode(images, index, as_stored))
         except (ImageError, OSError) as error:
             return index, str(error)
 
     return _batches(parallel_map(load, range(len(images)), num_workers, 2 * batch_size), transform, batch_size)
 
 
-def _decode(images: ImageTextSource | Sequence[ImageData | Image.Image], index: int) -> Image.Image:
+def _decode(images: ImageTextSource | Sequence[ImageData | Image.Image], index: int, as_stored: bool) -> Image.Image:
     if isinstance(images, ImageTextSource):
-        return decode_image(images.open_bytes(index), name=images.key(index))
+        return decode_image(images.open_bytes(index), name=images.key(index), as_stored=as_stored)
     image = images[index]
     if isinstance(image, Image.Image):
-        return to_rgb(image)
-    return decode_image(image, name=f"image {index}" if isinstance(image, bytes) else None)
+        return image if as_stored else to_rgb(image)
+    return decode_image(image, name=f"image {index}" if isinstance(image, bytes) else None, as_stored=as_stored)
 
 
 def _batches(

@@ -8,65 +8,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from opencoca.data.captions import CaptionTokenizer, TokenizedCaptions, choose_captions, collate_captions
-from opencoca.data.images import ImageError
-from opencoca.data.order import EpochOrder
-from opencoca.data.sources import ImageTextSource
+from opencoca.data.batch import CaptionBatch
+from opencoca.data.batch_dataset import BatchDataset, MadeBatch, Position
+from opencoca.data.captions import CaptionsOnDemand, CaptionTokenizer, TokenizedCaptions
+from opencoca.data.order import SampleOrder
+from opencoca.data.quarantine import MAX_BAD_SHARE, Quarantine
+from opencoca.data.source import ImageTextSource
 from opencoca.data.transforms import TrainTransform
-
-MAX_BROKEN_SHARE = 0.1
-# Only after this many images is a share of broken ones taken seriously (or after all, if there are fewer).
-_MIN_IMAGES_TO_JUDGE = 100
-_MAX_BROKEN_IN_A_ROW = 1000
-
-
-@dataclass(frozen=True)
-class CaptionBatch:
-    """Images and captions of one step, on one process. Text row r belongs to image r // C.
-
-    Attributes:
-        image_ids: (I,) int64, each image's index in the source.
-        pixels: (I, 3, H, W) float32, or None where cached features take their place.
-        mirrored: (I,) bool, whether `pixels` are mirrored left to right (without pixels: whether features should be).
-        token_ids: (I * C, T) int64, padded to the longest caption of the batch.
-        token_mask: (I * C, T) bool, True where a token is real.
-        keys: the images' names.
-    """
-
-    image_ids: torch.Tensor
-    pixels: torch.Tensor | None
-    mirrored: torch.Tensor
-    token_ids: torch.Tensor
-    token_mask: torch.Tensor
-    keys: tuple[str, ...]
-
-    @property
-    def captions_per_image(self) -> int:
-        """C."""
-        return len(self.token_ids) // max(1, len(self.image_ids))
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> CaptionBatch:
-        """The same batch with its tensors on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> CaptionBatch:
-        """The same batch with its tensors in page-locked memory."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, function: Any) -> CaptionBatch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return CaptionBatch(**{k: function(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
-
-
-Position = tuple[int, int]
-BrokenImage = tuple[int, str]
 
 
 class TrainingLoader:
@@ -75,11 +30,11 @@ class TrainingLoader:
     Which captions an image shows, how it is cropped and whether it is mirrored are drawn anew in every epoch, from
     (seed, epoch, index of the image) alone. An image is never mirrored while it shows a caption that speaks of left or
     right. An image that can't be decoded, or has no caption, is replaced by the next good one of the source, with one
-    warning per file.
+    warning per file and a line in the quarantine. A remote read that fails for good stops the run instead.
 
     Args:
         source: images and captions.
-        tokenizer: see `CaptionTokenizer`; every caption is tokenised once, here.
+        tokenizer: see `CaptionTokenizer`; captions in memory are tokenised once, here, others with their image.
         transform: decodes and augments. With `load_pixels=False` only its flip_probability counts (None: no mirroring).
         order: which images make up a batch.
         batch_size: images per step over all processes; a multiple of `world_size`.
@@ -91,10 +46,13 @@ class TrainingLoader:
         skip: indices of images known to be unusable; replaced without a warning, and not counted as broken.
         rank, world_size: this process's part of each batch.
         pin_memory: whether batches lie in page-locked memory, for faster copies to a GPU.
+        quarantine: JSON-lines file that lists bad samples; None for none.
+        max_bad_share: of the samples, that may be bad.
 
     Raises:
-        ValueError: no captions at all, or none for more than 10% of the images; an order for another number of
-            images; while iterating, when more than 10% of the images turn out to be broken.
+        ValueError: no captions at all, or none for more than `max_bad_share` of the images; an order for another
+            number of images; while iterating, when more than `max_bad_share` of the images turn out to be bad.
+        RemoteReadError: while iterating, when a remote file cannot be read.
     """
 
     def __init__(
@@ -102,7 +60,7 @@ class TrainingLoader:
         source: ImageTextSource,
         tokenizer: CaptionTokenizer,
         transform: TrainTransform | None,
-        order: EpochOrder,
+        order: SampleOrder,
         batch_size: int,
         captions_per_image: int,
         context_length: int,
@@ -114,6 +72,8 @@ class TrainingLoader:
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
+        quarantine: Path | None = None,
+        max_bad_share: float = MAX_BAD_SHARE,
     ):
         if order.num_samples != len(source):
             raise ValueError(f"the order is for {order.num_samples} images, the source has {len(source)}")
@@ -122,9 +82,13 @@ class TrainingLoader:
         if load_pixels and transform is None:
             raise ValueError("a transform is needed to load pixels")
         order.batch(0, 0, batch_size, rank=rank, world_size=world_size)  # unusable sizes fail here, not in a worker
-        captions = TokenizedCaptions(source, tokenizer, context_length)
-        unusable = captions.counts() == 0
-        _check_captions(source, unusable)
+        unusable = np.zeros(len(source), dtype=bool)
+        if source.captions_in_memory:
+            captions = TokenizedCaptions(source, tokenizer, context_length)
+            unusable = captions.counts() == 0
+            _check_captions(source, unusable, max_bad_share)
+        else:
+            captions = CaptionsOnDemand(source, tokenizer, context_length)
         unusable[list(skip)] = True
         if unusable.all():
             raise ValueError("no image is left to train on: each has no caption or is to be skipped")
@@ -132,10 +96,10 @@ class TrainingLoader:
         self.batch_size = batch_size
         self.num_workers = num_workers if load_pixels else 0
         self.pin_memory = pin_memory
-        self.broken: dict[int, str] = {}
-        """Reason by index, of the images that turned out to be broken so far."""
+        self.quarantine = Quarantine(len(source), quarantine, max_bad_share)
+        self.quarantine.note_lost(source, write=rank == 0)
         self._served = 0
-        self._dataset = _BatchDataset(
+        self._dataset = BatchDataset(
             source=source,
             captions=captions,
             pad_id=tokenizer.pad_id,
@@ -149,6 +113,11 @@ class TrainingLoader:
             rank=rank,
             world_size=world_size,
         )
+
+    @property
+    def broken(self) -> dict[int, str]:
+        """Reason by index, of the images that turned out to be broken so far."""
+        return {index: bad.reason for index, bad in self.quarantine.by_index.items()}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -182,33 +151,25 @@ class TrainingLoader:
     def __iter__(self) -> Iterator[CaptionBatch]:
         return self.batches()
 
-    def _account(self, item: tuple[CaptionBatch, tuple[BrokenImage, ...]]) -> CaptionBatch:
-        """Warn of newly broken images, and stop if there are too many."""
-        batch, broken = item
-        self._served += len(batch.keys)
-        for index, reason in broken:
-            if index not in self.broken:
-                self.broken[index] = reason
-                warnings.warn(f"{reason}; another image takes its place", stacklevel=3)
-        seen = min(self._served, self.order.num_samples)
-        enough = seen >= min(_MIN_IMAGES_TO_JUDGE, self.order.num_samples)
-        if enough and len(self.broken) > MAX_BROKEN_SHARE * seen:
-            raise ValueError(
-                f"{len(self.broken)} images are broken, more than {MAX_BROKEN_SHARE:.0%} of the {seen} read so far "
-                f"({next(iter(self.broken.values()))}); find them with `opencoca data check` and remove them"
-            )
-        return batch
+    def _account(self, item: MadeBatch | Exception) -> CaptionBatch:
+        """Take down newly found bad samples, and stop if there are too many."""
+        if isinstance(item, Exception):
+            raise item
+        self._served += len(item.batch.keys)
+        self.quarantine.add(item.bad)
+        self.quarantine.check(self._served)
+        return item.batch
 
 
-def _check_captions(source: ImageTextSource, without: np.ndarray) -> None:
+def _check_captions(source: ImageTextSource, without: np.ndarray, max_share: float) -> None:
     if not without.any():
         return
     if without.all():
         raise ValueError(f"none of the {len(source)} images has a caption to train on")
     first = source.key(int(np.argmax(without)))
     message = f"{int(without.sum())} of {len(source)} images have no caption, for example {first!r}"
-    if without.mean() > MAX_BROKEN_SHARE:
-        raise ValueError(f"{message}; that is more than {MAX_BROKEN_SHARE:.0%}, remove them or add their captions")
+    if without.mean() > max_share:
+        raise ValueError(f"{message}; that is more than {max_share:.0%}, remove them or add their captions")
     warnings.warn(f"{message}; other images take their places", stacklevel=3)
 
 
@@ -233,85 +194,3 @@ class _Positions:
             for later in range(step, self.steps_per_epoch):
                 yield epoch, later
             epoch, step = epoch + 1, 0
-
-
-@dataclass
-class _BatchDataset(Dataset):
-    """Maps (epoch, step) to a batch and the images found broken on the way; what worker processes hold."""
-
-    source: ImageTextSource
-    captions: TokenizedCaptions
-    pad_id: int
-    transform: TrainTransform | None
-    order: EpochOrder
-    batch_size: int
-    captions_per_image: int
-    seed: int
-    load_pixels: bool
-    unusable: np.ndarray
-    rank: int
-    world_size: int
-
-    def __post_init__(self) -> None:
-        self._broken: dict[int, str] = {}
-
-    def __getitem__(self, position: Position) -> tuple[CaptionBatch, tuple[BrokenImage, ...]]:
-        epoch, step = position
-        wanted = self.order.batch(epoch, step, self.batch_size, rank=self.rank, world_size=self.world_size)
-        samples = []
-        broken: list[BrokenImage] = []
-        for index in wanted:
-            sample, failed = self._load_or_next(int(index), epoch)
-            samples.append(sample)
-            broken.extend(failed)
-        texts = [self.captions.token_ids(caption) for sample in samples for caption in sample.captions]
-        token_ids, token_mask = collate_captions(texts, self.pad_id)
-        image_ids = [sample.index for sample in samples]
-        batch = CaptionBatch(
-            image_ids=torch.tensor(image_ids, dtype=torch.int64),
-            pixels=torch.stack([sample.pixels for sample in samples]) if self.load_pixels and samples else None,
-            mirrored=torch.tensor([sample.mirrored for sample in samples], dtype=torch.bool),
-            token_ids=token_ids,
-            token_mask=token_mask,
-            keys=tuple(map(self.source.key, image_ids)),
-        )
-        return batch, tuple(broken)
-
-    def _load_or_next(self, index: int, epoch: int) -> tuple[_Sample, list[BrokenImage]]:
-        """The sample `index`, or the next one of the source that is good, and which ones were found broken."""
-        broken: list[BrokenImage] = []
-        for ahead in range(len(self.source)):
-            candidate = (index + ahead) % len(self.source)
-            if self.unusable[candidate]:
-                continue
-            try:
-                if candidate not in self._broken:
-                    return self._load(candidate, epoch), broken
-            except (ImageError, OSError) as error:
-                self._broken[candidate] = str(error)
-            broken.append((candidate, self._broken[candidate]))
-            if len(broken) >= _MAX_BROKEN_IN_A_ROW:
-                break
-        raise ValueError(f"{len(broken)} images in a row are broken: {broken[0][1]}")
-
-    def _load(self, index: int, epoch: int) -> _Sample:
-        bits = np.random.PCG64(np.random.SeedSequence([self.seed, epoch, index]))
-        chance = bits.random_raw() / 2**64
-        first, end = self.captions.image_starts[index : index + 2]
-        chosen = first + choose_captions(int(end - first), self.captions_per_image, bits)
-        flip_probability = self.transform.flip_probability if self.transform is not None else 0.0
-        mirrored = bool(chance < flip_probability and not self.captions.sides[chosen].any())
-        pixels = torch.empty(0)
-        if self.load_pixels:
-            assert self.transform is not None
-            data, rng = self.source.open_bytes(index), np.random.Generator(bits)
-            pixels = self.transform.decode(data, rng, flip=mirrored, name=self.source.key(index))
-        return _Sample(index, mirrored, chosen, pixels)
-
-
-@dataclass(frozen=True)
-class _Sample:
-    index: int
-    mirrored: bool
-    captions: np.ndarray
-    pixels: torch.Tensor

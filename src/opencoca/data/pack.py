@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from opencoca.data.files import atomic_writer, parallel_map
+from opencoca.data.files import parallel_map
 from opencoca.data.images import ImageError, decode_image, read_header
-from opencoca.data.sources import ImageTextSource
+from opencoca.data.source import ImageTextSource
+from opencoca.files import atomic_write
 
 # Pillow's format names whose files go into a shard as they are; others are stored as PNG.
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
@@ -121,8 +122,8 @@ def _write_shard(
     def pack(index: int) -> _Packed:
         return _pack_sample(source, index, resize, quality)
 
-    with atomic_writer(path) as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+    with atomic_write(path) as partial:
+        with tarfile.open(partial, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             results = parallel_map(pack, indices, num_workers, window=4 * max(1, num_workers))
             for index, packed in zip(indices, results, strict=True):
                 if packed.error is not None:
@@ -191,8 +192,8 @@ def _claim_folder(out_dir: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         if next(out_dir.glob("*.tar"), None) is not None:
             raise ValueError(f"the folder {str(out_dir)!r} holds other tar shards; choose another one")
-        with atomic_writer(path) as file:
-            file.write(json.dumps(settings, indent=2).encode())
+        with atomic_write(path) as partial:
+            partial.write_bytes(json.dumps(settings, indent=2).encode())
         return
     try:
         stored = json.loads(path.read_text())
@@ -217,5 +218,5 @@ def _errors_of_finished_shards(out_dir: Path) -> list[dict[str, str]]:
 
 def _write_errors(out_dir: Path, errors: list[dict[str, str]]) -> None:
     if errors or (out_dir / _ERRORS_FILE).exists():
-        with atomic_writer(out_dir / _ERRORS_FILE) as file:
-            file.write("".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors).encode())
+        with atomic_write(out_dir / _ERRORS_FILE) as partial:
+            partial.write_bytes("".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors).encode())

@@ -1,189 +1,182 @@
 """Tar shards as img2dataset and webdataset write them: `key.jpg` next to `key.txt` and/or `key.json`.
 
-Each shard is scanned once. What the scan found (offsets and captions) is kept beside it in `<shard>.index.json`, so
-that opening a thousand shards is a thousand small reads and any image is one seek away. A shard that is damaged or cut
-short keeps every sample before the damage.
+A shard is scanned once; the index says where the parts of each sample lie, so that any sample is one read away.
+Letters: S samples of a shard.
 """
 
 from __future__ import annotations
 
-import contextlib
 import glob
-import itertools
 import json
 import os
 import re
-import tarfile
 import warnings
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import NamedTuple
 
-from opencoca.data.files import atomic_writer
+import numpy as np
+
 from opencoca.data.images import IMAGE_SUFFIXES
 from opencoca.data.tables import split_captions
+from opencoca.data.tar_scan import BLOCK, Member, ReadAt, scan_tar
 
-INDEX_SUFFIX = ".index.json"
-_INDEX_VERSION = 1
-_BLOCK = tarfile.BLOCKSIZE
+IMAGE, TEXT, JSON = range(3)
+"""The kinds of member a sample is made of, in the order of `ShardIndex.members`."""
 
 
-@dataclass(frozen=True)
-class ShardSample:
-    """One sample of a shard; `offset` and `size` say in bytes where its image lies, "" stands for a blank caption."""
+class LostSample(NamedTuple):
+    """A sample that a shard names but can't give: near which byte, and why. Key "": damage as such."""
 
     key: str
     offset: int
-    size: int
-    captions: tuple[str, ...]
+    reason: str
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What a shard holds: samples in order, keys of samples without an image, and what is wrong with the file."""
+    """What a shard holds.
 
-    samples: tuple[ShardSample, ...]
-    missing_images: tuple[str, ...]
-    damage: str | None
-
-
-def load_index(path: Path, caption_field: str = "caption") -> ShardIndex:
-    """The index of one shard: from its sidecar file if that is still valid, else by a scan, which is then kept.
-
-    The sidecar is ignored once the shard's size or modification time changed or another caption field is asked for.
-    A folder that can't be written to is no error: the index then lives in memory only.
+    Attributes:
+        keys: of the samples, in the order of their images; a repeated one has `#2`, `#3`, ... behind it.
+        members: (S, 3, 2) int64: offset and size in bytes of image, text and json; offset 0 for what isn't there.
+        lost: samples without an image, or cut in two by damage.
+        damage: (offset, reason), wherever the file is damaged.
+        size: of the shard in bytes.
+        digest: of all headers of the shard.
     """
-    status = path.stat()
-    stamp = {
-        "version": _INDEX_VERSION,
-        "size": status.st_size,
-        "mtime_ns": status.st_mtime_ns,
-        "caption_field": caption_field,
-    }
-    sidecar = path.with_name(path.name + INDEX_SUFFIX)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        stored = json.loads(sidecar.read_text(encoding="utf-8"))
-        if all(stored[name] == value for name, value in stamp.items()):
-            samples = (ShardSample(**{**row, "captions": tuple(row["captions"])}) for row in stored["samples"])
-            return ShardIndex(tuple(samples), tuple(stored["missing_images"]), stored["damage"])
-    index = scan_shard(path, caption_field)
-    with contextlib.suppress(OSError), atomic_writer(sidecar) as file:
-        file.write(json.dumps({**stamp, **asdict(index)}, ensure_ascii=False).encode())
-    return index
+
+    keys: tuple[str, ...]
+    members: np.ndarray
+    lost: tuple[LostSample, ...]
+    damage: tuple[tuple[int, str], ...]
+    size: int
+    digest: str
 
 
 @dataclass
 class _Group:
-    """The members of one sample, as they are met."""
+    """The members of one sample, as they are met; `suffix` is that of its image."""
 
     key: str
-    image: tuple[int, int] | None = None
-    text: tuple[int, int] | None = None
-    json: tuple[int, int] | None = None
+    start: int
+    places: dict[int, tuple[int, int]] = field(default_factory=dict)
+    suffix: str = ""
 
 
-@dataclass
-class _Scan:
-    groups: dict[str, _Group] = field(default_factory=dict)
-    damage: str | None = None
-    damaged_key: str | None = None
+def scan_shard(path: str | Path) -> ShardIndex:
+    """Read a local shard's headers from front to end. Raises OSError if the file can't be read."""
+    with open(path, "rb", buffering=0) as file:
+        descriptor = file.fileno()
+        size = os.fstat(descriptor).st_size
+        return index_shard(lambda offset, length: os.pread(descriptor, length, offset), size, str(path))
 
 
-def scan_shard(path: Path, caption_field: str = "caption") -> ShardIndex:
-    """Read a shard from front to end and return its index, up to the first damage if there is any."""
-    with open(path, "rb") as file:
-        scan = _scan_members(path, file)
-        samples: list[ShardSample] = []
-        missing: list[str] = []
-        for group in _whole_groups(scan):
-            key, captions = _read_texts(file, group, caption_field, path)
-            if group.image is None:
-                missing.append(key)
-            else:
-                samples.append(ShardSample(key, *group.image, tuple(captions)))
-    return ShardIndex(tuple(samples), tuple(missing), scan.damage)
+def index_shard(read_at: ReadAt, size: int, name: str) -> ShardIndex:
+    """As `scan_shard`, for a shard of `size` bytes that `read_at` reads; `name` is for warnings."""
+    scan = scan_tar(read_at, size)
+    groups = _group(scan.members)
+    broken = _broken_groups(groups, [(damage.offset, damage.reason, damage.name) for damage in scan.damage])
+    keys, places, lost = [], [], []
+    repeated: Counter[str] = Counter()
+    for number, group in enumerate(groups):
+        key = _own_key(read_at, group, name)
+        repeated[key] += 1
+        if repeated[key] > 1:
+            key = f"{key}#{repeated[key]}"
+        reason = broken.get(number) or (None if IMAGE in group.places else "it has no image")
+        if reason is None:
+            keys.append(key)
+            places.append([group.places.get(kind, (0, 0)) for kind in (IMAGE, TEXT, JSON)])
+        else:
+            lost.append(LostSample(key, group.start, reason))
+    members = np.array(places, dtype=np.int64).reshape(-1, 3, 2)
+    damage = tuple((damage.offset, damage.reason) for damage in scan.damage)
+    return ShardIndex(tuple(keys), members, tuple(lost), damage, size, scan.digest)
 
 
-def _whole_groups(scan: _Scan) -> list[_Group]:
-    """All samples but the one that the damage hit: known by name, or by lacking what the first sample has."""
-    groups = list(scan.groups.values())
-    if scan.damage and groups:
-        first, last = groups[0], groups[-1]
-        lacks_text = last.text is None and first.text is not None
-        lacks_json = last.json is None and first.json is not None
-        if last.key == scan.damaged_key or lacks_text or lacks_json:
-            groups.pop()
+def _group(members: list[Member]) -> list[_Group]:
+    """Members of equal names make a sample, wherever they stand; a second one of a kind begins another sample."""
+    groups: list[_Group] = []
+    latest: dict[str, _Group] = {}
+    for member in members:
+        key, suffix = _split_name(member.name)
+        if os.path.basename(key).startswith("."):
+            continue
+        kind = IMAGE if "." + suffix in IMAGE_SUFFIXES else {"txt": TEXT, "json": JSON}.get(suffix)
+        group = latest.get(key)
+        if group is not None and kind == IMAGE and group.suffix not in ("", suffix):
+            continue  # another rendering of the same image
+        if group is None or kind in group.places:
+            group = latest[key] = _Group(key, member.offset - BLOCK)
+            groups.append(group)
+        if kind is not None:
+            group.places[kind] = (member.offset, member.size)
+            group.suffix = suffix if kind == IMAGE else group.suffix
     return groups
 
 
-def _scan_members(path: Path, file: BinaryIO) -> _Scan:
-    scan = _Scan()
-    size = os.fstat(file.fileno()).st_size
-    end = 0
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                key, _, suffix = _split_name(member.name)
-                if member.offset_data + member.size > size:
-                    scan.damage, scan.damaged_key = f"it is cut short within {member.name!r}", key
-                    return scan
-                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-                if not member.isfile() or os.path.basename(key).startswith("."):
-                    continue
-                group = scan.groups.setdefault(key, _Group(key))
-                place = (member.offset_data, member.size)
-                if "." + suffix in IMAGE_SUFFIXES:
-                    group.image = place
-                elif suffix == "txt":
-                    group.text = place
-                elif suffix == "json":
-                    group.json = place
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        scan.damage = f"it is damaged after byte {end:,} ({error})"
-        return scan
-    # tarfile takes a damaged header for the end of the archive; only a block of zeros really is one.
-    file.seek(end)
-    block = file.read(_BLOCK)
-    if len(block) < _BLOCK:
-        scan.damage = f"it is cut short at byte {size:,}, before its end-of-archive mark"
-    elif block.strip(b"\0"):
-        scan.damage = f"it is damaged after byte {end:,}"
-    return scan
+def _broken_groups(groups: list[_Group], damage: list[tuple[int, str, str]]) -> dict[int, str]:
+    """Why, by number, of the samples next to a damage that lack what samples of this shard usually have."""
+    if not damage or not groups:
+        return {}
+    usual = Counter(frozenset(group.places) for group in groups).most_common(1)[0][0]
+    starts = [group.start for group in groups]
+    broken: dict[int, str] = {}
+    for offset, reason, name in damage:
+        after = int(np.searchsorted(starts, offset))
+        for number in (after - 1, after):
+            if 0 <= number < len(groups):
+                group = groups[number]
+                cut = name and group.key == _split_name(name)[0] and number == after - 1
+                if cut or not usual <= group.places.keys():
+                    broken[number] = f"the shard lost a part of it: {reason}"
+    return broken
 
 
-def _split_name(name: str) -> tuple[str, str, str]:
-    """`a/b.seg.jpg` -> (`a/b`, `.`, `seg.jpg`): webdataset's rule, the first dot of the file's name."""
+def _split_name(name: str) -> tuple[str, str]:
+    """`a/b.seg.jpg` -> (`a/b`, `seg.jpg`): webdataset's rule, the first dot of the file's name."""
     folder, _, base = name.rpartition("/")
-    stem, dot, suffix = base[1:].partition(".")
+    stem, _, suffix = base[1:].partition(".")
     stem = base[:1] + stem
-    return (f"{folder}/{stem}" if folder else stem), dot, suffix.lower()
+    return (f"{folder}/{stem}" if folder else stem), suffix.lower()
 
 
-def _read_texts(file: BinaryIO, group: _Group, caption_field: str, path: Path) -> tuple[str, list[str]]:
-    """The sample's key and captions: json's `captions`, else json's caption field, else the text file."""
-    where = f"the sample {group.key!r} of {str(path)!r}"
-    values: dict[str, Any] = {}
-    if group.json is not None:
+def _own_key(read_at: ReadAt, group: _Group, name: str) -> str:
+    """The `key` that a sample's json gives it (a path, often), else the name of its members."""
+    if JSON not in group.places:
+        return group.key
+    try:
+        values = json.loads(read_at(*group.places[JSON]))
+    except ValueError as error:
+        where = f"the sample {group.key!r} of {name!r}"
+        warnings.warn(f"{where} has json that cannot be read ({error}); it is ignored", stacklevel=2)
+        return group.key
+    key = values.get("key") if isinstance(values, dict) else None
+    return key if isinstance(key, str) and key else group.key
+
+
+def parse_captions(text: bytes | None, details: bytes | None, caption_field: str, where: str) -> list[str]:
+    """The captions of a sample: json's `captions`, else json's caption field, else the text file; "" is a blank one.
+
+    Raises ValueError that begins with `where` for a caption that isn't text.
+    """
+    values: object = None
+    if details is not None:
         try:
-            parsed = json.loads(_read_at(file, *group.json))
-        except ValueError as error:
-            warnings.warn(f"{where} has json that cannot be read ({error}); it is ignored", stacklevel=2)
-        else:
-            values = parsed if isinstance(parsed, dict) else {}
-    key = values["key"] if isinstance(values.get("key"), str) and values["key"] else group.key
-    if caption_field == "caption" and values.get("captions") is not None:
-        return key, split_captions(values["captions"], where) if values["captions"] else []
-    if values.get(caption_field) is not None:
-        return key, split_captions(values[caption_field], where)
-    if group.text is not None and caption_field == "caption":
-        return key, split_captions(_read_at(file, *group.text).decode("utf-8", errors="replace"), where)
-    return key, []
-
-
-def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    return file.read(size)
+            values = json.loads(details)
+        except ValueError:
+            values = None
+    if isinstance(values, dict):
+        if caption_field == "caption" and values.get("captions") is not None:
+            return split_captions(values["captions"], where) if values["captions"] else []
+        if values.get(caption_field) is not None:
+            return split_captions(values[caption_field], where)
+    if text is not None and caption_field == "caption":
+        return split_captions(text.decode("utf-8", errors="replace"), where)
+    return []
 
 
 def expand_shards(pattern: str) -> list[Path]:
@@ -194,7 +187,7 @@ def expand_shards(pattern: str) -> list[Path]:
     if os.path.exists(pattern):
         return [Path(pattern)]
     paths: list[Path] = []
-    for name in _expand_braces(pattern):
+    for name in expand_braces(pattern):
         found = sorted(glob.glob(name)) if glob.has_magic(name) else [name] * os.path.exists(name)
         if not found:
             raise FileNotFoundError(f"there are no tar shards {name!r}")
@@ -202,7 +195,8 @@ def expand_shards(pattern: str) -> list[Path]:
     return paths
 
 
-def _expand_braces(pattern: str) -> Iterator[str]:
+def expand_braces(pattern: str) -> Iterator[str]:
+    """`{a,b}/{0..2}.tar` -> `a/0.tar`, `a/1.tar`, `a/2.tar`, `b/0.tar`, ..."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
         yield pattern
@@ -216,22 +210,4 @@ def _expand_braces(pattern: str) -> Iterator[str]:
     else:
         choices = inner.split(",")
     for choice in choices:
-        yield from _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
-
-
-def unique_keys(shards: list[tuple[Path, ShardIndex]]) -> list[str]:
-    """Every sample's key; one that an earlier sample has already gets its shard's name in front."""
-    seen: set[str] = set()
-    keys: list[str] = []
-    for path, index in shards:
-        for sample in index.samples:
-            key = sample.key
-            if key in seen:
-                key = f"{path.stem}/{sample.key}"
-            for number in itertools.count(2):
-                if key not in seen:
-                    break
-                key = f"{path.stem}/{sample.key}#{number}"
-            seen.add(key)
-            keys.append(key)
-    return keys
+        yield from expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])

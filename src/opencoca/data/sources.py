@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
+import bisect
+import glob
+import itertools
 import os
-import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from opencoca.data.images import IMAGE_SUFFIXES
-from opencoca.data.shards import expand_shards, load_index, unique_keys
+from opencoca.data.remote import find_remote, is_remote
+from opencoca.data.shards import expand_braces, expand_shards
+from opencoca.data.source import ImageTextSource, Place, Sample
 from opencoca.data.tables import read_caption_table
-
-
-class ImageTextSource(ABC):
-    """Images with any number of captions each, in a fixed order, with random access.
-
-    Safe to read from several threads and processes at once.
-
-    Attributes:
-        missing_images: keys of images that were named but don't exist; they have no index.
-        blank_captions: the key of an image once per blank caption it had; `captions` leaves blank ones out.
-    """
-
-    missing_images: tuple[str, ...] = ()
-    blank_captions: tuple[str, ...] = ()
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Number of images."""
-
-    @abstractmethod
-    def key(self, index: int) -> str:
-        """The unique name of an image: its path relative to the folder, or its key in the shards."""
-
-    @abstractmethod
-    def captions(self, index: int) -> tuple[str, ...]:
-        """The captions of an image, stripped, none of them blank; empty if it has none."""
-
-    @abstractmethod
-    def open_bytes(self, index: int) -> bytes:
-        """The encoded bytes of an image. Raises OSError if they can't be read."""
+from opencoca.data.tar_source import ShardStorage, TarShards
 
 
 class ImageFolder(ImageTextSource):
@@ -79,58 +55,8 @@ class ImageFolder(ImageTextSource):
     def open_bytes(self, index: int) -> bytes:
         return (self.root / self._keys[index]).read_bytes()
 
-
-class TarShards(ImageTextSource):
-    """Samples of tar shards, in the order of the shards and of the samples in them.
-
-    A shard that is damaged keeps the samples before the damage, and a warning names it. Samples without an image are
-    listed in `missing_images`.
-
-    Args:
-        paths: the shards.
-        caption_field: the field of a sample's json that holds its caption or captions.
-
-    Raises:
-        FileNotFoundError: a shard doesn't exist.
-        ValueError: no shard holds a sample.
-    """
-
-    def __init__(self, paths: Sequence[str | Path], *, caption_field: str = "caption"):
-        shards = [(Path(path), load_index(Path(path), caption_field)) for path in paths]
-        for path, index in shards:
-            if index.damage:
-                kept = f"the {len(index.samples)} samples before that are used"
-                warnings.warn(f"tar shard {str(path)!r}: {index.damage}; {kept}", stacklevel=2)
-        self.paths = tuple(path for path, _ in shards)
-        self._keys = tuple(unique_keys(shards))
-        self._places = [(i, s.offset, s.size) for i, (_, index) in enumerate(shards) for s in index.samples]
-        if not self._places:
-            names = ", ".join(repr(str(path)) for path in self.paths[:3])
-            raise ValueError(f"the {len(self.paths)} tar shards ({names}) hold no images")
-        captions = [sample.captions for _, index in shards for sample in index.samples]
-        self._captions = tuple(tuple(filter(None, own)) for own in captions)
-        self.missing_images = tuple(key for _, index in shards for key in index.missing_images)
-        self.blank_captions = tuple(
-            key for key, own in zip(self._keys, captions, strict=True) for text in own if not text
-        )
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def key(self, index: int) -> str:
-        return self._keys[index]
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return self._captions[index]
-
-    def open_bytes(self, index: int) -> bytes:
-        shard, offset, size = self._places[index]
-        # A file of its own for every read: nothing is shared between threads, or with a forked worker.
-        with open(self.paths[shard], "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), size, offset)
-        if len(data) != size:
-            raise OSError(f"the tar shard {str(self.paths[shard])!r} became shorter while it was in use")
-        return data
+    def place(self, index: int) -> Place:
+        return Place(str(self.root / self._keys[index]), 0)
 
 
 class Subset(ImageTextSource):
@@ -139,6 +65,7 @@ class Subset(ImageTextSource):
     def __init__(self, source: ImageTextSource, indices: Sequence[int]):
         self.source = source
         self.indices = tuple(int(index) for index in indices)
+        self.captions_in_memory, self.is_remote = source.captions_in_memory, source.is_remote
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -152,6 +79,75 @@ class Subset(ImageTextSource):
     def open_bytes(self, index: int) -> bytes:
         return self.source.open_bytes(self.indices[index])
 
+    def read(self, index: int) -> Sample:
+        return self.source.read(self.indices[index])
+
+    def read_captions(self, index: int) -> tuple[str, ...]:
+        return self.source.read_captions(self.indices[index])
+
+    def place(self, index: int) -> Place:
+        return self.source.place(self.indices[index])
+
+    def draw_texts(self, index: int, captions: Sequence[str], wanted: int, bits: np.random.PCG64) -> list[str] | None:
+        return self.source.draw_texts(self.indices[index], captions, wanted, bits)
+
+
+class JoinedSource(ImageTextSource):
+    """Several sources, one after the other. Keys are the sources' own, and may repeat."""
+
+    def __init__(self, sources: Sequence[ImageTextSource]):
+        self.sources = tuple(sources)
+        self._ends = tuple(itertools.accumulate(len(source) for source in sources))
+        self.captions_in_memory = all(source.captions_in_memory for source in sources)
+        self.is_remote = any(source.is_remote for source in sources)
+        self.lost = tuple(lost for source in sources for lost in source.lost)
+
+    @property
+    def missing_images(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return tuple(key for source in self.sources for key in source.missing_images)
+
+    @property
+    def blank_captions(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return tuple(key for source in self.sources for key in source.blank_captions)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def key(self, index: int) -> str:
+        source, inner = self.locate(index)
+        return source.key(inner)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        source, inner = self.locate(index)
+        return source.captions(inner)
+
+    def open_bytes(self, index: int) -> bytes:
+        source, inner = self.locate(index)
+        return source.open_bytes(inner)
+
+    def read(self, index: int) -> Sample:
+        source, inner = self.locate(index)
+        return source.read(inner)
+
+    def read_captions(self, index: int) -> tuple[str, ...]:
+        source, inner = self.locate(index)
+        return source.read_captions(inner)
+
+    def place(self, index: int) -> Place:
+        source, inner = self.locate(index)
+        return source.place(inner)
+
+    def draw_texts(self, index: int, captions: Sequence[str], wanted: int, bits: np.random.PCG64) -> list[str] | None:
+        source, inner = self.locate(index)
+        return source.draw_texts(inner, captions, wanted, bits)
+
+    def locate(self, index: int) -> tuple[ImageTextSource, int]:
+        """The source that an image belongs to, and its index there. Raises IndexError."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"there is no image {index} among {len(self)}")
+        number = bisect.bisect_right(self._ends, index)
+        return self.sources[number], index - (self._ends[number - 1] if number else 0)
+
 
 def open_source(
     images: str | Path,
@@ -160,24 +156,30 @@ def open_source(
     image_column: str = "image",
     caption_column: str = "caption",
     strict: bool = True,
+    storage: ShardStorage | None = None,
 ) -> ImageTextSource:
     """Open images, with their captions if there are any.
 
     Args:
         images: a folder of images, searched with its subfolders if no table names them; or tar shards: one `.tar`, a
-            folder of them, or a pattern such as `shards/*.tar` or `shards/{00000..00099}.tar`.
+            folder of them, or a pattern such as `shards/*.tar` or `s3://bucket/{00000..00099}.tar`; see `find_shards`.
         captions: a CSV, TSV, JSON lines or Parquet table for a folder of images; shards carry their own.
         image_column: the table's column of image names, relative to `images`.
         caption_column: the table's column of captions (for shards, the field of a sample's json).
         strict: whether images that the table names but that don't exist are an error; else they are listed in the
             source's `missing_images`.
+        storage: where the indexes of shards lie, and what is kept of remote ones.
 
     Raises:
         FileNotFoundError: a folder, table, shard, or image named by the table doesn't exist.
         ValueError: an empty folder, an unusable table, no captions at all in a table.
     """
     folder = Path(images)
-    if folder.is_dir():
+    if is_remote(images):
+        shards = find_shards(str(images))
+        if captions is not None:
+            raise ValueError(f"tar shards carry their captions themselves; leave {str(captions)!r} out")
+    elif folder.is_dir():
         shards = [] if captions is not None else sorted(path for path in folder.glob("*.tar") if path.is_file())
     elif str(images).endswith(".tar"):
         shards = expand_shards(str(images))
@@ -189,7 +191,7 @@ def open_source(
         raise FileNotFoundError(f"there is no folder of images {str(images)!r}")
 
     if shards:
-        return TarShards(shards, caption_field=caption_column)
+        return TarShards(shards, caption_field=caption_column, storage=storage)
     if captions is None:
         return ImageFolder(folder, list_images(folder))
     return _open_table(folder, Path(captions), image_column, caption_column, strict)
@@ -209,6 +211,37 @@ def _open_table(folder: Path, path: Path, image_column: str, caption_column: str
         raise ValueError(f"the caption table {str(path)!r} holds no captions")
     captions = {key: table.captions[key] for key in keys}
     return ImageFolder(folder, keys, captions, missing_images=missing, blank_captions=table.blank)
+
+
+def find_shards(pattern: str) -> list[str]:
+    """Paths or URLs of the shards that a pattern names, sorted within each of its braces.
+
+    A pattern is a file, a folder of `.tar` files, or a name with `{00000..00099}`, `{a,b}` and `*`; web servers
+    (http, https) list nothing, so there names must be spelled out, with braces.
+
+    Raises:
+        FileNotFoundError: nothing matches.
+        ValueError: a wildcard or folder on a web server.
+    """
+    if not is_remote(pattern):
+        if Path(pattern).is_dir():
+            pattern = str(Path(glob.escape(pattern), "*.tar"))
+        return list(map(str, expand_shards(pattern)))
+    shards: list[str] = []
+    for name in expand_braces(pattern):
+        if not name.endswith(".tar"):
+            name = f"{name.rstrip('/')}/*.tar"
+        if not glob.has_magic(name):
+            shards.append(name)
+            continue
+        if name.startswith(("http://", "https://")):
+            example = f"{pattern.rpartition('/')[0]}/{{00000..00099}}.tar"
+            raise ValueError(f"a web server lists no files, so {name!r} cannot be found; spell them out: {example!r}")
+        found = find_remote(name)
+        if not found:
+            raise FileNotFoundError(f"there are no tar shards {name!r}")
+        shards += found
+    return shards
 
 
 def list_images(folder: str | Path) -> list[str]:

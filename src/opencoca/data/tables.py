@@ -36,30 +36,17 @@ def read_caption_table(
             outside of `images_root`, or a caption that isn't text.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no caption table {str(path)!r}")
-    suffix = path.suffix.lower()
-    if suffix not in TABLE_SUFFIXES:
-        raise ValueError(f"cannot tell the format of the caption table {str(path)!r}: expected {_any(TABLE_SUFFIXES)}")
-    try:
-        columns, rows = _READERS[suffix](path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"cannot read the caption table {str(path)!r}: it is not UTF-8 text ({error})") from error
-    except (csv.Error, OSError) as error:
-        raise ValueError(f"cannot read the caption table {str(path)!r}: {error}") from error
+    columns, rows = _read_rows(path)
     if caption_column == "caption" and "caption" not in columns and "captions" in columns:
         caption_column = "captions"
-    for column in (image_column, caption_column):
-        if column not in columns:
-            have = ", ".join(repr(name) for name in columns) or "none"
-            raise ValueError(f"the caption table {str(path)!r} has no column {column!r}; its columns are: {have}")
+    _check_columns(path, columns, (image_column, caption_column))
 
     collected: dict[str, list[str]] = {}
     blank: list[str] = []
     for where, row in rows:
         key = _image_key(row.get(image_column), Path(images_root), f"{where} of {str(path)!r}")
         texts = split_captions(
-            row.get(caption_column), f"{where} of {str(path)!r}", parse_json=suffix in (".csv", ".tsv")
+            row.get(caption_column), f"{where} of {str(path)!r}", parse_json=path.suffix.lower() in (".csv", ".tsv")
         )
         own = collected.setdefault(key, [])
         for text in texts:
@@ -68,6 +55,56 @@ def read_caption_table(
             else:
                 blank.append(key)
     return CaptionTable({key: tuple(texts) for key, texts in collected.items()}, tuple(blank))
+
+
+def read_captions(path: str | Path, *, caption_column: str = "caption") -> list[str]:
+    """All captions of a table, in its order, blank ones left out; no column of images is needed.
+
+    Raises as `read_caption_table` does.
+    """
+    path = Path(path)
+    columns, rows = _read_rows(path)
+    if caption_column == "caption" and "caption" not in columns and "captions" in columns:
+        caption_column = "captions"
+    _check_columns(path, columns, (caption_column,))
+    parse_json = path.suffix.lower() in (".csv", ".tsv")
+    own = (split_captions(r.get(caption_column), f"{w} of {str(path)!r}", parse_json=parse_json) for w, r in rows)
+    return [text for texts in own for text in texts if text]
+
+
+def read_image_names(path: str | Path, *, image_column: str = "image") -> list[str]:
+    """The images that a table names, as they are written there, each once, in the order of their first row.
+
+    Raises as `read_caption_table` does.
+    """
+    path = Path(path)
+    columns, rows = _read_rows(path)
+    _check_columns(path, columns, (image_column,))
+    names: dict[str, None] = {}
+    for where, row in rows:
+        names[_image_name(row.get(image_column), f"{where} of {str(path)!r}")] = None
+    return list(names)
+
+
+def _read_rows(path: Path) -> _Rows:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no caption table {str(path)!r}")
+    suffix = path.suffix.lower()
+    if suffix not in TABLE_SUFFIXES:
+        raise ValueError(f"cannot tell the format of the caption table {str(path)!r}: expected {_any(TABLE_SUFFIXES)}")
+    try:
+        return _READERS[suffix](path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read the caption table {str(path)!r}: it is not UTF-8 text ({error})") from error
+    except (csv.Error, OSError) as error:
+        raise ValueError(f"cannot read the caption table {str(path)!r}: {error}") from error
+
+
+def _check_columns(path: Path, columns: list[str], wanted: tuple[str, ...]) -> None:
+    for column in wanted:
+        if column not in columns:
+            have = ", ".join(repr(name) for name in columns) or "none"
+            raise ValueError(f"the caption table {str(path)!r} has no column {column!r}; its columns are: {have}")
 
 
 def split_captions(value: Any, where: str, *, parse_json: bool = False) -> list[str]:
@@ -94,10 +131,14 @@ def split_captions(value: Any, where: str, *, parse_json: bool = False) -> list[
     raise ValueError(f"{where} has a caption that is not text but {type(value).__name__} ({value!r})")
 
 
-def _image_key(value: Any, root: Path, where: str) -> str:
+def _image_name(value: Any, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where} names no image")
-    name = value.strip()
+    return value.strip()
+
+
+def _image_key(value: Any, root: Path, where: str) -> str:
+    name = _image_name(value, where)
     if posixpath.isabs(name):
         absolute_root = root.absolute().as_posix().rstrip("/") + "/"
         name = posixpath.normpath(name)

@@ -18,12 +18,13 @@ from opencoca.data.augment import rand_augment
 from opencoca.data.images import MAX_PIXELS, ImageData, decode_image, read_header
 
 ResizeMode = Literal["squash", "crop", "pad"]
+Decoding = Literal["upright", "as_stored"]
 Box = tuple[float, float, float, float]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-_MAX_COVER_RATIO = 16
+_MAX_COVER_RATIO = 256
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,16 @@ class PreprocessConfig:
         mean, std: of the RGB channels, for values in 0..1.
         resize_mode: `crop` fits the shorter side and cuts the centre out, `pad` fits the longer side and fills up with
             the mean colour, `squash` fits both sides and ignores the aspect ratio.
+        decoding: `upright` applies EXIF rotation, lays transparency onto white and scales 16 bits to 8 before resizing;
+            `as_stored` resizes the pixels as the file has them and converts to RGB afterwards, as open_clip's
+            evaluation does (docs/equality.md). Ordinary photographs come out the same.
     """
 
     image_size: tuple[int, int] = (224, 224)
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     resize_mode: ResizeMode = "crop"
+    decoding: Decoding = "upright"
 
     def __post_init__(self) -> None:
         for name, length in (("image_size", 2), ("mean", 3), ("std", 3)):
@@ -54,6 +59,8 @@ class PreprocessConfig:
             raise ValueError(f"std must be positive, got {self.std}")
         if self.resize_mode not in get_args(ResizeMode):
             raise ValueError(f"resize_mode must be one of {get_args(ResizeMode)}, got {self.resize_mode!r}")
+        if self.decoding not in get_args(Decoding):
+            raise ValueError(f"decoding must be one of {get_args(Decoding)}, got {self.decoding!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """A dict that JSON can hold."""
@@ -85,7 +92,8 @@ def normalize(pixels: np.ndarray, config: PreprocessConfig) -> torch.Tensor:
 class EvalTransform:
     """The one deterministic way into a model: bicubic with antialiasing as Pillow does it, then normalisation.
 
-    `transform(image)` maps an RGB PIL image to (3, H, W) float32, `transform.to_uint8(image)` to (H, W, 3) uint8.
+    `transform(image)` maps a PIL image to (3, H, W) float32, `transform.to_uint8(image)` to (H, W, 3) uint8. An image
+    that is not RGB is resized as it is and converted afterwards.
     """
 
     def __init__(self, config: PreprocessConfig):
@@ -98,10 +106,12 @@ class EvalTransform:
         height, width = self.config.image_size
         mode = self.config.resize_mode
         if mode == "pad":
-            return np.array(_letterbox(image, (width, height), self.config.fill))
-        if mode == "crop":
-            return np.array(_cover(image, (width, height)))
-        return np.array(_resize(image, (width, height), (0, 0, *image.size)))
+            result = _letterbox(image, (width, height), self.config.fill)
+        elif mode == "crop":
+            result = _cover(image, (width, height))
+        else:
+            result = _resize(image, (width, height), (0, 0, *image.size))
+        return np.array(result.convert("RGB"))
 
 
 def _cover(image: Image.Image, target: tuple[int, int]) -> Image.Image:
@@ -129,7 +139,7 @@ def _letterbox(image: Image.Image, target: tuple[int, int], fill: tuple[int, int
     height = min(target[1], max(1, round(image.height * scale)))
     result = Image.new("RGB", target, fill)
     inner = _resize(image, (width, height), (0, 0, *image.size))
-    result.paste(inner, ((target[0] - width) // 2, (target[1] - height) // 2))
+    result.paste(inner.convert("RGB"), ((target[0] - width) // 2, (target[1] - height) // 2))
     return result
 
 
@@ -197,7 +207,19 @@ class TrainTransform:
         max_pixels: int = MAX_PIXELS,
         name: str | None = None,
     ) -> torch.Tensor:
-        """Decode and transform in one go: (3, H, W) float32.
+        """Decode and transform in one go: (3, H, W) float32; see `decode_uint8`."""
+        return normalize(self.decode_uint8(data, rng, flip=flip, max_pixels=max_pixels, name=name), self.config)
+
+    def decode_uint8(
+        self,
+        data: ImageData,
+        rng: np.random.Generator,
+        *,
+        flip: bool | None = None,
+        max_pixels: int = MAX_PIXELS,
+        name: str | None = None,
+    ) -> np.ndarray:
+        """Decode and transform in one go, without the normalisation: (H, W, 3) uint8.
 
         The crop is drawn from the header, so that a large JPEG is only decoded as finely as its crop needs (Pillow's
         `draft`). The crop, mirroring and colours are those of a call with the decoded image; the pixels differ by
@@ -212,7 +234,7 @@ class TrainTransform:
         image = decode_image(data, max_pixels=max_pixels, name=name, draft_size=draft_size)
         across, down = image.width / size[0], image.height / size[1]
         box = left * across, top * down, right * across, bottom * down
-        return normalize(self._finish(image, box, rng, flip), self.config)
+        return self._finish(image, box, rng, flip)
 
     def _finish(self, image: Image.Image, box: Box, rng: np.random.Generator, flip: bool | None) -> np.ndarray:
         height, width = self.config.image_size

@@ -40,8 +40,8 @@ def evaluate_captioning(
     broken: list[BrokenImage] = []
     for batch in encode_images(pipeline, captioned, batch_size, progress=progress, description="captioning images"):
         written = generate(pipeline.model, batch.tokens, pipeline.tokenizer, options)
-        for index, caption in zip(batch.indices, written, strict=True):
-            captions[captioned.key(index)] = caption.text
+        for index, (best, *_) in zip(batch.indices, written, strict=True):
+            captions[captioned.key(index)] = best.text
             references[captioned.key(index)] = captioned.captions(index)
         broken += batch.broken
     require_images(len(captions), broken, "images that can be read and have captions")

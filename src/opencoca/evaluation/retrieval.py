@@ -2,13 +2,17 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
 from opencoca.data import ImageTextSource, Subset
 from opencoca.evaluation.encoding import BrokenImage, encode_images, require_images
+from opencoca.evaluation.likelihood_retrieval import less_prior, reranked_scores, score_shortlist, shortlist
 from opencoca.evaluation.retrieval_metrics import RetrievalScores, retrieval_scores
-from opencoca.pipeline import Pipeline
+from opencoca.pipeline import Pipeline, Rule
+
+DEFAULT_RERANK_TOP = 16
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,24 @@ class RetrievalReport:
 
 
 def evaluate_retrieval(
-    pipeline: Pipeline, source: ImageTextSource, *, batch_size: int = 32, progress: bool = False
+    pipeline: Pipeline,
+    source: ImageTextSource,
+    *,
+    by: Rule = "similarity",
+    rerank_top: int = DEFAULT_RERANK_TOP,
+    batch_size: int = 32,
+    progress: bool = False,
 ) -> RetrievalReport:
     """Embeds all images and all of their captions, and ranks them for each other.
 
-    Raises ValueError if no image can be read and has a caption.
+    by: ``similarity`` ranks by cosine alone; ``likelihood`` orders the first rerank_top of each image and of each text
+        again by the captioner (see `likelihood_retrieval`), ``both`` by the sum of the likelihood and the cosine times
+        the logit scale. These two take a second pass over the images.
+
+    Raises ValueError if no image can be read and has a caption, or for a rule that does not exist.
     """
+    if by not in get_args(Rule):
+        raise ValueError(f"cannot rank by {by!r}; choose {', '.join(get_args(Rule))}")
     captioned = with_captions(source)
     embeds: list[torch.Tensor] = []
     kept: list[int] = []
@@ -37,9 +53,19 @@ def evaluate_retrieval(
         broken += batch.broken
     require_images(len(kept), broken, "images that can be read and have captions")
     captions = [captioned.captions(index) for index in kept]
-    texts = pipeline.embed_texts(text for own in captions for text in own)
+    texts = [text for own in captions for text in own]
     image_of_text = torch.tensor([row for row, own in enumerate(captions) for _ in own])
-    scores = retrieval_scores(torch.cat(embeds), texts, image_of_text)
+    image_embed, text_embed = torch.cat(embeds), pipeline.embed_texts(texts)
+    if by == "similarity":
+        scores = retrieval_scores(image_embed, text_embed, image_of_text)
+    else:
+        found = shortlist(image_embed, text_embed, rerank_top)
+        readable = Subset(captioned, kept)
+        again = encode_images(pipeline, readable, batch_size, progress=progress, description="scoring captions")
+        likelihood = less_prior(found, score_shortlist(pipeline.text_scorer(texts), again, found))
+        if by == "both":
+            likelihood = likelihood + pipeline.model.logit_scale.item() * found.similarity
+        scores = reranked_scores(image_embed, text_embed, image_of_text, found, likelihood)
     return RetrievalReport(scores, tuple(broken), len(source) - len(captioned))
 
 

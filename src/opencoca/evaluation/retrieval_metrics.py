@@ -51,12 +51,23 @@ def retrieval_scores(
         ValueError: shapes that do not fit, embeddings that are not finite, a text without its image or an image without
             a text.
     """
+    return scores_from_ranks(*retrieval_ranks(image_embed, text_embed, image_of_text, chunk_bytes))
+
+
+@torch.no_grad()
+def retrieval_ranks(
+    image_embed: Tensor, text_embed: Tensor, image_of_text: Tensor, chunk_bytes: int = DEFAULT_CHUNK_BYTES
+) -> tuple[Tensor, Tensor]:
+    """Ranks from 1, of every image's best text (I,) and of every text's image (M,); all as `retrieval_scores`."""
     _check(image_embed, text_embed, image_of_text)
     device = torch.device("cpu") if image_embed.device.type == "mps" else image_embed.device  # MPS has no float64
     images = image_embed.to(device, torch.float64)
     texts = text_embed.to(device, torch.float64)
-    image_of_text = image_of_text.to(device, torch.int64)
-    image_ranks, text_ranks = _ranks(images, texts, image_of_text, chunk_bytes)
+    return _ranks(images, texts, image_of_text.to(device, torch.int64), chunk_bytes)
+
+
+def scores_from_ranks(image_ranks: Tensor, text_ranks: Tensor) -> RetrievalScores:
+    """Recalls and medians of ranks from 1: of every image's best text (I,) and of every text's image (M,)."""
 
     def recall(ranks: Tensor, k: int) -> float:
         return (ranks <= k).double().mean().item()
@@ -66,8 +77,8 @@ def retrieval_scores(
         *(recall(text_ranks, k) for k in (1, 5, 10)),
         image_to_text_median_rank=image_ranks.double().quantile(0.5).item(),
         text_to_image_median_rank=text_ranks.double().quantile(0.5).item(),
-        num_images=len(images),
-        num_texts=len(texts),
+        num_images=len(image_ranks),
+        num_texts=len(text_ranks),
     )
 
 

@@ -4,7 +4,7 @@ A labelled source is an `ImageTextSource` whose one caption an image is its labe
 """
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from opencoca.data import ImageFolder, ImageTextSource, list_images, open_source
 from opencoca.evaluation.encoding import BrokenImage, encode_images, require_images
 from opencoca.evaluation.prompts import ClassificationScores, classification_scores, zero_shot_weights
-from opencoca.pipeline import Pipeline
+from opencoca.pipeline import Pipeline, Rule
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def evaluate_zero_shot(
     templates: Sequence[str],
     class_names: Mapping[str, str] | None = None,
     *,
+    by: Rule = "similarity",
     batch_size: int = 32,
     progress: bool = False,
 ) -> ZeroShotReport:
@@ -89,27 +90,39 @@ def evaluate_zero_shot(
         templates: prompts with {} for the class's name.
         class_names: names by label; labels that no image has are to choose from too. None: the labels of the images,
             underscores read as spaces.
+        by: ``similarity`` of the embeddings, ``likelihood`` of the prompts by the captioner, less their likelihood for
+            a blank image, or ``both``: see `Pipeline.classify`.
 
     Raises:
-        ValueError: no image can be read, a label has no name, or unusable templates.
+        ValueError: no image can be read, a label has no name, unusable templates, or no such rule.
     """
     present = {source.captions(index)[0] for index in range(len(source))}
     names = dict(class_names) if class_names else {label: label.replace("_", " ") for label in sorted(present)}
     if unnamed := sorted(present - names.keys()):
         raise ValueError(f"{len(unnamed)} labels have no class name: {', '.join(unnamed[:5])}; add them to the table")
     labels = tuple(names)
-    weights = _weights(pipeline, list(names.values()), templates, progress)
+    logits_of = _logits_of(pipeline, list(names.values()), templates, by, progress)
     position = {label: number for number, label in enumerate(labels)}
-    similarities: list[torch.Tensor] = []
+    logits: list[torch.Tensor] = []
     targets: list[int] = []
     broken: list[BrokenImage] = []
     for batch in encode_images(pipeline, source, batch_size, progress=progress, description="classifying images"):
-        similarities.append(batch.embed @ weights.T)
+        logits.append(logits_of(batch.tokens, batch.embed))
         targets += [position[source.captions(index)[0]] for index in batch.indices]
         broken += batch.broken
     require_images(len(targets), broken)
-    scores = classification_scores(torch.cat(similarities), torch.tensor(targets))
+    scores = classification_scores(torch.cat(logits), torch.tensor(targets))
     return ZeroShotReport(scores, labels, tuple(names.values()), tuple(broken))
+
+
+def _logits_of(
+    pipeline: Pipeline, names: list[str], templates: Sequence[str], by: Rule, progress: bool
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """What ranks the labels of an image, as a function of its tokens and its embedding."""
+    if by != "similarity":
+        return pipeline.label_logits(names, templates, by)
+    weights = _weights(pipeline, names, templates, progress)
+    return lambda image_tokens, image_embed: image_embed @ weights.T
 
 
 def _weights(pipeline: Pipeline, names: list[str], templates: Sequence[str], progress: bool) -> torch.Tensor:

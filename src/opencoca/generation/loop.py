@@ -1,129 +1,190 @@
 """Captions from image tokens, token by token with a key-value cache.
 
-Letters: I images, Q image tokens, D width, R texts in work, T tokens so far, V vocabulary.
+Letters: I images, Q image tokens, D width, R texts in work, T tokens so far, V vocabulary, N cache entries.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from opencoca.generation.beam_search import BeamSearch
 from opencoca.generation.logit_filters import LogitFilter, make_filters
 from opencoca.generation.options import GeneratedCaption, GenerationOptions
-from opencoca.generation.search import Greedy, Search
-from opencoca.model.coca import CoCa, DecodingState
+from opencoca.generation.search import Candidate, Limits, Search, SingleTexts
+from opencoca.model.coca import CoCa
+from opencoca.model.decoding import DecodingState, embed_decoded
 from opencoca.tokenizer import Tokenizer
 
-# Dropping finished texts copies the caches of the others; below this share of them, computing on is cheaper.
+# Texts at a time on a CPU: more of them are no faster, and their keys and values take memory.
+_TEXTS_AT_A_TIME_ON_CPU = 128
+
+# Rearranged weights make steps of up to so many texts faster by more than their memory is worth.
+_PACK_FOR_TEXTS = 64
+
+# Dropping finished images copies the caches of the others; below this share of them, computing on is cheaper.
 _DROP_FROM_SHARE = 1 / 8
 
 
 @torch.inference_mode()
 def generate(
-    model: CoCa, image_tokens: Tensor, tokenizer: Tokenizer, options: GenerationOptions | None = None
-) -> list[GeneratedCaption]:
-    """One greedy caption for each image of image_tokens (I, Q, D), as `CoCa.encode_image` gives them.
+    model: CoCa,
+    image_tokens: Tensor,
+    tokenizer: Tokenizer,
+    options: GenerationOptions | None = None,
+    *,
+    image_seeds: Sequence[int] | None = None,
+    with_text_embed: bool = False,
+) -> list[tuple[GeneratedCaption, ...]]:
+    """For each image of image_tokens (I, Q, D), as `CoCa.encode_image` gives them, its captions, the best first.
 
     A caption ends with the end token, after max_new_tokens, or where the model's context_length ends. It does not
     depend on the other images of the batch, and the batch's cost shrinks as captions end.
 
+    Args:
+        image_seeds: one number for each image; sampling depends on `options.seed` and on it, not on where the image
+            stands. Default: 0 to I - 1. `seeds_of_images` makes them from the pixels.
+        with_text_embed: captions come with their text embedding, from the unimodal states that are there already.
+
     Raises:
-        ValueError: the model is in training mode, or the prefix leaves no room for a caption.
+        ValueError: the model is in training mode, the prefix leaves no room for a caption, the required words do not
+            fit, or image_seeds is not as long as there are images.
     """
     if model.training:
         raise ValueError("the model is in training mode, where dropout spoils captions; call model.eval() first")
+    num_images = image_tokens.shape[0]
+    if image_seeds is not None and len(image_seeds) != num_images:
+        raise ValueError(f"there are {len(image_seeds)} image_seeds for {num_images} images; give one for each")
     options = options or GenerationOptions()
     prompt = _encode_prompt(tokenizer, options.prefix, model.config.text.context_length)
-    max_length = min(len(prompt) + options.max_new_tokens, model.config.text.context_length)
-    filters = make_filters(options, tokenizer, len(prompt), model.config.text.vocab_size)
-    work = _Work.start(model, image_tokens, Greedy(), prompt, max_length)
-    finished: dict[int, list[_Text]] = {}
-    while work.images.numel():
-        finished.update(work.advance(filters, tokenizer.eos_id, max_length))
-    return [_as_caption(finished[image][0], tokenizer, len(prompt)) for image in range(image_tokens.shape[0])]
+    limits = Limits(
+        prompt_length=len(prompt),
+        max_length=min(len(prompt) + options.max_new_tokens, model.config.text.context_length),
+        eos_id=tokenizer.eos_id,
+    )
+    vocab_size = model.config.text.vocab_size
+    filters = make_filters(options, tokenizer, limits.prompt_length, limits.max_length, vocab_size)
+    seeds = torch.arange(num_images) if image_seeds is None else torch.tensor(image_seeds, dtype=torch.int64)
+    at_a_time = max(1, num_images)
+    if image_tokens.device.type == "cpu":
+        at_a_time = max(1, _TEXTS_AT_A_TIME_ON_CPU // max(options.num_beams, options.num_captions))
+    captions: list[tuple[GeneratedCaption, ...]] = []
+    for start in range(0, num_images, at_a_time):
+        part = slice(start, start + at_a_time)
+        work = _Work.start(model, image_tokens[part], options, limits, prompt, seeds[part], with_text_embed)
+        finished: dict[int, list[_Finished]] = {}
+        while work.images.numel():
+            finished.update(work.advance(filters))
+        captions += [
+            tuple(_as_caption(text, tokenizer, len(prompt)) for text in found) for _, found in sorted(finished.items())
+        ]
+    return captions
 
 
 @dataclass(frozen=True)
-class _Text:
-    token_ids: list[int]
-    log_probability: float
+class _Finished:
+    candidate: Candidate
+    text_embed: Tensor | None
 
 
 @dataclass
 class _Work:
-    """The texts in work: tokens (R, T), log-probabilities (R,), which have ended (R,), and whose they are, images (I,).
-
-    pending (R, t): the tokens that the caches do not have yet.
-    """
+    """The images in work (I,), by their numbers, the search over their texts and the caches it reads."""
 
     model: CoCa
-    search: Search
+    options: GenerationOptions
+    limits: Limits
     state: DecodingState
+    search: Search
     images: Tensor
-    token_ids: Tensor
-    totals: Tensor
-    ended: Tensor
-    pending: Tensor
+    with_text_embed: bool
 
     @classmethod
-    def start(cls, model: CoCa, image_tokens: Tensor, search: Search, prompt: list[int], max_length: int) -> "_Work":
-        device = image_tokens.device
-        num_images = image_tokens.shape[0]
-        num_texts = num_images * search.texts_per_image
-        token_ids = torch.tensor(prompt, device=device).repeat(num_texts, 1)
-        return cls(
-            model=model,
-            search=search,
-            state=model.start_decoding(image_tokens, search.texts_per_image, capacity=max_length),
-            images=torch.arange(num_images, device=device),
-            token_ids=token_ids,
-            totals=torch.zeros(num_texts, device=device),
-            ended=torch.zeros(num_texts, dtype=torch.bool, device=device),
-            pending=token_ids,
-        )
+    def start(
+        cls,
+        model: CoCa,
+        image_tokens: Tensor,
+        options: GenerationOptions,
+        limits: Limits,
+        prompt: list[int],
+        image_seeds: Tensor,
+        with_text_embed: bool,
+    ) -> "_Work":
+        device, num_images = image_tokens.device, image_tokens.shape[0]
+        images = torch.arange(num_images, device=device)
+        token_ids = torch.tensor(prompt, device=device).repeat(num_images, 1)
+        num_entries = limits.prompt_length + options.num_beams * (limits.max_length - limits.prompt_length)
+        if options.num_beams > 1:
+            search: Search = BeamSearch(options, limits, token_ids, num_entries)
+        else:
+            search = SingleTexts(options, limits, token_ids, image_seeds)
+        if num_images * max(options.num_beams, options.num_captions) <= _PACK_FOR_TEXTS:
+            model.pack_decoder()
+        state = model.start_decoding(image_tokens, capacity=limits.max_length, num_entries=num_entries)
+        return cls(model, options, limits, state, search, images, with_text_embed)
 
-    def advance(self, filters: list[LogitFilter], eos_id: int, max_length: int) -> dict[int, list[_Text]]:
+    def advance(self, filters: list[LogitFilter]) -> dict[int, list[_Finished]]:
         """Makes every text one token longer; returns the texts of images that leave the work, by image."""
-        logits = self.model.decode_step(self.pending, self.state)
-        # Half precision would round a long caption's sum.
-        log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
-        allowed = log_probs.clone()
+        search, state = self.search, self.state
+        starts = state.num_words == 0
+        logits = self.model.decode_step(search.token_ids if starts else search.token_ids[:, -1:], state)
+        log_probs = next_log_probs(logits)
+        allowed = log_probs if all(one.only_forbids for one in filters) else log_probs.clone()
         for logit_filter in filters:
-            logit_filter.apply(allowed, self.token_ids)
-        parents, next_ids = self.search.extend(allowed, self.totals, self.ended)
-        if self.search.texts_per_image > 1:
-            self.state.select(parents)
-        had_ended = self.ended[parents]
-        next_ids = next_ids.where(~had_ended, eos_id)
-        gained = log_probs[parents, next_ids].where(~had_ended, 0)
-        self.token_ids = torch.cat((self.token_ids[parents], next_ids[:, None]), dim=1)
-        self.totals = self.totals[parents] + gained
-        self.ended = had_ended | (next_ids == eos_id)
-        self.pending = next_ids[:, None]
-        return self._drop_finished(eos_id, is_last=self.token_ids.shape[1] >= max_length)
+            logit_filter.apply(allowed, search.token_ids)
+        parents = search.extend(allowed, log_probs, state.entries_of_texts())
+        if starts and search.shares_cache:
+            state.share_rows(search.texts_per_image)
+        elif starts and search.texts_per_image > 1:
+            state.select(parents)
+        elif search.shares_cache:
+            state.reorder(parents)
+        return self._drop_finished(is_last=search.token_ids.shape[1] >= self.limits.max_length)
 
-    def _drop_finished(self, eos_id: int, is_last: bool) -> dict[int, list[_Text]]:
-        per_image = self.search.texts_per_image
-        done = self.ended.view(-1, per_image).all(dim=1) | is_last
+    def _drop_finished(self, is_last: bool) -> dict[int, list[_Finished]]:
+        done = self.search.done() | is_last
         num_done = int(done.sum())
         if num_done == 0 or num_done < _DROP_FROM_SHARE * done.numel():
             return {}
-        rows_done = done.repeat_interleave(per_image)
-        ids, totals = self.token_ids[rows_done].tolist(), self.totals[rows_done].tolist()
-        texts = [_Text(_up_to_first(row, eos_id), total) for row, total in zip(ids, totals, strict=True)]
+        leaving, staying = done.nonzero().squeeze(1), (~done).nonzero().squeeze(1)
+        visible = self.state.entries_of_texts()
+        results = [self.search.result(place, visible)[: self.options.num_captions] for place in leaving.tolist()]
+        embeds = self._embed(leaving, results) if self.with_text_embed else [[None] * len(found) for found in results]
         finished = {
-            image: texts[index * per_image : (index + 1) * per_image]
-            for index, image in enumerate(self.images[done].tolist())
+            image: [_Finished(*pair) for pair in zip(found, vectors, strict=True)]
+            for image, found, vectors in zip(self.images[leaving].tolist(), results, embeds, strict=True)
         }
-        self._keep((~rows_done).nonzero().squeeze(1), (~done).nonzero().squeeze(1))
+        self.images = self.images[staying]
+        if staying.numel():
+            self.search.keep(staying)
+            per_image = self.state.rows_per_image
+            rows = (staying[:, None] * per_image + torch.arange(per_image, device=staying.device)).flatten()
+            self.state.select(rows, staying)
         return finished
 
-    def _keep(self, rows: Tensor, images: Tensor) -> None:
-        self.images = self.images[images]
-        self.token_ids, self.totals, self.ended = self.token_ids[rows], self.totals[rows], self.ended[rows]
-        self.pending = self.pending[rows]
-        if images.numel():
-            self.state.select(rows, images)
+    def _embed(self, leaving: Tensor, results: list[list[Candidate]]) -> list[list[Tensor]]:
+        """The text embedding (E,) of each candidate of the images that leave."""
+        if not self.search.shares_cache:
+            rows = torch.tensor([candidate.row for found in results for candidate in found], device=leaving.device)
+            texts = [candidate for found in results for candidate in found]
+            per_row = 1
+        else:
+            rows, per_row = leaving, max(map(len, results))
+            # Every row must have as many texts; some are embedded twice.
+            texts = [(found * per_row)[index] for found in results for index in range(per_row)]
+        seen = torch.stack([text.visible for text in texts]).unflatten(0, (-1, per_row))
+        ids = [text.token_ids for text in texts]
+        vectors = embed_decoded(self.model, self.state, rows, seen, ids, self.limits.eos_id).flatten(0, 1)
+        vectors = iter(vectors.float().cpu())
+        if not self.search.shares_cache:
+            return [[next(vectors) for _ in found] for found in results]
+        return [[next(vectors) for _ in range(per_row)][: len(found)] for found in results]
+
+
+def next_log_probs(logits: Tensor) -> Tensor:
+    """logits (R, V) -> log-probabilities (R, V), in float32 at least: half precision would round a caption's sum."""
+    return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def _encode_prompt(tokenizer: Tokenizer, prefix: str, context_length: int) -> list[int]:
@@ -136,10 +197,14 @@ def _encode_prompt(tokenizer: Tokenizer, prefix: str, context_length: int) -> li
     return prompt
 
 
-def _up_to_first(ids: list[int], eos_id: int) -> list[int]:
-    return ids[: ids.index(eos_id) + 1] if eos_id in ids else ids
-
-
-def _as_caption(text: _Text, tokenizer: Tokenizer, prompt_length: int) -> GeneratedCaption:
+def _as_caption(found: _Finished, tokenizer: Tokenizer, prompt_length: int) -> GeneratedCaption:
+    text = found.candidate
     ids = text.token_ids
-    return GeneratedCaption(tokenizer.decode(ids), tuple(ids), text.log_probability, len(ids) - prompt_length)
+    return GeneratedCaption(
+        text=tokenizer.decode(ids),
+        token_ids=tuple(ids),
+        log_probability=text.log_probability,
+        length=len(ids) - prompt_length,
+        score=text.score,
+        text_embed=found.text_embed,
+    )

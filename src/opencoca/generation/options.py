@@ -1,30 +1,83 @@
-"""What one asks of caption generation and what one gets: frozen options in, frozen captions out."""
+"""What one asks of caption generation and what one gets: frozen options in, frozen captions out.
 
-from dataclasses import dataclass
+Letters: E embed_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # the command line makes its options of these classes, and need not wait for PyTorch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How captions are generated.
+    """How captions are generated: greedily, by beam search (num_beams), or by sampling (temperature, top_k, ...).
 
     max_new_tokens: the most tokens a caption has after the prefix, its end token included.
     min_new_tokens: how many tokens come at least before the end token.
     prefix: text that every caption begins with ("a photo of"); spaces at its end are dropped.
+    num_captions: how many captions each image gets, the best first; more than one need as many beams, or sampling.
 
-    Raises ValueError for counts that no caption can have.
+    Beam search:
+    num_beams: how many texts of an image are kept in work; 1 is greedy search.
+    length_penalty: candidates are ranked by log-probability / length ** length_penalty; above 0 favours long ones.
+    early_stopping: when a search ends that has num_beams finished candidates. False: when no text in work is better
+        at its present length; True: at once; "never": when no text in work can become better (arXiv 2204.05424).
+    num_groups, diversity_penalty: diverse beam search (arXiv 1610.02424): the beams in groups, each of which loses
+        diversity_penalty nats for every use that the groups before it make of a token at the same position. Without
+        a penalty all groups find the same.
+
+    Sampling (any of the first four turns it on):
+    temperature: divides the logits; 0 is greedy. None: 1 if sampling, else greedy.
+    top_k: only the k most probable tokens; 0 = all. Applied first.
+    top_p: only the most probable tokens that together reach this probability (arXiv 1904.09751); 1 = all.
+    min_p: only tokens at least this times as probable as the most probable one (arXiv 2407.01082); 0 = all.
+    seed: the same seed, image and image seed give the same captions, whatever else is in the batch.
+
+    For all of them:
+    repetition_penalty: the log-probability of tokens that the text has already is multiplied by this (arXiv 1909.05858,
+        section 4.1); 1 = no penalty.
+    no_repeat_ngram: no run of this many tokens occurs twice in a text; 0 = they may.
+    forbidden_words: words or phrases that no caption contains; required_words: those that every caption contains.
+
+    Raises ValueError for values and combinations that cannot be met.
     """
 
     max_new_tokens: int = 30
     min_new_tokens: int = 0
     prefix: str = ""
+    num_captions: int = 1
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    num_groups: int = 1
+    diversity_penalty: float = 0.0
+    temperature: float | None = None
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    forbidden_words: tuple[str, ...] = ()
+    required_words: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; a caption needs at least 1")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens is {self.min_new_tokens}; choose 0 to max_new_tokens, which is {self.max_new_tokens}"
-            )
+        for name in ("forbidden_words", "required_words"):
+            object.__setattr__(self, name, _as_words(getattr(self, name), name))
+        _check_ranges(self)
+        _check_search(self)
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn by chance."""
+        if self.temperature == 0:
+            return False
+        return self.temperature is not None or self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
 @dataclass(frozen=True)
@@ -34,11 +87,75 @@ class GeneratedCaption:
     text: the caption, prefix included.
     token_ids: all of it: start token, prefix, generated tokens, and the end token unless the caption was cut.
     log_probability: natural logarithm of the probability that the model gives to the generated tokens after image
-        and prefix; nothing that was forbidden meanwhile is left out of it.
+        and prefix; nothing that was forbidden or penalised meanwhile changes it.
     length: number of generated tokens, the end token included; log_probability / length is their mean.
+    score: what an image's captions are ranked by: log_probability / length ** length_penalty; in beam search less what
+        repetition_penalty and diversity_penalty took off.
+    similarity: cosine of the caption's and the image's embedding, -1 to 1, where captions were reranked by it.
+    text_embed: (E,) of length 1, float32, on the CPU: the embedding of these tokens, closed by an end token, if it
+        was asked for.
     """
 
     text: str
     token_ids: tuple[int, ...]
     log_probability: float
     length: int
+    score: float = 0.0
+    similarity: float | None = None
+    text_embed: Tensor | None = field(default=None, compare=False, repr=False)
+
+
+def _check_ranges(options: GenerationOptions) -> None:
+    if options.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {options.max_new_tokens}; a caption needs at least 1")
+    if not 0 <= options.min_new_tokens <= options.max_new_tokens:
+        raise ValueError(
+            f"min_new_tokens is {options.min_new_tokens}; choose 0 to max_new_tokens, which is {options.max_new_tokens}"
+        )
+    for name, least in (("num_captions", 1), ("num_beams", 1), ("num_groups", 1), ("top_k", 0), ("no_repeat_ngram", 0)):
+        if getattr(options, name) < least:
+            raise ValueError(f"{name} is {getattr(options, name)}; it must be {least} or more")
+    if options.temperature is not None and not 0 <= options.temperature < float("inf"):
+        raise ValueError(f"temperature is {options.temperature}; choose 0 (greedy) or more, such as 0.7")
+    if not 0 < options.top_p <= 1:
+        raise ValueError(f"top_p is {options.top_p}; choose more than 0 and at most 1, such as 0.9")
+    if not 0 <= options.min_p <= 1:
+        raise ValueError(f"min_p is {options.min_p}; choose 0 to 1, such as 0.05")
+    if not 0 < options.repetition_penalty < float("inf"):
+        raise ValueError(f"repetition_penalty is {options.repetition_penalty}; choose 1 for none or more, such as 1.2")
+    if not 0 <= options.diversity_penalty < float("inf"):
+        raise ValueError(f"diversity_penalty is {options.diversity_penalty}; choose 0 or more, such as 0.5")
+    if options.early_stopping not in (True, False, "never"):
+        raise ValueError(f"early_stopping is {options.early_stopping!r}; choose True, False or 'never'")
+
+
+def _check_search(options: GenerationOptions) -> None:
+    beams, groups = options.num_beams, options.num_groups
+    if options.temperature == 0 and (options.top_k or options.top_p < 1 or options.min_p):
+        raise ValueError("temperature 0 is greedy, which top_k, top_p and min_p cannot change; leave one or other out")
+    if options.samples and beams > 1:
+        raise ValueError(
+            f"num_beams {beams} searches while temperature, top_k, top_p and min_p sample; leave one or other out"
+        )
+    if beams % groups:
+        raise ValueError(f"num_groups {groups} must divide num_beams, which is {beams}")
+    if options.diversity_penalty and groups == 1:
+        raise ValueError("diversity_penalty acts between groups of beams; set num_groups to 2 or more")
+    if not options.samples and options.num_captions > beams:
+        raise ValueError(
+            f"num_captions is {options.num_captions}, but this search finds {beams}; set num_beams to "
+            f"{options.num_captions} or more, or sample with temperature=1.0 or top_p=0.9"
+        )
+    if both := {word.lower() for word in options.forbidden_words} & {word.lower() for word in options.required_words}:
+        raise ValueError(f"{min(both)!r} is both in forbidden_words and in required_words; take it out of one")
+
+
+def _as_words(words: Iterable[object], name: str) -> tuple[str, ...]:
+    if isinstance(words, str):
+        raise ValueError(f"{name} is the single text {words!r}; put it in a list")
+    found: list[str] = []
+    for word in words:
+        if not isinstance(word, str) or not word.strip():
+            raise ValueError(f"{name} has {word!r}, which is no word")
+        found.append(word)
+    return tuple(found)

@@ -1,37 +1,132 @@
-"""Search: which of the texts in work go on, and by which token.
+"""Searches with one text at a time: greedy, and sampling. `BeamSearch` is in beam_search.py.
 
-Letters: R texts in work, I images in work, V vocabulary; R = I x texts_per_image, the texts of one image together.
+Letters: I images in work, R texts in work (those of an image side by side), V vocabulary, T tokens so far.
 """
 
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from opencoca.generation.options import GenerationOptions
+from opencoca.generation.sampling import draw, drawable_tokens, text_seeds, uniform_numbers
 
-class Extension(NamedTuple):
-    """The next texts in work: text ``parents[r]`` (R,) of the present ones, longer by ``token_ids[r]`` (R,)."""
 
-    parents: Tensor
-    token_ids: Tensor
+@dataclass(frozen=True)
+class Limits:
+    """What ends a text: its end token, or max_length tokens, of which prompt_length are the prompt's."""
+
+    prompt_length: int
+    max_length: int
+    eos_id: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A text that is finished, or was cut.
+
+    row: the cache row that it is read from; visible: (N,) the entries there that hold its tokens, all but the last.
+    """
+
+    token_ids: list[int]
+    log_probability: float
+    score: float
+    row: int
+    visible: Tensor
 
 
 class Search(Protocol):
-    """Chooses how texts go on. A text that has ended stays in work, whatever is chosen, until its image's all have.
+    """Decides which texts of an image go on and by which token, and which of them are its result.
 
-    log_probs (R, V): of the next tokens, those forbidden at -inf; totals (R,): log-probability of each text so far;
-    ended (R,): whether it has its end token. Parents of a text are texts of the same image.
+    texts_per_image: how many are in work, from the first extension on (before it: one, the prompt).
+    shares_cache: they are read from one cache row, each seeing its own ancestors there; else each has its row.
+    token_ids (R, T): the texts in work.
     """
 
     texts_per_image: int
+    shares_cache: bool
+    token_ids: Tensor
 
-    def extend(self, log_probs: Tensor, totals: Tensor, ended: Tensor) -> Extension: ...
+    def extend(self, allowed: Tensor, log_probs: Tensor, visible: Tensor) -> Tensor:
+        """Makes the texts in work one token longer; returns which of the present texts each comes from: (R,).
+
+        allowed (R, V): the log-probabilities after all filters; log_probs (R, V): the model's own, equal to allowed
+        where that is not -inf unless a filter does more than forbid; visible (R, N): the cache entries of each text.
+        """
+        ...
+
+    def done(self) -> Tensor:
+        """(I,) whether nothing can change an image's result any more."""
+        ...
+
+    def result(self, image: int, visible: Tensor) -> list[Candidate]:
+        """Candidates of this image in work, the best first; visible (R, N), as in `extend`."""
+        ...
+
+    def keep(self, images: Tensor) -> None:
+        """Keeps these images (I',) in work, in this order."""
+        ...
 
 
-class Greedy:
-    """One text per image, each longer by its most probable token."""
+class SingleTexts:
+    """Texts that go on by themselves: each by its most probable token, or by one that is drawn.
 
-    texts_per_image = 1
+    image_seeds (I,) int64 are needed for drawing only.
+    """
 
-    def extend(self, log_probs: Tensor, totals: Tensor, ended: Tensor) -> Extension:
-        return Extension(torch.arange(log_probs.shape[0], device=log_probs.device), log_probs.argmax(dim=-1))
+    shares_cache = False
+
+    def __init__(self, options: GenerationOptions, limits: Limits, prompt: Tensor, image_seeds: Tensor):
+        self.options, self.limits = options, limits
+        self.texts_per_image = options.num_captions
+        num_texts = prompt.shape[0] * self.texts_per_image
+        self.token_ids = prompt
+        self.totals = torch.zeros(num_texts, device=prompt.device)
+        self.ended = torch.zeros(num_texts, dtype=torch.bool, device=prompt.device)
+        self.uniforms = torch.empty(num_texts, 0, device=prompt.device)
+        if options.samples:
+            seeds = text_seeds(image_seeds.to(prompt.device), self.texts_per_image)
+            self.uniforms = uniform_numbers(options.seed, seeds, limits.max_length - limits.prompt_length)
+
+    def extend(self, allowed: Tensor, log_probs: Tensor, visible: Tensor) -> Tensor:
+        num_texts = self.totals.shape[0]
+        rows = torch.arange(allowed.shape[0], device=allowed.device)
+        if allowed.shape[0] != num_texts:  # the prompt, of which all texts of an image are made
+            rows = rows.repeat_interleave(self.texts_per_image)
+        next_ids = self._choose(allowed, rows).where(~self.ended, self.limits.eos_id)
+        self.totals += log_probs[rows, next_ids].to(self.totals.dtype).where(~self.ended, 0)
+        self.ended |= next_ids == self.limits.eos_id
+        self.token_ids = torch.cat((self.token_ids[rows], next_ids[:, None]), dim=1)
+        return rows
+
+    def _choose(self, allowed: Tensor, rows: Tensor) -> Tensor:
+        if not self.options.samples:
+            return allowed.argmax(dim=1)[rows]
+        draws = drawable_tokens(allowed, self.options)
+        position = self.token_ids.shape[1] - self.limits.prompt_length
+        if draws.token_ids.shape[0] != rows.shape[0]:
+            draws = type(draws)(draws.log_probs[rows], draws.token_ids[rows])
+        return draw(draws, self.uniforms[:, position])
+
+    def done(self) -> Tensor:
+        return self.ended.view(-1, self.texts_per_image).all(dim=1)
+
+    def result(self, image: int, visible: Tensor) -> list[Candidate]:
+        first = image * self.texts_per_image
+        rows = slice(first, first + self.texts_per_image)
+        entries = torch.arange(visible.shape[1], device=visible.device)
+        found = []
+        for row, (ids, total) in enumerate(zip(self.token_ids[rows].tolist(), self.totals[rows].tolist(), strict=True)):
+            start = self.limits.prompt_length
+            if self.limits.eos_id in ids[start:]:
+                ids = ids[: ids.index(self.limits.eos_id, start) + 1]
+            score = total / (len(ids) - start) ** self.options.length_penalty
+            found.append(Candidate(ids, total, score, first + row, entries < len(ids) - 1))
+        return sorted(found, key=lambda candidate: -candidate.score)
+
+    def keep(self, images: Tensor) -> None:
+        self.token_ids, self.totals, self.ended, self.uniforms = (
+            x.unflatten(0, (-1, self.texts_per_image))[images].flatten(0, 1)
+            for x in (self.token_ids, self.totals, self.ended, self.uniforms)
+        )

@@ -1,13 +1,21 @@
 """The contrastive loss: images and texts that belong together are more alike than those that do not.
 
-Paper, section 3.1, equation 1. Letters: I images, B texts, E embed_dim.
+Paper, section 3.1, equation 1, over the images and texts of all processes. Each process compares its own rows with all
+columns, a chunk of rows at a time, and makes the gradient of its own embeddings at once: similarities exist for a chunk
+alone, and nothing but embeddings and four numbers a row goes between processes.
+Letters: I images and B texts of one process, E embed_dim, R rows of a chunk, N rows or columns of all processes.
 """
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from opencoca.distributed import World
+
+# Similarities that exist at a time.
+CHUNK_SIMILARITIES = 1 << 22
 
 
 def contrastive_loss(
@@ -18,8 +26,10 @@ def contrastive_loss(
     text_image_ids: Tensor | None = None,
     *,
     reduction: Literal["mean", "sum"] = "mean",
+    chunk_rows: int | None = None,
+    world: World | None = None,
 ) -> Tensor:
-    """Symmetric InfoNCE with several texts an image; a scalar.
+    """Symmetric InfoNCE with several texts an image; a scalar in float32 (or float64 if the embeddings are).
 
     image_embed (I, E) and text_embed (B, E), of length 1; logit_scale = 1 / temperature.
     image_ids (I,): which image each row is (default: all differ). text_image_ids (B,): which image each text
@@ -27,32 +37,148 @@ def contrastive_loss(
     each other's negatives: the loss of a pair compares it with the true negatives alone.
     reduction: ``mean`` averages over pairs and over the two directions, as common implementations do; ``sum`` adds the
     two directions, each averaged over pairs, as the paper's formula does.
+    chunk_rows: rows whose similarities exist at a time; None = 4 million similarities' worth.
+    world: the processes whose rows (as many as each has, or none) are one batch, told apart by their ids; all call.
+    The result is then this process's part: the parts add up to the loss of the whole batch, and so do the gradients.
     Raises ValueError if a text describes an image that is not there, and for another reduction.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction {reduction!r} is neither mean nor sum")
+    world = world or World()
+    if world.size > 1 and image_ids is None:
+        raise ValueError("image_ids are needed to tell the images of several processes apart")
     num_images, num_texts = image_embed.shape[0], text_embed.shape[0]
     if image_ids is None:
         image_ids = torch.arange(num_images, device=image_embed.device)
     if text_image_ids is None:
-        if num_texts % num_images:
+        if num_texts % max(1, num_images):
             raise ValueError(f"{num_texts} texts cannot be shared out evenly among {num_images} images")
-        text_image_ids = image_ids.repeat_interleave(num_texts // num_images)
-    is_pair = text_image_ids[:, None] == image_ids[None, :]
-    if not bool(is_pair.any(dim=1).all()):
-        raise ValueError("a text describes an image that is not in the batch")
-    logits = logit_scale * text_embed @ image_embed.T
-    text_to_image = _pair_losses(logits, is_pair)
-    image_to_text = _pair_losses(logits.T, is_pair.T).T
-    # A text has several pairs only where its image stands in the batch more than once; an image, one a caption.
-    weights = is_pair / is_pair.sum()
-    both = ((text_to_image + image_to_text) * weights).sum()
+        text_image_ids = image_ids.repeat_interleave(num_texts // max(1, num_images))
+    if not torch.is_grad_enabled():
+        # A custom function is asked for gradients of leaves even where none will be taken: validation must not pay.
+        image_embed, text_embed = image_embed.detach(), text_embed.detach()
+    scale = torch.as_tensor(logit_scale, device=image_embed.device)
+    scale = scale if torch.is_grad_enabled() else scale.detach()
+    with torch.autocast(image_embed.device.type, enabled=False):  # a scale of 100 needs all digits
+        both = _InfoNCE.apply(image_embed, text_embed, scale, image_ids, text_image_ids, chunk_rows, world)
     return both / 2 if reduction == "mean" else both
 
 
-def _pair_losses(logits: Tensor, is_pair: Tensor) -> Tensor:
-    """-log softmax of every pair against its row's negatives alone, (rows, columns); zero where there is no pair."""
-    negatives = logits.masked_fill(is_pair, float("-inf")).logsumexp(dim=1, keepdim=True)
-    # log(1 + exp(negatives - logit)): the pair itself is the only positive in its own softmax.
-    losses = F.softplus(negatives - logits)
-    return losses.masked_fill(~is_pair, 0.0)
+class _RowSums(NamedTuple):
+    """Of each row (R,): log-sum-exp of its negatives, its pairs' losses, their slopes, and how many they are."""
+
+    negatives: Tensor
+    losses: Tensor
+    slopes: Tensor
+    pairs: Tensor
+
+
+class _InfoNCE(torch.autograd.Function):
+    """Both directions, averaged over pairs and added; the gradients are made in the forward pass.
+
+    With logits x, and a(r) the log-sum-exp of the negatives of row r, a pair (r, c) costs log(1 + exp(a(r) - x)) in
+    the direction of r. Its slope, sigmoid(a(r) - x), is its gradient by -x, and each negative of r shares that slope
+    in proportion to exp(x - a(r)). So the gradient by the logits of a row needs two numbers of every row and column:
+    a, and the sum of its pairs' slopes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        image_ids: Tensor,
+        text_ids: Tensor,
+        chunk_rows: int | None,
+        world: World,
+    ) -> Tensor:
+        wide = torch.promote_types(torch.promote_types(images.dtype, texts.dtype), torch.float32)
+        ctx.dtypes = images.dtype, texts.dtype, scale.dtype
+        images, texts, scale = images.to(wide), texts.to(wide), scale.to(wide)
+        counts = world.gather_counts(len(images), len(texts))
+        image_counts, text_counts = ([count[kind] for count in counts] for kind in (0, 1))
+        image_side = _Side(images, image_ids, image_counts, world)
+        text_side = _Side(texts, text_ids, text_counts, world)
+        image_sums = image_side.sum_rows(text_side, scale, chunk_rows)
+        text_sums = text_side.sum_rows(image_side, scale, chunk_rows)
+        all_images, all_texts = image_side.gather(image_sums), text_side.gather(text_sums)
+        num_pairs = all_texts.pairs.sum()
+        if not bool(all_texts.pairs.all()):
+            raise ValueError("a text describes an image that is not in the batch")
+        grads = []
+        for wanted, side, other, row_sums, column_sums in (
+            (ctx.needs_input_grad[0], image_side, text_side, image_sums, all_texts),
+            (ctx.needs_input_grad[1] or ctx.needs_input_grad[2], text_side, image_side, text_sums, all_images),
+        ):
+            grad = side.gradient(other, scale, row_sums, column_sums, chunk_rows) if wanted else None
+            grads.append(None if grad is None else grad / num_pairs)
+        if grads[1] is not None:
+            # The scale multiplies every logit, and each belongs to one row of one process's texts.
+            grads.append((grads[1] * texts).sum() / scale)
+        ctx.save_for_backward(*grads)
+        return (image_sums.losses.sum() + text_sums.losses.sum()) / num_pairs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (upstream,) = grad_outputs
+        grads: list[Tensor | None] = [None, None, None]
+        for index, grad in enumerate(ctx.saved_tensors):
+            if ctx.needs_input_grad[index] and grad is not None:
+                grads[index] = (grad * upstream).to(ctx.dtypes[index])
+        return (*grads, None, None, None, None)
+
+
+class _Side:
+    """The embeddings and ids of the images, or of the texts: this process's rows, and those of all as columns."""
+
+    def __init__(self, rows: Tensor, ids: Tensor, counts: list[int], world: World):
+        self.rows, self.ids, self.counts, self.world = rows, ids, counts, world
+        self.columns, self.column_ids = world.gather_rows(rows, counts), world.gather_rows(ids, counts)
+
+    def gather(self, sums: _RowSums) -> _RowSums:
+        """The sums of the rows of all processes."""
+        packed = torch.stack(sums, dim=1)
+        return _RowSums(*self.world.gather_rows(packed, self.counts).unbind(dim=1))
+
+    def sum_rows(self, other: "_Side", scale: Tensor, chunk_rows: int | None) -> _RowSums:
+        """Of every row of this side, over the columns of the other."""
+        parts = [torch.stack(_sum_chunk(*chunk)) for _, *chunk in self._chunks(other, scale, chunk_rows)]
+        return _RowSums(*torch.cat(parts, dim=1) if parts else self.rows.new_zeros(4, 0))
+
+    def gradient(
+        self, other: "_Side", scale: Tensor, row_sums: _RowSums, column_sums: _RowSums, chunk_rows: int | None
+    ) -> Tensor:
+        """(rows, E): of the losses of all pairs in both directions, by this side's rows."""
+        grad = torch.zeros_like(self.rows)
+        for rows, logits, is_pair in self._chunks(other, scale, chunk_rows):
+            own = _RowSums(*(values[rows, None] for values in row_sums))
+            shares = own.slopes * (logits - own.negatives).exp_()
+            shares += column_sums.slopes * (logits - column_sums.negatives).exp_()
+            at = is_pair.nonzero(as_tuple=True)
+            of_pairs = logits[at]
+            shares[at] = -torch.sigmoid(own.negatives[at[0], 0] - of_pairs)
+            shares[at] -= torch.sigmoid(column_sums.negatives[at[1]] - of_pairs)
+            torch.mm(shares, other.columns, out=grad[rows])
+        return grad.mul_(scale)
+
+    def _chunks(self, other: "_Side", scale: Tensor, chunk_rows: int | None):
+        """Slices of the rows, their logits (R, N) and which of these are pairs."""
+        if chunk_rows is None:
+            chunk_rows = max(1, CHUNK_SIMILARITIES // max(1, len(other.columns)))
+        for start in range(0, len(self.rows), chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            logits = (scale * self.rows[rows]) @ other.columns.T
+            yield rows, logits, self.ids[rows, None] == other.column_ids
+
+
+def _sum_chunk(logits: Tensor, is_pair: Tensor) -> _RowSums:
+    negatives = logits.masked_fill(is_pair, -torch.inf).logsumexp(dim=1)
+    row, column = is_pair.nonzero(as_tuple=True)
+    gaps = negatives[row] - logits[row, column]  # -inf where a row has no negatives: no loss, no slope
+    sums = logits.new_zeros(3, len(logits))
+    sums.index_add_(
+        1, row, torch.stack((torch.logaddexp(gaps, gaps.new_zeros(())), gaps.sigmoid(), torch.ones_like(gaps)))
+    )
+    return _RowSums(negatives, *sums)

@@ -8,19 +8,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opencoca.model.config import BlockConfig
+from opencoca.model.dense_attention import dense_attention, is_best_written_out
+from opencoca.model.image_attention import SharedImages, attend_to_images
 from opencoca.model.layout import TextLayout
+from opencoca.model.linear import Linear
+from opencoca.model.packed_attention import packed_cross_attention, packed_self_attention, split_keys_values
 
 
 class KeyValueCache:
     """Keys and values of one self-attention layer, of the positions that have been decoded so far.
 
     keys, values: (B, K, capacity, d), allocated once; ``length`` positions of them are filled.
+    visible: (B, capacity) which positions attention may see; None = all of them.
+    texts_per_row: how many texts write into each row, side by side, and see what a mask lets them see.
     """
 
     def __init__(self, batch_size: int, config: BlockConfig, capacity: int, like: Tensor):
         shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
         self.keys = like.new_empty(shape)
         self.values = like.new_empty(shape)
+        self.visible: Tensor | None = None
+        self.texts_per_row = 1
         self.length = 0
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,6 +44,18 @@ class KeyValueCache:
         """Keeps these rows (R,), in this order: drops finished texts, reorders beams."""
         self.keys = self.keys.index_select(0, rows)
         self.values = self.values.index_select(0, rows)
+        if self.visible is not None:
+            self.visible = self.visible.index_select(0, rows)
+
+    def branch(self, rows: Tensor, texts_per_row: int, extra: int) -> "KeyValueCache":
+        """A copy of these rows (R,) with room for so many more entries."""
+        copy = KeyValueCache.__new__(KeyValueCache)
+        shape = (rows.shape[0], self.keys.shape[1], self.length + extra, self.keys.shape[3])
+        copy.keys, copy.values = self.keys.new_empty(shape), self.values.new_empty(shape)
+        copy.keys[:, :, : self.length] = self.keys[rows, :, : self.length]
+        copy.values[:, :, : self.length] = self.values[rows, :, : self.length]
+        copy.visible, copy.texts_per_row, copy.length = None, texts_per_row, self.length
+        return copy
 
 
 class Attention(nn.Module):
@@ -49,27 +69,39 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         inner, bias = config.num_heads * config.head_dim, config.linear_bias
-        self.q_proj = nn.Linear(config.width, inner, bias=bias) if project_queries else nn.Identity()
-        self.kv_proj = nn.Linear(context_width or config.width, 2 * config.num_kv_heads * config.head_dim, bias=bias)
-        self.out_proj = nn.Linear(inner, config.width, bias=bias)
+        self.q_proj = Linear(config.width, inner, bias=bias) if project_queries else nn.Identity()
+        self.kv_proj = Linear(context_width or config.width, 2 * config.num_kv_heads * config.head_dim, bias=bias)
+        self.out_proj = Linear(inner, config.width, bias=bias)
         self.rotary = config.rotary
 
     def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """context (B, N, C) -> keys, values (B, K, N, d). Of an image this is done once, however long the text."""
-        keys, values = self.kv_proj(context).unflatten(-1, (2, self.num_kv_heads, self.head_dim)).unbind(-3)
+        keys_values = self.kv_proj(context).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
+        if trains_on_cpu(keys_values):
+            return split_keys_values(keys_values)
+        keys, values = keys_values.unbind(-3)
         return keys.transpose(1, 2), values.transpose(1, 2)
 
     def self_attend(self, x: Tensor, layout: TextLayout, cache: KeyValueCache | None = None) -> Tensor:
-        """x (S, D) packed words -> (S, D): every word sees itself and the words before it, cached ones included."""
-        (queries,) = layout.pad_heads(self.q_proj(x), 1, self.head_dim)
-        keys, values = layout.pad_heads(self.kv_proj(x), 2, self.head_dim)
-        start = cache.length if cache is not None else 0
+        """x (S, D) packed words -> (S, D): every word sees itself and the words before it, cached ones included.
+
+        What the layout hides is seen by no word.
+        """
+        queries = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        keys_values = self.kv_proj(x).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
         if self.rotary:
-            angles = rotary_angles(start, queries.shape[2], self.head_dim, queries.device)
-            queries, keys = rotate(queries, angles), rotate(keys, angles)
+            angles = rotary_angles(layout.positions, self.head_dim, queries.dtype).unsqueeze(1)
+            queries = rotate(queries, angles)
+            keys_values = torch.stack((rotate(keys_values[:, 0], angles), keys_values[:, 1]), dim=1)
+        if cache is None and trains_on_cpu(queries):
+            mixed = packed_self_attention(queries, keys_values, self.num_kv_heads, layout.buckets, layout.hidden)
+            return self.out_proj(mixed.flatten(1))
+        group = cache.texts_per_row if cache is not None else 1
+        (queries,) = layout.pad_heads(queries.flatten(1), 1, self.head_dim, group)
+        keys, values = layout.pad_heads(keys_values.flatten(1), 2, self.head_dim, group)
         if cache is not None:
             keys, values = cache.append(keys, values)
-        return self.out_proj(layout.pack_heads(attend(queries, keys, values, causal=True)))
+        return self.out_proj(layout.pack_heads(attend(queries, keys, values, group == 1, layout.visible), group))
 
     def cross_attend(self, x: Tensor, keys: Tensor, values: Tensor, layout: TextLayout) -> Tensor:
         """x (S, D) packed words, keys and values (I, K, N, d) of I images -> (S, D).
@@ -79,8 +111,18 @@ class Attention(nn.Module):
         num_images = keys.shape[0]
         assert layout.batch_size % num_images == 0, "texts cannot be shared out evenly among the images"
         group = layout.batch_size // num_images
-        (queries,) = layout.pad_heads(self.q_proj(x), 1, self.head_dim, group)
+        queries = self.q_proj(x)
+        if trains_on_cpu(queries):
+            queries = queries.unflatten(-1, (self.num_heads, self.head_dim))
+            mixed = packed_cross_attention(queries, keys, values, layout.image_buckets(group))
+            return self.out_proj(mixed.flatten(1))
+        (queries,) = layout.pad_heads(queries, 1, self.head_dim, group)
         return self.out_proj(layout.pack_heads(attend(queries, keys, values, causal=False), group))
+
+    def attend_to_images(self, x: Tensor, images: SharedImages, norm: nn.Module) -> Tensor:
+        """As `cross_attend` over ``project_context(norm(tokens))``, but without keys and values: (S, D) -> (S, D)."""
+        queries = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        return self.out_proj(attend_to_images(queries, images, self.kv_proj, norm, self.num_kv_heads).flatten(1))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (B, T, D) over context (B, N, C), or over itself, nothing masked -> (B, T, D)."""
@@ -90,37 +132,32 @@ class Attention(nn.Module):
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -> Tensor:
+def attend(queries: Tensor, keys: Tensor, values: Tensor, causal: bool, visible: Tensor | None = None) -> Tensor:
     """softmax(queries keys^T / sqrt(d)) values.
 
     queries (B, H, T, d), keys and values (B, K, N, d) -> (B, H, T, d). Causal: the last query sees all keys, the one
-    before it all but the last, and so on.
+    before it all but the last, and so on. visible (B, N) or (B, T, N): keys that are False are not seen.
     """
-    groups = queries.shape[1] // keys.shape[1]
-    if queries.device.type == "cpu" and torch.is_grad_enabled() and queries.requires_grad:
-        return _attend_with_gradient_on_cpu(queries, keys, values, causal, groups)
-    mask, is_causal = None, False
-    if causal and queries.shape[2] > 1:
-        is_causal = queries.shape[2] == keys.shape[2]
-        mask = None if is_causal else causal_mask(queries.shape[2], keys.shape[2], queries.device)
+    if not causal and visible is None and trains_on_cpu(queries) and is_best_written_out(queries, keys):
+        return dense_attention(queries, keys, values)
+    is_causal = causal and visible is None and 1 < queries.shape[2] == keys.shape[2]
+    mask = None if is_causal else attention_mask(queries, keys, causal, visible)
     return F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask, is_causal=is_causal, enable_gqa=groups > 1
+        queries, keys, values, attn_mask=mask, is_causal=is_causal, enable_gqa=queries.shape[1] > keys.shape[1]
     )
 
 
-def _attend_with_gradient_on_cpu(queries: Tensor, keys: Tensor, values: Tensor, causal: bool, groups: int) -> Tensor:
-    # Written out because the CPU kernel's backward is several times slower at text lengths: results/step_cost.md.
-    batch_size, num_heads, length, head_dim = queries.shape
-    queries = queries * head_dim**-0.5
-    if groups > 1:
-        queries = queries.reshape(batch_size, keys.shape[1], groups * length, head_dim)
-    scores = torch.matmul(queries, keys.transpose(-2, -1)).view(batch_size, num_heads, length, keys.shape[2])
-    if causal:
-        scores = scores.masked_fill(~causal_mask(length, keys.shape[2], queries.device), float("-inf"))
-    weights = scores.softmax(dim=-1).to(values.dtype)
-    if groups > 1:
-        weights = weights.reshape(batch_size, keys.shape[1], groups * length, keys.shape[2])
-    return torch.matmul(weights, values).view(batch_size, num_heads, length, head_dim)
+def trains_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and torch.is_grad_enabled() and x.requires_grad and x.numel() > 0
+
+
+def attention_mask(queries: Tensor, keys: Tensor, causal: bool, visible: Tensor | None) -> Tensor | None:
+    """What `attend` lets its queries see, True = may see: (T, N), (B, 1, 1, N) or (B, 1, T, N); None = everything."""
+    mask = causal_mask(queries.shape[2], keys.shape[2], queries.device) if causal and queries.shape[2] > 1 else None
+    if visible is None:
+        return mask
+    visible = visible[:, None] if visible.dim() == 3 else visible[:, None, None]
+    return visible if mask is None else visible & mask
 
 
 def causal_mask(length: int, num_keys: int, device: torch.device) -> Tensor:
@@ -128,10 +165,15 @@ def causal_mask(length: int, num_keys: int, device: torch.device) -> Tensor:
     return torch.ones(length, num_keys, dtype=torch.bool, device=device).tril(num_keys - length)
 
 
-def rotary_angles(start: int, length: int, head_dim: int, device: torch.device, base: float = 10_000.0) -> Tensor:
-    """Angles (length, head_dim / 2) of positions start .. start + length - 1, in radians. arXiv 2104.09864."""
-    frequencies = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    return torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * frequencies
+def rotary_angles(
+    positions: Tensor, head_dim: int, dtype: torch.dtype = torch.float32, base: float = 10_000.0
+) -> Tensor:
+    """Angles (S, head_dim / 2) of positions (S,), in radians, in float32 at least. arXiv 2104.09864."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    # Rounded to float32 whatever the type: the angles that weights learned with do not depend on it.
+    frequencies = 1.0 / base**exponents
+    wide = torch.promote_types(dtype, torch.float32)
+    return positions.to(wide)[:, None] * frequencies.to(wide)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:

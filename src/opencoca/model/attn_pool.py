@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from opencoca.model.attention import Attention
-from opencoca.model.blocks import Dropout
+from opencoca.model.blocks import Dropout, make_norm
 from opencoca.model.config import BlockConfig, CoCaConfig
 
 
@@ -21,18 +21,31 @@ class PooledImage(NamedTuple):
 
 
 class AttentionalPooler(nn.Module):
-    """One attention layer whose queries are learned: features (B, N, C) -> (B, Q, D)."""
+    """One attention layer whose queries are learned: features (B, N, C) -> (B, Q, D).
 
-    def __init__(self, config: BlockConfig, context_width: int, num_queries: int, project_queries: bool):
+    norm_queries, norm_output: whether the queries and the pooled vectors are normalised; the features always are.
+    """
+
+    def __init__(
+        self,
+        config: BlockConfig,
+        context_width: int,
+        num_queries: int,
+        project_queries: bool,
+        norm_queries: bool = False,
+        norm_output: bool = True,
+    ):
         super().__init__()
-        self.query = nn.Parameter(torch.empty(num_queries, config.width))
-        self.norm_context = nn.LayerNorm(context_width)
+        query_width = config.width if project_queries else config.num_heads * config.head_dim
+        self.query = nn.Parameter(torch.empty(num_queries, query_width))
+        self.norm_query = make_norm(config, query_width) if norm_queries else nn.Identity()
+        self.norm_context = make_norm(config, context_width)
         self.attn = Attention(config, context_width, project_queries)
-        self.norm = nn.LayerNorm(config.width)
+        self.norm = make_norm(config) if norm_output else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
         context = self.norm_context(features)
-        query = self.query.to(context.dtype).unsqueeze(0)
+        query = self.norm_query(self.query).to(context.dtype).unsqueeze(0)
         return self.norm(self.attn(query, context))
 
 
@@ -52,15 +65,14 @@ class FeatureProjection(nn.Module):
 class TwoPoolers(nn.Module):
     """A captioning pooler and a contrastive pooler of one query, which reads its tokens (cascade) or the features."""
 
-    def __init__(self, config: BlockConfig, context_width: int, num_queries: int, project_queries: bool, cascade: bool):
+    def __init__(self, config: CoCaConfig, context_width: int):
         super().__init__()
-        if num_queries:
-            self.caption_pooler = AttentionalPooler(config, context_width, num_queries, project_queries)
+        self.cascade = config.pooler.arrangement == "cascade"
+        if config.pooler.num_queries:
+            self.caption_pooler = _make_pooler(config, context_width, config.pooler.num_queries)
         else:
-            self.caption_pooler = FeatureProjection(context_width, config.width)
-        contrastive_width = config.width if cascade else context_width
-        self.contrastive_pooler = AttentionalPooler(config, contrastive_width, 1, project_queries)
-        self.cascade = cascade
+            self.caption_pooler = FeatureProjection(context_width, config.text.width)
+        self.contrastive_pooler = _make_pooler(config, config.text.width if self.cascade else context_width, 1)
 
     def forward(self, features: Tensor, captioning: bool, contrastive: bool) -> PooledImage:
         tokens = self.caption_pooler(features) if captioning or self.cascade else None
@@ -73,13 +85,35 @@ class TwoPoolers(nn.Module):
 class SharedPooler(nn.Module):
     """One pooler for both: its first query is the image vector, the others are the image tokens."""
 
-    def __init__(self, config: BlockConfig, context_width: int, num_queries: int, project_queries: bool):
+    def __init__(self, config: CoCaConfig, context_width: int):
         super().__init__()
-        self.pooler = AttentionalPooler(config, context_width, num_queries, project_queries)
+        self.pooler = _make_pooler(config, context_width, config.pooler.num_queries)
 
     def forward(self, features: Tensor, captioning: bool, contrastive: bool) -> PooledImage:
-        pooled = self.pooler(features)
-        return PooledImage(pooled[:, 1:] if captioning else None, pooled[:, 0] if contrastive else None)
+        return _split_first(self.pooler(features), captioning, contrastive)
+
+
+class ClassToken(nn.Module):
+    """No pooling: the first feature, a ViT's class token, is the image vector, the others are the image tokens."""
+
+    def forward(self, features: Tensor, captioning: bool, contrastive: bool) -> PooledImage:
+        return _split_first(features, captioning, contrastive)
+
+
+def _split_first(vectors: Tensor, captioning: bool, contrastive: bool) -> PooledImage:
+    return PooledImage(vectors[:, 1:] if captioning else None, vectors[:, 0] if contrastive else None)
+
+
+def _make_pooler(config: CoCaConfig, context_width: int, num_queries: int) -> AttentionalPooler:
+    pooler = config.pooler
+    return AttentionalPooler(
+        pooler.block(config.text.width),
+        context_width,
+        num_queries,
+        pooler.project_queries,
+        pooler.norm_queries,
+        pooler.norm_output,
+    )
 
 
 class ImagePooling(nn.Module):
@@ -87,15 +121,13 @@ class ImagePooling(nn.Module):
 
     def __init__(self, config: CoCaConfig, context_width: int):
         super().__init__()
-        pooler, width = config.pooler, config.text.width
-        heads = pooler.num_heads
-        block = BlockConfig(width, heads, heads, width // heads, mlp_width=0)
-        self.dropout = Dropout(pooler.dropout)
-        if pooler.arrangement == "shared":
-            self.poolers = SharedPooler(block, context_width, pooler.num_queries, pooler.project_queries)
+        self.dropout = Dropout(config.pooler.dropout)
+        if config.pooler.arrangement == "shared":
+            self.poolers = SharedPooler(config, context_width)
+        elif config.pooler.arrangement == "class_token":
+            self.poolers = ClassToken()
         else:
-            cascade = pooler.arrangement == "cascade"
-            self.poolers = TwoPoolers(block, context_width, pooler.num_queries, pooler.project_queries, cascade)
+            self.poolers = TwoPoolers(config, context_width)
 
     def forward(self, features: Tensor, captioning: bool = True, contrastive: bool = True) -> PooledImage:
         """captioning: tokens are wanted; contrastive: the vector is; what neither needs is not computed."""

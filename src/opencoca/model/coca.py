@@ -8,7 +8,6 @@ T text positions, S words that have a next word, D width, E embed_dim, V vocabul
 """
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,11 +16,12 @@ from torch import Tensor, nn
 
 from opencoca.model.attention import KeyValueCache
 from opencoca.model.attn_pool import ImagePooling
-from opencoca.model.blocks import CrossKeysValues
-from opencoca.model.config import CoCaConfig
+from opencoca.model.config import BlockConfig, CoCaConfig
+from opencoca.model.decoding import DecodingState, decode_step
 from opencoca.model.image_encoders import build_image_encoder
 from opencoca.model.init import init_weights
 from opencoca.model.layout import TextLayout, take_rows
+from opencoca.model.linear import Linear, pack_weights
 from opencoca.model.text_decoder import MultimodalDecoder, UnimodalDecoder, Words
 
 
@@ -54,40 +54,22 @@ class CoCaOutput(NamedTuple):
     logit_scale: Tensor
 
 
-@dataclass
-class DecodingState:
-    """What cached decoding carries from word to word: the image's keys and values and the words' caches."""
-
-    image_keys_values: list[CrossKeysValues]
-    unimodal: list[KeyValueCache]
-    multimodal: list[KeyValueCache]
-
-    def select(self, rows: Tensor, images: Tensor | None = None) -> None:
-        """Keeps these text rows (R,), and these images if given, in this order."""
-        for cache in (*self.unimodal, *self.multimodal):
-            cache.select(rows)
-        if images is not None:
-            self.image_keys_values = [
-                (keys.index_select(0, images), values.index_select(0, images))
-                for keys, values in self.image_keys_values
-            ]
-
-
 class CoCa(nn.Module):
     """The model. ``CoCa(CoCaConfig.named("base"))`` is the paper's Base, randomly initialised."""
 
-    def __init__(self, config: CoCaConfig):
+    def __init__(self, config: CoCaConfig, image_encoder: nn.Module | None = None):
+        """image_encoder: images (B, 3, height, width) -> features (B, N, D), for an encoder named ``custom``."""
         super().__init__()
         self.config = config
         width = config.text.width
-        self.image_encoder = build_image_encoder(config.image)
+        self.image_encoder = build_image_encoder(config.image, image_encoder)
         self.image_pooling = ImagePooling(config, self.image_encoder.width)
         self.unimodal_decoder = UnimodalDecoder(config.text)
         self.multimodal_decoder = MultimodalDecoder(config.text)
-        self.lm_head = nn.Linear(width, config.text.vocab_size, bias=False)
+        self.lm_head = Linear(width, config.text.vocab_size, bias=False)
         if config.text.tie_embeddings:
             self.lm_head.weight = self.unimodal_decoder.token_embed.weight
-        projected = config.embed_dim != width
+        projected = config.embed_dim != width if config.project_embeds is None else config.project_embeds
         self.image_proj = nn.Linear(width, config.embed_dim, bias=False) if projected else nn.Identity()
         self.text_proj = nn.Linear(width, config.embed_dim, bias=False) if projected else nn.Identity()
         self.log_logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.initial_temperature)))
@@ -112,13 +94,17 @@ class CoCa(nn.Module):
         tokens, vector = self.image_pooling(features)
         assert tokens is not None
         assert vector is not None
-        return ImageOutput(tokens, F.normalize(self.image_proj(vector).float(), dim=-1))
+        return ImageOutput(tokens, _unit(self.image_proj(vector)))
 
     def encode_text(self, token_ids: Tensor, token_mask: Tensor | None = None) -> TextOutput:
         """token_ids (B, T), token_mask (B, T) True = real -> word states and embedding."""
         words, cls = self.unimodal_decoder(token_ids, token_mask)
         assert cls is not None
-        return TextOutput(words, F.normalize(self.text_proj(cls).float(), dim=-1))
+        return TextOutput(words, self.project_text(cls))
+
+    def project_text(self, cls: Tensor) -> Tensor:
+        """[CLS] vectors (..., D) -> text_embed (..., E)."""
+        return _unit(self.text_proj(cls))
 
     def decode(self, words: Words, image_tokens: Tensor) -> Tensor:
         """words of B texts, image_tokens (I, Q, D) -> hidden (B, T, D), zeros at padding."""
@@ -148,47 +134,65 @@ class CoCa(nn.Module):
         encoder = self.image_encoder
         features = encoder.run_stages(images, from_stage, encoder.num_stages)
         image_tokens, image_vector = self.image_pooling(features, captioning=captioning, contrastive=contrastive)
-        image_embed = None if image_vector is None else F.normalize(self.image_proj(image_vector).float(), dim=-1)
+        image_embed = None if image_vector is None else _unit(self.image_proj(image_vector))
         words, cls = self.unimodal_decoder(token_ids, token_mask, with_cls=contrastive)
-        text_embed = None if cls is None else F.normalize(self.text_proj(cls).float(), dim=-1)
+        text_embed = None if cls is None else _unit(self.text_proj(cls))
         hidden = next_ids = None
         if captioning:
             mask = torch.ones_like(token_ids, dtype=torch.bool) if token_mask is None else token_mask.bool()
             words, next_ids = _words_with_a_next(words, token_ids[mask])
             assert image_tokens is not None
-            hidden = self.multimodal_decoder(words, self.multimodal_decoder.project_image(image_tokens))
+            hidden = self.multimodal_decoder.look_at(words, image_tokens)
         return CoCaOutput(image_embed, text_embed, hidden, next_ids, self.logit_scale)
 
+    def pack_decoder(self) -> None:
+        """Makes decoding of few texts faster on a CPU, for as much memory again as the decoder: see `pack_weights`."""
+        pack_weights(self.unimodal_decoder, self.multimodal_decoder, self.lm_head)
+
     def start_decoding(
-        self, image_tokens: Tensor, texts_per_image: int = 1, capacity: int | None = None
+        self,
+        image_tokens: Tensor,
+        texts_per_image: int = 1,
+        capacity: int | None = None,
+        num_entries: int | None = None,
     ) -> DecodingState:
         """A state without words for I x texts_per_image texts; image_tokens (I, Q, D).
 
-        capacity: the most words that will be decoded (default: context_length).
-        Raises ValueError if that is more than context_length.
+        capacity: the most words that a text will have (default: context_length); num_entries: how many the caches
+        hold, where texts will share their rows (default: capacity).
+        Raises ValueError if capacity is more than context_length.
         """
         batch_size = image_tokens.shape[0] * texts_per_image
-        context_length = self.config.text.context_length
-        capacity = context_length if capacity is None else capacity
-        if not 0 < capacity <= context_length:
+        text = self.config.text
+        capacity = text.context_length if capacity is None else capacity
+        if not 0 < capacity <= text.context_length:
             # Beyond it a learned position is missing, and the row after the last belongs to [CLS].
-            raise ValueError(f"capacity {capacity} must be from 1 to context_length {context_length}")
-        block = self.config.text.block_config()
+            raise ValueError(f"capacity {capacity} must be from 1 to context_length {text.context_length}")
+        entries = num_entries or capacity
 
-        def caches(depth: int) -> list[KeyValueCache]:
-            return [KeyValueCache(batch_size, block, capacity, like) for _ in range(depth)]
+        def caches(depth: int, block: BlockConfig) -> list[KeyValueCache]:
+            return [KeyValueCache(batch_size, block, entries, like) for _ in range(depth)]
 
-        keys_values = self.multimodal_decoder.project_image(image_tokens)
+        # Side by side in memory, since every word reads them.
+        keys_values = [
+            (keys.contiguous(), values.contiguous())
+            for keys, values in self.multimodal_decoder.project_image(image_tokens)
+        ]
         like = keys_values[0][0]
         return DecodingState(
-            keys_values, caches(self.config.text.unimodal_depth), caches(self.config.text.multimodal_depth)
+            keys_values,
+            caches(text.unimodal_depth, text.block_config()),
+            caches(text.multimodal_depth, text.multimodal_block_config()),
         )
 
     def decode_step(self, token_ids: Tensor, state: DecodingState) -> Tensor:
         """token_ids (B, T): the next words of each text -> logits (B, V) after the last of them; extends the state."""
-        words = self.unimodal_decoder.step(token_ids, state.unimodal)
-        hidden = self.multimodal_decoder(words, state.image_keys_values, state.multimodal)
-        return self.lm_head(words.layout.pad(hidden)[:, -1])
+        return decode_step(self, token_ids, state)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Scaled to length 1, in float32 at least."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 def _words_with_a_next(words: Words, ids: Tensor) -> tuple[Words, Tensor]:

@@ -7,10 +7,13 @@ Letters: B batch, T text positions, S real positions of the whole batch, D width
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from opencoca.model.packed_attention import Buckets
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,15 @@ class TextLayout:
     batch_size, length: B and T of the padded form; rows are padded at their end.
     slots: (S,) where each real position stands in the flattened (B * T) padded form, None if all are real.
     positions: (S,) position of each within its text, from 0.
+    visible: (B, N) which of the N positions (cached ones included) attention may see; None = all real ones. Where
+        texts share a cache row: (rows, texts of a row x T, N), for each position what it may see.
     """
 
     batch_size: int
     length: int
     slots: Tensor | None
     positions: Tensor
+    visible: Tensor | None = None
 
     @staticmethod
     def from_mask(token_mask: Tensor) -> "TextLayout":
@@ -45,6 +51,37 @@ class TextLayout:
         """Layout without padding whose rows begin at position ``start``."""
         positions = torch.arange(start, start + length, device=device).repeat(batch_size)
         return TextLayout(batch_size, length, None, positions)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(B,) real positions of each text."""
+        if self.slots is None:
+            return torch.full((self.batch_size,), self.length, device=self.positions.device)
+        return torch.bincount(self.slots // self.length, minlength=self.batch_size)
+
+    @cached_property
+    def buckets(self) -> Buckets:
+        """The texts with their like, for attention on a CPU."""
+        return Buckets.by_length(self.lengths)
+
+    @cached_property
+    def hidden(self) -> Tensor | None:
+        """(S,) which real positions attention does not see, where there are no cached ones; None = it sees all."""
+        return None if self.visible is None else ~self.pack(self.visible)
+
+    def image_buckets(self, group: int) -> Buckets:
+        """Rows of ``group`` consecutive texts, all texts of one image, one after another without gaps."""
+        if group not in self._image_buckets:
+            self._image_buckets[group] = Buckets.single(self.words_per_image(group))
+        return self._image_buckets[group]
+
+    def words_per_image(self, group: int) -> Tensor:
+        """(B / group,) words of the consecutive texts that each image has."""
+        return self.lengths.view(-1, group).sum(dim=1)
+
+    @cached_property
+    def _image_buckets(self) -> dict[int, Buckets]:
+        return {}
 
     def pad(self, packed: Tensor) -> Tensor:
         """(S, ...) -> (B, T, ...), zeros where there is no word."""

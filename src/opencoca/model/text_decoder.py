@@ -5,16 +5,20 @@ right view: it sees every real word and itself, and no word sees it.
 Letters: B batch, T text positions, S real positions of the batch, D width, V vocabulary, I images.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from opencoca.model.attention import KeyValueCache
+from opencoca.model.attention import KeyValueCache, trains_on_cpu
 from opencoca.model.blocks import CrossKeysValues, Dropout, TransformerBlock, make_block, make_norm
 from opencoca.model.config import TextConfig
+from opencoca.model.image_attention import SharedImages, pays
 from opencoca.model.layout import TextLayout, put_rows, take_rows
+
+# Stands for [CLS] among token ids; no word has it.
+_CLS_ID = -1
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class UnimodalDecoder(nn.Module):
         super().__init__()
         block = config.block_config()
         self.context_length = config.context_length
+        self.hidden_id, self.hide_next = config.hidden_id, config.hide_next
+        self.cls_after_padding = config.cls_position == "after_padding"
         self.token_embed = nn.Embedding(config.vocab_size, config.width)
         self.cls_embed = nn.Parameter(torch.empty(config.width))
         learned = config.positions == "learned"
@@ -60,18 +66,35 @@ class UnimodalDecoder(nn.Module):
         if token_ids.shape[1] > self.context_length:
             raise ValueError(f"texts of {token_ids.shape[1]} tokens do not fit context_length {self.context_length}")
         mask = torch.ones_like(token_ids, dtype=torch.bool) if token_mask is None else token_mask.bool()
-        layout = TextLayout.from_mask(mask)
-        ids = token_ids[mask]
         if not with_cls:
-            states = self._run(self._embed(ids, layout.positions), layout)
+            layout, ids = TextLayout.from_mask(mask), token_ids[mask]
+            states = self._run(self._embed(ids, layout.positions), self._hide(layout, ids))
             return UnimodalOutput(Words(states, layout), None)
-        is_cls_slot = torch.nn.functional.pad(mask, (0, 1), value=True)
-        with_cls_layout = TextLayout.from_mask(is_cls_slot)
+        if not self.hide_next:
+            return self._words_and_cls(token_ids, mask)
+        # [CLS] looks at one padding position behind the words: it is computed like a word and then left out.
+        has_room = mask.sum(dim=1, keepdim=True) < self.context_length
+        padded_ids = torch.nn.functional.pad(token_ids, (0, 1), value=self.hidden_id)
+        padded_mask = torch.cat((mask, has_room), dim=1)
+        words, cls = self._words_and_cls(padded_ids, padded_mask)
+        kept = torch.nn.functional.pad(torch.ones_like(mask), (0, 1))[padded_mask].nonzero().squeeze(1)
+        return UnimodalOutput(Words(take_rows(words.states, kept), TextLayout.from_mask(mask)), cls)
+
+    def _words_and_cls(self, token_ids: Tensor, mask: Tensor) -> UnimodalOutput:
+        layout, ids = TextLayout.from_mask(mask), token_ids[mask]
+        with_cls_layout = TextLayout.from_mask(torch.nn.functional.pad(mask, (0, 1), value=True))
         # Packed rows are the words of a text and then its [CLS]: the running count of lengths says where each stands.
         cls_rows = (mask.sum(dim=1) + 1).cumsum(dim=0) - 1
         is_word = torch.ones(ids.shape[0] + mask.shape[0], dtype=torch.bool, device=ids.device)
         is_word[cls_rows] = False
+        if self.cls_after_padding:
+            positions = with_cls_layout.positions.masked_fill(~is_word, mask.shape[1])
+            with_cls_layout = replace(with_cls_layout, positions=positions)
         word_rows = is_word.nonzero().squeeze(1)
+        if self.hidden_id is not None:
+            ids_and_cls = ids.new_full(is_word.shape, _CLS_ID)
+            ids_and_cls[word_rows] = ids
+            with_cls_layout = self._hide(with_cls_layout, ids_and_cls)
         words = self._embed(ids, layout.positions)
         cls = self.cls_embed if self.pos_embed is None else self.cls_embed + self.pos_embed[-1]
         cls = self.dropout(cls.to(words.dtype).expand(mask.shape[0], -1))
@@ -79,14 +102,57 @@ class UnimodalDecoder(nn.Module):
         x = self._run(x, with_cls_layout)
         return UnimodalOutput(Words(take_rows(x, word_rows), layout), self.norm(take_rows(x, cls_rows)))
 
-    def step(self, token_ids: Tensor, caches: list[KeyValueCache]) -> Words:
-        """token_ids (B, T): the next T words of each text, all real -> their states; extends the caches."""
+    def step(self, token_ids: Tensor, caches: list[KeyValueCache], start: int, visible: Tensor | None = None) -> Words:
+        """token_ids (B, T): the next T words of each text, all real -> their states; extends the caches.
+
+        start: how many words there are already. visible: what texts that share cache rows see, as in `TextLayout`.
+        """
         batch_size, length = token_ids.shape
-        layout = TextLayout.dense(batch_size, length, token_ids.device, start=caches[0].length)
+        layout = TextLayout.dense(batch_size, length, token_ids.device, start)
         x = self._embed(token_ids.flatten(), layout.positions)
+        if visible is None:
+            visible = self._visible_in_cache(token_ids, caches[0])
+        masked_layout = replace(layout, visible=visible)
         for block, cache in zip(self.blocks, caches, strict=True):
-            x = block.self_attend(x, layout, cache)  # pyright: ignore[reportCallIssue]
+            x = block.self_attend(x, masked_layout, cache)  # pyright: ignore[reportCallIssue]
         return Words(x, layout)
+
+    def hides(self, token_ids: Tensor, previous_ids: Tensor) -> Tensor | None:
+        """Whether attention does not see these words, given the words before them; None = it sees all."""
+        if self.hidden_id is None:
+            return None
+        return (previous_ids if self.hide_next else token_ids) == self.hidden_id
+
+    def embed_words_and_cls(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """token_ids, positions (B, T) -> (B x T, D) for the blocks; the last of each text is [CLS], of any id."""
+        positions = torch.cat((positions[:, :-1], torch.zeros_like(positions[:, -1:])), dim=1)
+        words = self._embed(token_ids, positions)
+        cls = self.cls_embed if self.pos_embed is None else self.cls_embed + self.pos_embed[-1]
+        words[:, -1] = cls.to(words.dtype)
+        return words.flatten(0, 1)
+
+    def _hide(self, layout: TextLayout, ids: Tensor) -> TextLayout:
+        """The layout for attention over ids (S,), without what `hidden_id` hides."""
+        if self.hidden_id is None or not bool((ids == self.hidden_id).any()):
+            return layout
+        visible = layout.pad(ids) != self.hidden_id
+        if self.hide_next:
+            visible = visible.roll(1, dims=1)
+        visible[:, 0] = True
+        return replace(layout, visible=visible)
+
+    def _visible_in_cache(self, token_ids: Tensor, cache: KeyValueCache) -> Tensor | None:
+        """(B, N) what the next words token_ids (B, T) may see of themselves and of those before them; None = all."""
+        if self.hidden_id is None:
+            return None
+        batch_size, _, capacity, _ = cache.keys.shape
+        if cache.visible is None:
+            cache.visible = torch.ones(batch_size, capacity, dtype=torch.bool, device=token_ids.device)
+        end = cache.length + token_ids.shape[1]
+        decided = cache.visible[:, cache.length + self.hide_next : end + self.hide_next]
+        decided.copy_((token_ids != self.hidden_id)[:, : decided.shape[1]])
+        cache.visible[:, 0] = True
+        return cache.visible[:, :end]
 
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         x = self.token_embed(ids)
@@ -105,12 +171,16 @@ class MultimodalLayer(nn.Module):
 
     def __init__(self, config: TextConfig, context_width: int):
         super().__init__()
-        block = config.block_config()
+        block = config.multimodal_block_config()
         self.self_block = make_block(block, has_mlp=config.self_attn_mlp)
         self.cross_block = make_block(block, context_width, has_mlp=config.cross_attn_mlp)
 
     def forward(
-        self, x: Tensor, keys_values: CrossKeysValues, layout: TextLayout, cache: KeyValueCache | None = None
+        self,
+        x: Tensor,
+        keys_values: CrossKeysValues | SharedImages,
+        layout: TextLayout,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         x = self.self_block.self_attend(x, layout, cache)
         return self.cross_block.cross_attend(x, keys_values, layout)
@@ -122,12 +192,31 @@ class MultimodalDecoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.layers = nn.ModuleList(MultimodalLayer(config, config.width) for _ in range(config.multimodal_depth))
-        self.norm = make_norm(config.block_config())
+        self.norm = make_norm(config.multimodal_block_config())
 
     def project_image(self, image_tokens: Tensor) -> list[CrossKeysValues]:
         """image_tokens (I, Q, D) -> keys and values of every layer, computed once for all words to come."""
         blocks: list[TransformerBlock] = [layer.cross_block for layer in self.layers]  # pyright: ignore
-        return [block.attn.project_context(image_tokens) for block in blocks]
+        return [block.project_context(image_tokens) for block in blocks]
+
+    def look_at(self, words: Words, image_tokens: Tensor) -> Tensor:
+        """words of B texts, image_tokens (I, Q, D) -> hidden (S, D): `forward` over the images, in the cheaper form."""
+        num_texts, num_images = words.layout.batch_size, image_tokens.shape[0]
+        attn = self.layers[0].cross_block.attn  # pyright: ignore
+        group, rest = divmod(num_texts, max(1, num_images))
+        if rest or not trains_on_cpu(words.states):
+            return self(words, self.project_image(image_tokens))
+        words_per_image = words.states.shape[0] / num_images
+        sizes = image_tokens.shape[1], attn.num_heads * attn.head_dim, attn.num_heads
+        if not pays(words_per_image, *sizes, attn.kv_proj):
+            return self(words, self.project_image(image_tokens))
+        norm = self.layers[0].cross_block.norm_context  # pyright: ignore
+        tokens = _to_compute_dtype(image_tokens)
+        images = SharedImages.of(tokens, words.layout.words_per_image(group), attn.num_heads, norm)
+        x = words.states
+        for layer in self.layers:
+            x = layer(x, images, words.layout)
+        return self.norm(x)
 
     def forward(
         self,

@@ -6,10 +6,15 @@ from opencoca.train.recipe import Recipe, load_recipe
 
 
 def train(recipe: Recipe) -> Path:
-    """Runs (or continues) the recipe; returns the folder of the run, which is a model folder with the best weights."""
+    """Runs (or continues) the recipe; returns the folder of the run, which is a model folder with the best weights.
+
+    Started by `torchrun`, all its processes train one model together.
+    """
+    from opencoca.distributed import join_world
     from opencoca.train.trainer import Trainer
 
-    return Trainer(recipe).run()
+    with join_world(recipe.distributed.timeout_minutes) as world:
+        return Trainer(recipe, world).run()
 
 
 __all__ = ["Recipe", "load_recipe", "train"]

@@ -11,29 +11,55 @@ from opencoca.train.step import StepMetrics
 class MetricsLog:
     """Appends one JSON object a line to ``path``; lines of steps after ``resume_step`` are dropped at the start."""
 
-    def __init__(self, path: Path, resume_step: int, tensorboard: bool = False):
-        self.path = path
+    def __init__(self, path: Path, resume_step: int, tensorboard: bool = False, patient: bool = False):
+        """patient: lines that cannot be written wait for the next one, or for `close`, instead of being an error."""
+        self.path, self.patient, self._waiting = path, patient, ""
         self.writer = _tensorboard_writer(path.parent, resume_step) if tensorboard else None
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
         with atomic_write(path) as partial:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """kind: train or validation. Raises WriteError (an OSError) if the disk is full."""
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        except OSError as error:
-            message = f"cannot write {self.path} ({error.strerror}): free some space, and the same command continues"
-            raise WriteError(error.errno, message) from error
+        """kind: train, validation or event. Raises WriteError (an OSError) if the disk is full."""
+        self._waiting += json.dumps({"kind": kind, "step": step, **values}) + "\n"
+        self._write_waiting(self.patient)
         if self.writer is not None:
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self.writer.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
+        self._write_waiting(patient=False)
         if self.writer is not None:
             self.writer.close()
+
+    def _write_waiting(self, patient: bool) -> None:
+        if not self._waiting:
+            return
+        try:
+            _append(self.path, self._waiting)
+        except OSError as error:
+            if not patient:
+                self._waiting = ""  # said once
+                message = (
+                    f"cannot write {self.path} ({error.strerror}): free some space, and the same command continues"
+                )
+                raise WriteError(error.errno, message) from error
+        else:
+            self._waiting = ""
+
+
+def _append(path: Path, text: str) -> None:
+    """Adds all of a text to a file, or nothing. Raises OSError."""
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        data = memoryview(text.encode())
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -59,6 +85,10 @@ class MetricsWindow:
         self._state["rows"].append(metrics.to_dict())
         for name, value in (("images", images), ("tokens", tokens), ("waited", waited), ("seconds", seconds)):
             self._state[name] += value
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._state["rows"]
 
     def state(self) -> dict[str, Any]:
         """In JSON's types, for a checkpoint."""

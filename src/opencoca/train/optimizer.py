@@ -1,13 +1,13 @@
-"""AdamW with the right parameter groups, its schedule, and the moving average of the weights."""
-
-import math
-from collections.abc import Iterable
+"""The optimizer with the right parameter groups, what is frozen, and the moving average of the weights."""
 
 import torch
 from torch import Tensor, nn
 
+from opencoca.distributed import sharded_like
 from opencoca.model.coca import CoCa
-from opencoca.train.recipe import OptimizerRecipe, Recipe
+from opencoca.train.adafactor import Adafactor
+from opencoca.train.recipe import Recipe
+from opencoca.train.recipe_optimizer import PARTS
 
 
 def freeze_image_stages(model: CoCa, frozen_stages: int) -> int:
@@ -30,6 +30,8 @@ def freeze_unused(model: CoCa, contrastive: bool, captioning: bool) -> None:
         model.multimodal_decoder.requires_grad_(False)
         if not model.config.text.tie_embeddings:
             model.lm_head.requires_grad_(False)
+        if model.config.pooler.arrangement == "parallel":
+            model.image_pooling.poolers.caption_pooler.requires_grad_(False)  # pyright: ignore
     if not contrastive:
         model.unimodal_decoder.cls_embed.requires_grad_(False)
         model.unimodal_decoder.norm.requires_grad_(False)
@@ -41,16 +43,31 @@ def freeze_unused(model: CoCa, contrastive: bool, captioning: bool) -> None:
             pooler.requires_grad_(False)
 
 
+def freeze_parts(model: CoCa, recipe: Recipe) -> None:
+    """Stops gradients of the parts that ``optimizer.frozen`` names.
+
+    Raises ValueError if nothing is left to train.
+    """
+    for name, parameter in model.named_parameters():
+        if _part_of(name) in recipe.optimizer.frozen:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("everything is frozen (optimizer.frozen, encoder.frozen_stages): nothing would be learned")
+
+
 def parameter_groups(model: CoCa, recipe: Recipe) -> list[dict]:
     """Groups by learning rate and weight decay; matrices decay, all else (norms, biases, positions, ...) does not."""
     optimizer = recipe.optimizer
-    encoder_lr = recipe.encoder.learning_rate
+    rates = dict(optimizer.learning_rates)
+    if recipe.encoder.learning_rate is not None:
+        rates["image_encoder"] = recipe.encoder.learning_rate
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        in_encoder = name.startswith("image_encoder.")
-        lr = encoder_lr if in_encoder and encoder_lr is not None else optimizer.learning_rate
+        lr = rates.get(_part_of(name), optimizer.learning_rate)
+        if optimizer.layer_decay != 1:
+            lr *= optimizer.layer_decay ** layers_behind(model, name)
         keeps = parameter.ndim < 2 or name.endswith(("pos_embed", "query", "token_embed.weight"))
         groups.setdefault((lr, 0.0 if keeps else optimizer.weight_decay), []).append(parameter)
     return [
@@ -59,34 +76,40 @@ def parameter_groups(model: CoCa, recipe: Recipe) -> list[dict]:
     ]
 
 
-def build_optimizer(model: CoCa, recipe: Recipe) -> torch.optim.AdamW:
-    """Fused AdamW over what is trained; ``peak_lr`` of each group is what `set_learning_rate` scales."""
-    options = recipe.optimizer
-    return torch.optim.AdamW(
-        parameter_groups(model, recipe), lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=True
-    )
+def layers_behind(model: CoCa, name: str) -> int:
+    """How many layers of its tower come after that of the parameter of this name; 0 for poolers, heads, last norms.
+
+    The image encoder is one tower, both halves of the text decoder are another. Embeddings stand before its first
+    layer, unless they are the vocabulary head, too.
+    """
+    part, *path = name.split(".")
+    unimodal, multimodal = len(model.unimodal_decoder.blocks), len(model.multimodal_decoder.layers)
+    if part == "image_encoder" and path[0] == "stages":
+        return model.image_encoder.num_stages - 1 - int(path[1])
+    if part == "unimodal_decoder" and path[0] == "blocks":
+        return unimodal - 1 - int(path[1]) + multimodal
+    if part == "unimodal_decoder" and path[0] != "norm":
+        return 0 if path[0] == "token_embed" and model.config.text.tie_embeddings else unimodal + multimodal
+    if part == "multimodal_decoder" and path[0] == "layers":
+        return multimodal - 1 - int(path[1])
+    return 0
 
 
-def learning_rate_factor(step: int, total_steps: int, options: OptimizerRecipe) -> float:
-    """What the peak learning rate is multiplied by in step ``step`` (from 0): linear warm-up, then decay."""
-    if step < options.warmup_steps:
-        return (step + 1) / options.warmup_steps
-    if options.decay == "constant":
-        return 1.0
-    done = min(1.0, (step - options.warmup_steps) / max(1, total_steps - options.warmup_steps))
-    left = 0.5 * (1 + math.cos(math.pi * done)) if options.decay == "cosine" else 1 - done
-    return options.final_lr_fraction + (1 - options.final_lr_fraction) * left
+def _part_of(name: str) -> str:
+    return next(part for part, starts in PARTS.items() if name.startswith(starts))
+
+
+def build_optimizer(model: CoCa, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer over what is trained; ``peak_lr`` of each group is what `set_learning_rate` scales."""
+    options, groups = recipe.optimizer, parameter_groups(model, recipe)
+    if options.name == "adafactor":
+        return Adafactor(groups, options.learning_rate, options.betas)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The 2-norm of the whole gradient, a scalar."""
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(grads)
 
 
 class WeightAverage:
@@ -125,5 +148,5 @@ class WeightAverage:
 
     def load(self, tensors: dict[str, Tensor], updates: int) -> None:
         for name, average in zip(self.names, self.averages, strict=True):
-            average.copy_(tensors[name])
+            average.copy_(sharded_like(tensors[name], average))
         self.updates = updates

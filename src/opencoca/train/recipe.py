@@ -16,41 +16,9 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from opencoca.model.config import NAMED_SIZES, CoCaConfig
-
-
-@dataclass(frozen=True)
-class DataRecipe:
-    """Where the pairs are and how images are prepared.
-
-    Args:
-        train_images: folder of images, or tar shards (folder or pattern) that hold captions too.
-        train_captions: CSV, JSONL or Parquet with one row a caption; not needed for shards.
-        val_images: as train_images; nothing is validated without it.
-        val_captions: as train_captions.
-        captions_per_image: captions of one image in a batch; they share its encoding.
-        resize_mode: how evaluation makes images fit: crop, pad or squash.
-        mean: subtracted from RGB values in [0, 1].
-        std: what the difference is divided by.
-        crop_scale: part of the image's area that a training crop keeps, at least and at most.
-        crop_ratio: width over height of a training crop, at least and at most.
-        flip_probability: of mirroring; images whose captions say left or right never are.
-        color_jitter: strength of random brightness, contrast and saturation, 0 to 1.
-        num_workers: processes that decode images; 0 decodes in the training process.
-    """
-
-    train_images: str = ""
-    train_captions: str | None = None
-    val_images: str | None = None
-    val_captions: str | None = None
-    captions_per_image: int = 1
-    resize_mode: Literal["crop", "pad", "squash"] = "crop"
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    crop_scale: tuple[float, float] = (0.5, 1.0)
-    crop_ratio: tuple[float, float] = (0.75, 1.3333)
-    flip_probability: float = 0.5
-    color_jitter: float = 0.0
-    num_workers: int = 2
+from opencoca.train.recipe_data import DataRecipe
+from opencoca.train.recipe_optimizer import ComputeRecipe, OptimizerRecipe
+from opencoca.train.recipe_safety import CheckpointRecipe, SafetyRecipe
 
 
 @dataclass(frozen=True)
@@ -83,6 +51,7 @@ class EncoderRecipe:
         cache_features: compute the frozen stages once, of cache_views views an image, and train on what was stored.
         cache_views: stored views of a training image: as it is, mirrored, and random crops.
         cache_dir: where stored features live; None = inside the run's folder.
+        patch_dropout: of a vit: this part of an image's patches is left out in training (FLIP, arXiv 2212.00794).
     """
 
     init: str = "none"
@@ -91,6 +60,7 @@ class EncoderRecipe:
     cache_features: bool = False
     cache_views: int = 2
     cache_dir: str | None = None
+    patch_dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -113,30 +83,22 @@ class LossRecipe:
 
 
 @dataclass(frozen=True)
-class OptimizerRecipe:
-    """AdamW and its schedule.
+class DistributedRecipe:
+    """How several processes (``torchrun -m opencoca train RECIPE``) train one model; one process alone ignores it.
 
     Args:
-        learning_rate: at the peak.
-        betas: of the running means of gradient and squared gradient.
-        eps: added to the root of the latter.
-        weight_decay: decoupled; not on norms, biases, positions, queries and the temperature.
-        grad_clip: largest norm of the whole gradient; 0 = no clipping.
-        warmup_steps: of linear warm-up.
-        decay: cosine, linear or constant, after warm-up.
-        final_lr_fraction: of the peak, at the end.
-        ema_decay: of the exponential moving average of the weights that is validated and kept; 0 = none.
+        strategy: ddp (each has all weights), fsdp (weights, gradients and optimizer state are sharded, block by
+            block), or none (several processes are an error).
+        shard_size: with fsdp, how many processes share one copy of the weights, such as those of one machine (hybrid
+            sharding); None = all.
+        reshard_after_forward: with fsdp, frees a block's weights between forward and backward, and gathers them again.
+        timeout_minutes: how long a process waits for another in the middle of a step.
     """
 
-    learning_rate: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-8
-    weight_decay: float = 0.05
-    grad_clip: float = 1.0
-    warmup_steps: int = 200
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
-    final_lr_fraction: float = 0.0
-    ema_decay: float = 0.0
+    strategy: Literal["none", "ddp", "fsdp"] = "ddp"
+    shard_size: int | None = None
+    reshard_after_forward: bool = True
+    timeout_minutes: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -151,17 +113,24 @@ class Recipe:
         tokenizer: vocabulary.
         encoder: image encoder: start, freezing, caching.
         loss: weights of the two losses.
-        optimizer: AdamW and schedule.
+        optimizer: optimizer, schedule, and what is frozen.
+        compute: recomputing and compiling of blocks.
+        distributed: several processes.
+        checkpoint: stored states of the run.
+        safety: what happens when a step goes wrong.
         epochs: passes over the training images.
         max_steps: stops earlier, after so many steps.
-        batch_size: images a step.
+        batch_size: images a step, over all processes.
         accumulation_steps: micro-batches that a step is made of; contrastive negatives are those of a micro-batch.
+        grad_cache_steps: sub-batches in which a micro-batch goes through the network (GradCache, arXiv 2101.06983);
+            contrastive negatives are still those of the whole micro-batch, for one more forward pass of its images
+            and texts.
         precision: fp32, or bf16 autocast.
         device: auto, cpu, or cuda.
         seed: of everything random.
         validate_every_epochs: how often the validation set is scored.
         val_max_new_tokens: longest caption written for validation.
-        checkpoint_minutes: how often the last checkpoint is written, besides every validation.
+        checkpoint_minutes: how often a checkpoint is written, besides every validation.
         log_every_steps: how often metrics are written.
         select_by: which validation score chooses the best weights: score (CIDEr-D x 100 + both R@1, in percent),
             cider_d, mean_r1, or loss.
@@ -176,10 +145,15 @@ class Recipe:
     encoder: EncoderRecipe = field(default_factory=EncoderRecipe)
     loss: LossRecipe = field(default_factory=LossRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    compute: ComputeRecipe = field(default_factory=ComputeRecipe)
+    distributed: DistributedRecipe = field(default_factory=DistributedRecipe)
+    checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    safety: SafetyRecipe = field(default_factory=SafetyRecipe)
     epochs: int = 10
     max_steps: int | None = None
     batch_size: int = 64
     accumulation_steps: int = 1
+    grad_cache_steps: int = 1
     precision: Literal["fp32", "bf16"] = "bf16"
     device: str = "auto"
     seed: int = 0
@@ -203,6 +177,10 @@ class Recipe:
             raise ValueError("loss.contrastive_weight and loss.caption_weight are both 0: nothing would be learned")
         if self.encoder.cache_features and self.encoder.frozen_stages == 0:
             raise ValueError("encoder.cache_features needs frozen stages: set encoder.frozen_stages (-1 = all)")
+        if self.optimizer.name == "adafactor" and self.distributed.strategy == "fsdp":
+            raise ValueError("optimizer.name adafactor does not work with distributed.strategy fsdp; use adamw or ddp")
+        if self.encoder.learning_rate is not None and "image_encoder" in self.optimizer.learning_rates:
+            raise ValueError("encoder.learning_rate and optimizer.learning_rates both set that of the image encoder")
         needs = {"cider_d": "caption_weight", "mean_r1": "contrastive_weight"}.get(self.select_by)
         if needs and getattr(self.loss, needs) == 0:
             raise ValueError(f"select_by {self.select_by} has no score to go by, because loss.{needs} is 0")
@@ -220,6 +198,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_steps": (1, _LARGEST),
     "batch_size": (1, _LARGEST),
     "accumulation_steps": (1, _LARGEST),
+    "grad_cache_steps": (1, _LARGEST),
     "validate_every_epochs": (1, _LARGEST),
     "val_max_new_tokens": (1, _LARGEST),
     "checkpoint_minutes": (0, _LARGEST),
@@ -229,9 +208,16 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.flip_probability": (0, 1),
     "data.color_jitter": (0, 1),
     "data.num_workers": (0, _LARGEST),
+    "data.shuffle_window": (1, _LARGEST),
+    "data.cache_gb": (_NEXT, _LARGEST),
+    "data.max_bad_share": (0, 1),
     "encoder.frozen_stages": (-1, _LARGEST),
     "encoder.learning_rate": (_NEXT, _LARGEST),
     "encoder.cache_views": (1, _LARGEST),
+    "encoder.patch_dropout": (0, _BELOW_ONE),
+    "compute.recompute_every": (1, _LARGEST),
+    "optimizer.layer_decay": (_NEXT, 1),
+    "optimizer.decay_fraction": (0, 1),
     "loss.contrastive_weight": (0, _LARGEST),
     "loss.caption_weight": (0, _LARGEST),
     "loss.label_smoothing": (0, _BELOW_ONE),
@@ -242,6 +228,14 @@ _RANGES: dict[str, tuple[float, float]] = {
     "optimizer.warmup_steps": (0, _LARGEST),
     "optimizer.final_lr_fraction": (0, 1),
     "optimizer.ema_decay": (0, _BELOW_ONE),
+    "distributed.shard_size": (1, _LARGEST),
+    "distributed.timeout_minutes": (_NEXT, _LARGEST),
+    "checkpoint.every_steps": (1, _LARGEST),
+    "checkpoint.keep_last": (1, _LARGEST),
+    "checkpoint.keep_every_steps": (1, _LARGEST),
+    "safety.non_finite_limit": (0, _LARGEST),
+    "safety.spike_deviations": (0, _LARGEST),
+    "safety.hang_minutes": (0, _LARGEST),
 }
 
 
@@ -295,7 +289,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise ValueError(f"recipe {path}: {_in_plain_words(error)}") from error
 
 
-_SECTIONS = ("model", "data", "tokenizer", "encoder", "loss", "optimizer")
+_SECTIONS = (
+    *("model", "data", "tokenizer", "encoder", "loss", "optimizer", "compute"),
+    *("distributed", "checkpoint", "safety"),
+)
 
 
 def _in_plain_words(error: Exception) -> str:

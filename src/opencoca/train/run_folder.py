@@ -17,7 +17,26 @@ _MAY_CHANGE = frozenset(
         "log_every_steps",
         "tensorboard",
         "data.num_workers",
+        "data.index_dir",
+        "data.cache_dir",
+        "data.cache_gb",
+        "data.max_bad_share",
+        "grad_cache_steps",
+        "distributed.strategy",
+        "distributed.shard_size",
+        "distributed.reshard_after_forward",
+        "distributed.timeout_minutes",
         "encoder.cache_dir",
+        "checkpoint.every_steps",
+        "checkpoint.keep_last",
+        "checkpoint.keep_every_steps",
+        "checkpoint.keep_best",
+        "checkpoint.in_background",
+        "checkpoint.when_unwritable",
+        # Steps that were taken, were taken whatever these are.
+        "safety.non_finite",
+        "safety.non_finite_limit",
+        "safety.hang_minutes",
     }
 )
 _SCHEDULE = frozenset({"epochs", "max_steps"})
@@ -31,7 +50,7 @@ def remember_recipe(folder: Path, recipe: Recipe, continues: bool) -> None:
     path = folder / "recipe.json"
     ours = json.loads(json.dumps(recipe.to_dict()))
     if continues and path.is_file():
-        differing = _differences(_read(path), ours)
+        differing = _differences(_with_defaults(_read(path), json.loads(json.dumps(Recipe().to_dict()))), ours)
         if differing:
             shown = ", ".join(f"{key}: {then!r} then, {now!r} now" for key, then, now in differing[:5])
             more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
@@ -49,6 +68,13 @@ def _read(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); delete the folder to begin the run anew") from error
+
+
+def _with_defaults(theirs: Any, defaults: Any) -> Any:
+    """A stored recipe with the settings that did not exist yet; they have the defaults, which change nothing."""
+    if not (isinstance(theirs, dict) and isinstance(defaults, dict)):
+        return theirs
+    return defaults | {key: _with_defaults(value, defaults.get(key)) for key, value in theirs.items()}
 
 
 def _differences(theirs: Any, ours: Any, key: str = "") -> list[tuple[str, Any, Any]]:

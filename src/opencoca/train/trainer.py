@@ -1,42 +1,38 @@
-"""A training run from recipe to report: sets up, loops over steps, validates, keeps checkpoints, survives interruption.
+"""A training run from recipe to report: loops over steps, validates, keeps checkpoints, survives interruption.
 
-What a step computes is in step.py; where batches come from, in batches.py; what is scored, in validation.py. One
-process; a distributed engine replaces the batches' slice, the gather of embeddings and the gradient reduction, not this
-loop.
+What it is made of is prepared in setup.py; what a step computes is in step.py and gradient.py; where batches come from,
+in batches.py; what is scored, in validation.py; what is kept to continue from, in checkpoints/. Of several processes
+all run this loop, and the main one validates, writes and prints.
 """
 
 import json
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from opencoca.data import EvalTransform, ImageTextSource, PreprocessConfig, TrainTransform, open_source
-from opencoca.data.loader import MAX_BROKEN_SHARE
-from opencoca.files import atomic_write
-from opencoca.interop.efficientnet_weights import load_imagenet_weights
+from opencoca.distributed import World
+from opencoca.files import WriteError, atomic_write
 from opencoca.model.coca import CoCa
-from opencoca.model.image_encoders.efficientnet_lite import EfficientNetLite
-from opencoca.model_folder import load_model_folder, save_model_folder
-from opencoca.tokenizer import Tokenizer, train_tokenizer
-from opencoca.train.batches import TrainBatch, TrainBatches
-from opencoca.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
-from opencoca.train.feature_cache import CacheViews, FeatureCache, open_feature_cache
-from opencoca.train.memory import keep_freed_memory, release_freed_memory
+from opencoca.model_folder import save_model_folder
+from opencoca.train.bad_steps import SpikeRule, too_many_non_finite
+from opencoca.train.batches import TrainBatch
+from opencoca.train.checkpoints import Checkpoints, TrainState
+from opencoca.train.checkpoints.random_state import random_state, seed_generators, set_random_state
+from opencoca.train.memory import release_freed_memory
 from opencoca.train.metrics_log import MetricsLog, MetricsWindow
-from opencoca.train.optimizer import WeightAverage, build_optimizer, freeze_image_stages, freeze_unused
+from opencoca.train.optimizer import WeightAverage, build_optimizer
+from opencoca.train.parallel import ParallelModel
 from opencoca.train.recipe import Recipe
 from opencoca.train.report import write_report
-from opencoca.train.run_folder import remember_recipe
-from opencoca.train.step import TrainStep
-from opencoca.train.validation import ValidationScores, Validator
+from opencoca.train.setup import set_up
+from opencoca.train.step import NonFiniteLossError, StepMetrics, TrainStep
+from opencoca.train.stop_signal import StopSignal
+from opencoca.train.validation import ValidationScores
+from opencoca.train.watchdog import Watchdog, is_restartable
 
 _RELEASE_EVERY_STEPS = 20
 
@@ -48,115 +44,182 @@ class TrainingInterrupted(Exception):
 class Trainer:
     """``Trainer(recipe).run()`` trains, or continues what an earlier call began in the same folder."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, world: World | None = None):
+        """world: the processes that train together; by default this one alone."""
         self.recipe = recipe
+        self.world = world or World()
         self.folder = Path(recipe.output)
-        self.device = _pick_device(recipe.device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        self.train_source = _open(recipe.data.train_images, recipe.data.train_captions, "train")
-        has_val = recipe.data.val_images is not None
-        self.val_source = _open(recipe.data.val_images or "", recipe.data.val_captions, "val") if has_val else None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        remember_recipe(self.folder, recipe, continues=self.checkpoint_path.is_file())
-        self.tokenizer = self._make_tokenizer()
-        text = replace(recipe.model.text, vocab_size=self.tokenizer.vocab_size)
-        self.config = replace(recipe.model, text=text)
-        self.preprocess = PreprocessConfig(
-            self.config.image.image_size, recipe.data.mean, recipe.data.std, recipe.data.resize_mode
+        self.checkpoints = Checkpoints(self.folder, recipe.checkpoint, self.world)
+        continues = self.checkpoints.exist()
+        setup = self.world.together(lambda: set_up(recipe, self.folder, continues, self.world))
+        self.device, self.model, self.batches, self.validator = (
+            setup.device,
+            setup.model,
+            setup.batches,
+            setup.validator,
         )
-        torch.manual_seed(recipe.seed)
-        self.model = self._make_model()
-        stages = freeze_image_stages(self.model, recipe.encoder.frozen_stages)
-        freeze_unused(self.model, recipe.loss.contrastive_weight != 0, recipe.loss.caption_weight != 0)
-        self.frozen_stages = stages
-        self.cached_stages = stages if recipe.encoder.cache_features else 0
+        self.tokenizer, self.preprocess, self.val_source = setup.tokenizer, setup.preprocess, setup.val_source
+        self.frozen_stages, self.train_source = setup.frozen_stages, setup.train_source
+        self.parallel = ParallelModel(self.model, self.device, recipe, self.world)
         self.average = WeightAverage(self.model, recipe.optimizer.ema_decay) if recipe.optimizer.ema_decay else None
-        self.batches = self._make_batches()
-        self.validator = self._make_validator()
         steps = recipe.epochs * self.batches.steps_per_epoch
         self.total_steps = min(steps, recipe.max_steps) if recipe.max_steps else steps
         progress = {"step": 0, "best": None, "best_step": 0, "seconds": 0.0, "window": {}}
         self.state = TrainState(self.model, build_optimizer(self.model, recipe), self.average, progress)
-        self.step = TrainStep(self.model, self.state.optimizer, self.average, recipe)
-        self._stop_asked = False
-
-    @property
-    def checkpoint_path(self) -> Path:
-        return self.folder / "last.safetensors"
+        self.step = TrainStep(self.model, self.state.optimizer, self.average, recipe, self.parallel)
+        self.spikes = SpikeRule(recipe, progress)
+        self.stop = StopSignal()
+        limit_s, exits = 60 * recipe.safety.hang_minutes, is_restartable()
+        self.watchdog = Watchdog(self.folder / "stacks", self.world, limit_s, exits)
 
     def run(self) -> Path:
         """Trains to the end; returns the folder, which is then a model folder with the best weights.
 
-        Raises TrainingInterrupted after Ctrl-C or SIGTERM (the state is saved), NonFiniteLossError, and OSError if
-        something cannot be written (the checkpoint before it stays).
+        Raises TrainingInterrupted after Ctrl-C or SIGTERM (the state is saved), NonFiniteLossError, ValueError if no
+        checkpoint can be continued from, and OSError if something cannot be written (what was there before stays).
         """
-        if self.checkpoint_path.is_file():
-            load_checkpoint(self.checkpoint_path, self.state)
-        done = self.state.progress["step"]
-        log = MetricsLog(self.folder / "metrics.jsonl", done, self.recipe.tensorboard)
-        # Only the main thread may handle signals; in another one, stopping is the caller's affair.
-        handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        previous = {name: signal.signal(name, self._ask_to_stop) for name in handled}
+        seed_generators(self.recipe.seed, self.world.rank)
+        self.world.together(lambda: self.checkpoints.resume(self.state))
+        log = None
+        if self.world.is_main:
+            patient = self.recipe.checkpoint.when_unwritable == "continue"
+            path, done = self.folder / "metrics.jsonl", self.state.progress["step"]
+            log = MetricsLog(path, done, self.recipe.tensorboard, patient)
         try:
-            if done < self.total_steps:
+            with self.stop, self.watchdog:
                 self._loop(log)
-            return self._finish()
+                self._complete_saves(must_succeed=True)
+                return self._finish()
+        except Exception:
+            self.checkpoints.close()
+            raise
         finally:
-            log.close()
-            for name, handler in previous.items():
-                signal.signal(name, handler)
+            if log is not None:
+                log.close()
 
-    def _loop(self, log: MetricsLog) -> None:
+    def _loop(self, log: MetricsLog | None) -> None:
         progress = self.state.progress
         supply = self.batches.iterate(progress["step"])
         window = MetricsWindow(progress.get("window"))
         self._set_train_mode()
         saved = time.monotonic()
-        with tqdm(total=self.total_steps, initial=progress["step"], desc="training", unit="step") as bar:
-            while progress["step"] < self.total_steps:
-                validated = self._advance(supply, window) and self._report_step(log, window, bar)
+        owes = progress.get("owes_validation", False)
+        hidden = not self.world.is_main
+        with tqdm(
+            total=self.total_steps, initial=progress["step"], desc="training", unit="step", disable=hidden
+        ) as bar:
+            while owes or progress["step"] < self.total_steps:
+                if owes:
+                    validated = self._validate(log, bar)
+                else:
+                    validated = self._advance(supply, window, log) and self._report_step(log, window, bar)
+                self.watchdog.alive(progress["step"])
                 now = time.monotonic()
-                if validated or self._stop_asked or now - saved > 60 * self.recipe.checkpoint_minutes:
+                # Signals, clocks and disks differ from process to process; they save and stop at the same step.
+                is_due = now - saved > 60 * self.recipe.checkpoint_minutes or self._is_due_by_steps()
+                stop, is_due, owes, failed = self.world.any(
+                    self.stop.asked, is_due, progress.get("owes_validation", False), self.checkpoints.has_failed
+                )
+                if failed:
+                    self._complete_saves()
+                if validated or stop or is_due:
                     progress |= {"seconds": progress["seconds"] + now - saved, "window": window.state()}
                     saved = now
-                    save_checkpoint(self.checkpoint_path, self.state)
-                if self._stop_asked and progress["step"] < self.total_steps:
+                    self._save()
+                if stop and (owes or progress["step"] < self.total_steps):
+                    self._complete_saves(must_succeed=True)
                     where = f"step {progress['step']} of {self.total_steps}"
                     raise TrainingInterrupted(f"stopped after {where}; the same command continues from there")
 
-    def _advance(self, supply: Iterator[TrainBatch], window: MetricsWindow) -> bool:
-        """One step; False if there was none, because the signal to stop has ended the worker processes as well."""
+    def _is_due_by_steps(self) -> bool:
+        every = self.recipe.checkpoint.every_steps
+        return every is not None and self.state.progress["step"] % every == 0
+
+    def _save(self) -> None:
+        self._complete_saves()
+        self.checkpoints.save(self.state)
+        if not self.recipe.checkpoint.in_background:
+            self._complete_saves()
+
+    def _complete_saves(self, must_succeed: bool = False) -> None:
+        """Waits for the save under way; an error is a warning if the recipe says to continue, and it may."""
+        if must_succeed or self.recipe.checkpoint.when_unwritable == "stop":
+            self.world.together(self.checkpoints.finish)
+            return
+        try:
+            self.checkpoints.finish()
+        except WriteError as error:  # in all processes alike
+            if self.world.is_main:
+                warnings.warn(f"{error}; training continues without this checkpoint", stacklevel=2)
+
+    def _advance(self, supply: Iterator[TrainBatch], window: MetricsWindow, log: MetricsLog | None) -> bool:
+        """One step; False if there was none, because the signal to stop has ended worker processes as well."""
         began = time.monotonic()
+        batch = None
         try:
             batch = next(supply)
         except RuntimeError:
-            if self._stop_asked:
-                return False
-            raise
+            if not self.stop.asked:
+                raise
+        if any(self.world.any(batch is None)):
+            return False
+        assert batch is not None
         waited = time.monotonic() - began
-        metrics = self.step(batch, self.state.progress["step"], self.total_steps)
-        self.state.progress["step"] += 1
-        if self.device.type == "cpu" and self.state.progress["step"] % _RELEASE_EVERY_STEPS == 0:
+        progress, limit = self.state.progress, self.spikes.limit()
+        try:
+            metrics = self.step(batch, progress["step"], self.total_steps, limit)
+        except NonFiniteLossError as error:
+            self._survive(error, log)
+        else:
+            self._note(metrics, limit, log)
+            if self.world.is_main:
+                window.add(metrics, metrics.images, metrics.tokens, waited, time.monotonic() - began)
+        progress["step"] += 1
+        if self.device.type == "cpu" and progress["step"] % _RELEASE_EVERY_STEPS == 0:
             release_freed_memory()
-        tokens = int(batch.token_mask.sum())
-        window.add(metrics, len(batch.image_ids), tokens, waited, time.monotonic() - began)
         return True
 
-    def _report_step(self, log: MetricsLog, window: MetricsWindow, bar: tqdm) -> bool:
+    def _note(self, metrics: StepMetrics, limit: float, log: MetricsLog | None) -> None:
+        self.spikes.add(metrics.grad_norm)
+        if metrics.skipped:
+            self._log_event(log, "spike", grad_norm=metrics.grad_norm, limit=limit)
+
+    def _survive(self, error: NonFiniteLossError, log: MetricsLog | None) -> None:
+        """After a step that changed nothing: leaves it out, goes back to the last checkpoint, or raises the error."""
+        policy = self.recipe.safety.non_finite
+        if policy == "stop":
+            raise error
+        if too_many_non_finite(self.recipe, self.state.progress):
+            count = len(self.state.progress["non_finite_steps"])
+            raise NonFiniteLossError(
+                f"{error} It was number {count} in 1000 steps (safety.non_finite_limit)."
+            ) from error
+        back_to = None
+        if policy == "roll_back":
+            self._complete_saves()
+            # The data go on: going back over the same steps would end the same way.
+            back_to = self.world.together(lambda: self.checkpoints.resume(self.state, with_progress=False))
+            if back_to is None:
+                raise NonFiniteLossError(f"{error} There is no checkpoint yet to go back to.") from error
+        self._log_event(log, "non_finite", **({} if back_to is None else {"weights_of_step": back_to}))
+
+    def _log_event(self, log: MetricsLog | None, name: str, **values: float) -> None:
+        counts = self.state.progress.setdefault("events", {})
+        counts[name] = counts.get(name, 0) + 1
+        if log is not None:
+            log.write("event", self.state.progress["step"] + 1, {"event": name, "count": counts[name], **values})
+
+    def _report_step(self, log: MetricsLog | None, window: MetricsWindow, bar: tqdm) -> bool:
         """Writes metrics and validates where they are due; True if it validated."""
         step = self.state.progress["step"]
         bar.update()
-        if step % self.recipe.log_every_steps == 0 or step == self.total_steps:
+        is_due = step % self.recipe.log_every_steps == 0 or step == self.total_steps
+        if log is not None and is_due and not window.is_empty:
             line = window.flush()
             log.write("train", step, line | {"epoch": self._epoch()})
             bar.set_postfix({name: f"{line[name]:.3g}" for name in ("loss", "lr")})
         validates = step % (self.recipe.validate_every_epochs * self.batches.steps_per_epoch) == 0
-        if validates or step == self.total_steps:
-            self._validate(log, bar)
-            self._set_train_mode()
-            return True
-        return False
+        return self._validate(log, bar) if validates or step == self.total_steps else False
 
     def _set_train_mode(self) -> None:
         # Dropout in what is frozen would only add noise; cached features have none either.
@@ -166,33 +229,52 @@ class Trainer:
     def _epoch(self) -> float:
         return round(self.state.progress["step"] / self.batches.steps_per_epoch, 3)
 
-    def _validate(self, log: MetricsLog, bar: tqdm) -> None:
-        """Scores the averaged weights (if there are) and keeps them as the run's model if they are the best so far."""
-        progress = self.state.progress
-        if self.average is not None:
-            self.average.swap(self.model)
-        try:
-            result = self.validator(self.model) if self.validator is not None else None
-            score = result.selection(self.recipe.select_by) if result is not None else float(progress["step"])
-            if result is not None:
-                log.write("validation", progress["step"], result.scores | {"epoch": self._epoch()})
-                bar.write(_validation_line(self._epoch(), result))
-            if progress["best"] is None or score > progress["best"]:
-                self._keep_best(result)
-                progress["best"], progress["best_step"] = score, progress["step"]
-        finally:
+    def _validate(self, log: MetricsLog | None, bar: tqdm) -> bool:
+        """Scores the averaged weights (if there are) and keeps them as the run's model if they are the best so far.
+
+        A signal to stop ends it, and it is owed.
+        """
+        with self.watchdog.paused():
             if self.average is not None:
                 self.average.swap(self.model)
+            try:
+                model = self.parallel.gathered()
+                if model is not None and log is not None:
+                    self._score(model, log, bar)
+            finally:
+                if self.average is not None:
+                    self.average.swap(self.model)
+            self.world.wait()
+        self._set_train_mode()
+        return True
 
-    def _keep_best(self, result: ValidationScores | None) -> None:
+    def _score(self, model: CoCa, log: MetricsLog, bar: tqdm) -> None:
+        progress, result = self.state.progress, None
+        if (validator := self.validator) is not None:
+            before = random_state()
+            result = self.stop.unless_asked(lambda: validator(model))
+            progress["owes_validation"] = result is None
+            if result is None:
+                set_random_state(before)
+                return
+            log.write("validation", progress["step"], result.scores | {"epoch": self._epoch()})
+            bar.write(_validation_line(self._epoch(), result))
+        score = result.selection(self.recipe.select_by) if result is not None else float(progress["step"])
+        if progress["best"] is None or score > progress["best"]:
+            self._keep_best(model, result)
+            progress["best"], progress["best_step"] = score, progress["step"]
+
+    def _keep_best(self, model: CoCa, result: ValidationScores | None) -> None:
         info: dict[str, Any] = {"recipe": self.recipe.to_dict(), "step": self.state.progress["step"]}
         if result is not None:
             info["validation"] = result.scores
             with atomic_write(self.folder / "val_captions.json") as partial:
                 partial.write_text(json.dumps(result.captions, indent=0), encoding="utf-8")
-        save_model_folder(self.folder, self.model, self.tokenizer, self.preprocess, info=info)
+        save_model_folder(self.folder, model, self.tokenizer, self.preprocess, info=info)
 
     def _finish(self) -> Path:
+        if not self.world.is_main:
+            return self.folder
         captions_path = self.folder / "val_captions.json"
         captions = json.loads(captions_path.read_text(encoding="utf-8")) if captions_path.is_file() else {}
         minutes = self.state.progress["seconds"] / 60
@@ -200,112 +282,6 @@ class Trainer:
         title = f"{self.folder.name}: {self.total_steps} steps in {minutes:.0f} minutes, {best}"
         write_report(self.folder, self.val_source, captions, title)
         return self.folder
-
-    def _ask_to_stop(self, *_: object) -> None:
-        if self._stop_asked:
-            raise KeyboardInterrupt
-        self._stop_asked = True
-
-    def _make_tokenizer(self) -> Tokenizer:
-        options = self.recipe.tokenizer
-        stored = self.folder / "tokenizer.json"
-        if options.source == "clip":
-            return Tokenizer.clip()
-        if options.source != "train":
-            return Tokenizer.load(options.source)
-        if stored.is_file() and self.checkpoint_path.is_file():
-            return Tokenizer.load(stored)  # without a checkpoint it may be that of another recipe
-        source = self.train_source
-        captions = [caption for image in range(len(source)) for caption in source.captions(image)]
-        tokenizer = train_tokenizer(
-            captions,
-            options.vocab_size,
-            lowercase=options.lowercase,
-            strip_final_period=options.strip_final_period,
-            min_frequency=options.min_frequency,
-        )
-        tokenizer.save(stored)
-        return tokenizer
-
-    def _make_model(self) -> CoCa:
-        model = CoCa(self.config)
-        init = self.recipe.encoder.init
-        if init == "imagenet":
-            if not isinstance(model.image_encoder, EfficientNetLite):
-                raise ValueError(f"encoder.init imagenet is for efficientnet_lite, not {self.config.image.name}")
-            load_imagenet_weights(model.image_encoder)
-        elif init != "none":
-            encoder = load_model_folder(init).model.image_encoder
-            try:
-                model.image_encoder.load_state_dict(encoder.state_dict())
-            except RuntimeError as error:
-                first = str(error).splitlines()[1:2] or [str(error)]
-                raise ValueError(
-                    f"the image encoder of {init} does not fit this recipe's: {first[0].strip()}"
-                ) from error
-        return model.to(self.device).eval()
-
-    def _transforms(self) -> tuple[EvalTransform, TrainTransform]:
-        data = self.recipe.data
-        training = TrainTransform(
-            self.preprocess,
-            scale=data.crop_scale,
-            ratio=data.crop_ratio,
-            flip_probability=data.flip_probability,
-            color_jitter=data.color_jitter,
-        )
-        return EvalTransform(self.preprocess), training
-
-    def _cache(self, source: ImageTextSource, training: bool, label: str) -> FeatureCache | None:
-        if not self.cached_stages:
-            return None
-        evaluation, augmenting = self._transforms()
-        count = self.recipe.encoder.cache_views if training else 1
-        views = CacheViews(evaluation, augmenting if training else None, count, self.recipe.seed)
-        folder = Path(self.recipe.encoder.cache_dir or self.folder / "features")
-        encoder = self.model.image_encoder
-        cache = open_feature_cache(
-            folder, encoder, self.cached_stages, source, views, self.device, label, self.recipe.precision
-        )
-        if cache.broken:
-            message = f"{len(cache.broken)} of {len(source)} {label} are left out: {next(iter(cache.broken.values()))}"
-            if len(cache.broken) > MAX_BROKEN_SHARE * len(source):
-                raise ValueError(f"{message}; that is more than {MAX_BROKEN_SHARE:.0%}, remove or repair them")
-            warnings.warn(message, stacklevel=2)
-        return cache
-
-    def _make_batches(self) -> TrainBatches:
-        _, training = self._transforms()
-        cache = self._cache(self.train_source, True, "training images")
-        context = self.config.text.context_length
-        return TrainBatches(
-            self.recipe, self.train_source, self.tokenizer, training, context, cache, self.cached_stages
-        )
-
-    def _make_validator(self) -> Validator | None:
-        if self.val_source is None:
-            return None
-        evaluation, _ = self._transforms()
-        cache = self._cache(self.val_source, False, "validation images")
-        return Validator(self.recipe, self.val_source, self.tokenizer, evaluation, cache, self.cached_stages)
-
-
-def _open(images: str, captions: str | None, label: str) -> ImageTextSource:
-    if not images:
-        raise ValueError(f"the recipe names no data.{label}_images; add --data.{label}_images FOLDER")
-    return open_source(images, captions)
-
-
-def _pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is none of auto, cpu, cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but there is no CUDA device; use --device cpu")
-    return device
 
 
 def _validation_line(epoch: float, result: ValidationScores) -> str:

@@ -19,8 +19,8 @@ from opencoca.model.coca import CoCa
 from opencoca.tokenizer import Tokenizer
 from opencoca.train.batches import TrainBatch
 from opencoca.train.feature_cache import FeatureCache
+from opencoca.train.objective import autocast, compute_losses
 from opencoca.train.recipe import Recipe
-from opencoca.train.step import autocast, compute_losses
 
 _BATCH_IMAGES = 50
 
@@ -94,7 +94,7 @@ class Validator:
                 if wants.caption_weight:
                     written = generate(model, image.tokens, self.tokenizer, self.options)
                     keys = [self.source.key(int(i)) for i in batch.image_ids]
-                    captions.update(zip(keys, (caption.text for caption in written), strict=True))
+                    captions.update(zip(keys, (found[0].text for found in written), strict=True))
             texts_per_image = len(batch.token_ids) // len(batch.image_ids)
             image_of_text.append(batch.image_ids.repeat_interleave(texts_per_image))
         scores = _mean_losses(losses)

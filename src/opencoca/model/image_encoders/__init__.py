@@ -24,9 +24,19 @@ class ImageEncoder(Protocol):
     def run_stages(self, x: Tensor, start: int, stop: int) -> Tensor: ...
 
 
-def build_image_encoder(config: ImageEncoderConfig):
-    """The encoder that the configuration names. Raises ValueError if there is none of that name."""
+def build_image_encoder(config: ImageEncoderConfig, module: nn.Module | None = None):
+    """The encoder that the configuration names; a ``custom`` one is the module that is handed over.
+
+    Raises ValueError if there is none of that name, and if a module is missing or not expected.
+    """
     kind, _, model = config.name.partition(":")
+    if (kind == "custom") != (module is not None):
+        given = "is missing" if module is None else "was given, but only the image encoder 'custom' takes one"
+        raise ValueError(f"the image encoder is {config.name!r} and image_encoder, a module, {given}")
+    if module is not None:
+        from opencoca.model.image_encoders.custom import CustomEncoder
+
+        return CustomEncoder(module, config.width)
     if kind == "vit":
         from opencoca.model.image_encoders.vit import VisionTransformer
 

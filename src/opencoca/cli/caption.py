@@ -1,0 +1,195 @@
+"""`opencoca caption`: captions for images, folders, tar shards and tables, printed or written to files."""
+
+import argparse
+import json
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from opencoca.cli.common import (
+    CommandError,
+    add_command,
+    add_model_options,
+    check_writable,
+    complain,
+    load_pipeline,
+    shows_progress,
+)
+from opencoca.cli.generation_options import add_generation_options, chosen_generation_options
+
+if TYPE_CHECKING:
+    from opencoca.data import ImageTextSource
+    from opencoca.generation import GenerationOptions
+    from opencoca.recaption import Destination, RunReport
+
+_INPUTS = (
+    "image files; folders, searched with their sub-folders; globs in quotes ('photos/**/*.jpg'); tar shards "
+    "('shards/{0000..0099}.tar'); CSV, TSV, JSON lines or Parquet tables with a column of images"
+)
+_MORE = """\
+Without --out and --beside, captions are printed: PATH<TAB>CAPTION, or with --json one object a line.
+
+--out FILE writes one row a caption: image, caption, log_probability (in nats), length (in tokens), flags, and with
+several captions an image their rank, 0 for the best. What is done is kept in FILE.journal, flushed to disk batch by
+batch: after a kill, a power cut or a full disk, the same command goes on where it was, and the result is the same as
+that of an uninterrupted run. It is refused if the model, an option or the images changed meanwhile; --overwrite begins
+anew. FILE.run.json says how the captions were made.
+
+Flags: near-empty (fewer than 2 words), repetition (a word or phrase 3 times in a row, or of 10 words or more fewer
+than half of the pairs of neighbours distinct), common (5% of all images or more have the same).
+
+An image that cannot be read is reported, with --out also in FILE.errors.jsonl; the others are used, and the exit code
+is 2."""
+
+
+def add_commands(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "caption",
+        run_caption,
+        "Write captions for images: printed, in a file, or as text files beside the images.",
+        example="opencoca caption holiday/ --out captions.jsonl --num-beams 4",
+        more=_MORE,
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help=_INPUTS)
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object a line: image, caption, log_probability, length"
+    )
+    files = parser.add_argument_group("files")
+    files.add_argument("--out", metavar="FILE", help="write the captions to a .jsonl, .csv or .parquet file")
+    files.add_argument(
+        "--beside",
+        action="store_true",
+        help="write photo.txt beside each photo.jpg; several captions are several lines",
+    )
+    files.add_argument("--overwrite", action="store_true", help="begin anew, over what an earlier run wrote")
+    files.add_argument(
+        "--image-column",
+        default="image",
+        metavar="C",
+        help="the tables' column of image files, or in Parquet of encoded images (default: image)",
+    )
+    files.add_argument(
+        "--image-root", metavar="DIR", help="folder that image files in tables are relative to (default: the table's)"
+    )
+    generation = parser.add_argument_group("generation")
+    add_generation_options(generation)
+    generation.add_argument(
+        "--rerank",
+        type=_rerank_weight,
+        default=False,
+        metavar="W",
+        help="order all candidates (beams or samples) by the similarity of image and text too; W is the weight of "
+        "similarity, 0 to 1, or `default` (default: by log-probability alone)",
+    )
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="memory for a batch, such as 4GB (default: half of what is free); it decides "
+        "how many images are captioned at a time",
+    )
+    add_model_options(parser, batch_size=None)
+
+
+def _rerank_weight(text: str) -> bool | float:
+    try:
+        return text == "default" or float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0 to 1 nor `default`") from None
+
+
+def run_caption(arguments: argparse.Namespace) -> int:
+    from opencoca.recaption import Destination, open_inputs, parse_bytes
+
+    _check_arguments(arguments)
+    options = chosen_generation_options(arguments)
+    memory_bytes = parse_bytes(arguments.memory) if arguments.memory else None
+    with warnings.catch_warnings(record=True) as damaged_shards:
+        warnings.simplefilter("always")
+        source = open_inputs(arguments.images, image_column=arguments.image_column, image_root=arguments.image_root)
+    for warning in damaged_shards:
+        complain(str(warning.message))
+    if not (arguments.out or arguments.beside):
+        code = _print_captions(arguments, source, options, memory_bytes)
+    else:
+        destination = Destination.of(source, arguments.out, arguments.beside)
+        check_writable(destination.journal)
+        code = _write_captions(arguments, source, destination, options, memory_bytes)
+    return code or (2 if damaged_shards else 0)
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    if arguments.memory and arguments.batch_size:
+        raise CommandError("--memory and --batch-size both say how many images at a time; give one of them")
+    if arguments.json and (arguments.out or arguments.beside):
+        raise CommandError("--json is for captions that are printed; --out FILE.jsonl writes JSON lines")
+    if arguments.overwrite and not (arguments.out or arguments.beside):
+        raise CommandError("--overwrite is for files; give --out or --beside too")
+
+
+def _print_captions(
+    arguments: argparse.Namespace,
+    source: "ImageTextSource",
+    options: "GenerationOptions",
+    memory_bytes: int | None,
+) -> int:
+    from tqdm import tqdm
+
+    from opencoca.recaption import Captioner, caption_source, choose_batch_size
+    from opencoca.recaption.rows import image_rows
+
+    captioner = Captioner(load_pipeline(arguments), options, arguments.rerank)
+    batch_size = arguments.batch_size or choose_batch_size(captioner, len(source), memory_bytes)
+    failed = False
+    with tqdm(total=len(source), desc="captioning", unit="image", disable=not shows_progress()) as bar:
+        for batch in caption_source(captioner, source, batch_size):
+            for image in batch:
+                if image.error is not None:
+                    complain(image.error)
+                    failed = True
+                for row in image_rows(image):
+                    text = " ".join(row["caption"].split())
+                    print(json.dumps(row, ensure_ascii=False) if arguments.json else f"{row['image']}\t{text}")
+            bar.update(len(batch))
+    return 2 if failed else 0
+
+
+def _write_captions(
+    arguments: argparse.Namespace,
+    source: "ImageTextSource",
+    destination: "Destination",
+    options: "GenerationOptions",
+    memory_bytes: int | None,
+) -> int:
+    from opencoca.recaption import Captioner, caption_to_files
+
+    try:
+        report = caption_to_files(
+            Captioner(load_pipeline(arguments), options, arguments.rerank),
+            source,
+            destination,
+            batch_size=arguments.batch_size,
+            memory_bytes=memory_bytes,
+            overwrite=arguments.overwrite,
+            progress=True,
+            on_error=complain,
+            on_note=complain,
+        )
+    except KeyboardInterrupt:
+        if destination.journal.exists():
+            complain("the images that are done are kept; the same command goes on from there")
+        raise
+    print(_summary(report, destination))
+    return 2 if report.unreadable else 0
+
+
+def _summary(report: "RunReport", destination: "Destination") -> str:
+    places = [str(destination.out)] if destination.out else []
+    if destination.texts:
+        places.append("text files beside the images")
+    found = [f"{count:,} {name}" for name, count in report.flags.items() if count]
+    parts = [f"{report.captions:,} captions of {report.images - report.unreadable:,} images in {' and '.join(places)}"]
+    if found:
+        parts.append(f"flagged: {', '.join(found)}")
+    if report.unreadable:
+        parts.append(f"{report.unreadable:,} images could not be read: {destination.errors}")
+    return "; ".join(parts)

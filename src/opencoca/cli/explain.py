@@ -1,0 +1,91 @@
+"""`opencoca explain`: where in a photograph each word of its caption looks, as a picture and as arrays."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opencoca.cli.common import CommandError, add_command, add_model_options, check_writable, load_pipeline
+
+if TYPE_CHECKING:
+    from opencoca.generation.explanation import Explanation
+
+_ARRAYS = (
+    "FILE.npz holds words (W), log_probs (W, in nats), weights (L, H, W, N: multimodal layers, heads, words, image\n"
+    "features; rows sum to 1), grid (rows and columns of the features), box (the part of the photograph that the\n"
+    "model saw: left, top, right, bottom, in pixels) and caption. The percentages in the picture are the words'\n"
+    "probabilities. Attention shows what a word was computed from, which need not be why it was chosen."
+)
+
+
+def add_commands(commands: Any) -> None:
+    explain = add_command(
+        commands,
+        "explain",
+        run_explain,
+        "Draw where in a photograph each word of its caption looks.",
+        example="opencoca explain photo.jpg --caption 'a dog on a beach' --out dog.png --npz dog.npz",
+        more=_ARRAYS,
+    )
+    explain.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="image files; each becomes a section of the picture"
+    )
+    explain.add_argument("--caption", metavar="TEXT", help="the caption to explain (default: the model writes one)")
+    explain.add_argument(
+        "--out", metavar="FILE.png", help="the picture (default: the first image's name with .explained.png, here)"
+    )
+    explain.add_argument("--npz", metavar="FILE.npz", help="store the attention weights too, of a single image")
+    explain.add_argument(
+        "--layers",
+        type=_layers,
+        metavar="L,L",
+        help="multimodal layers to average over, from 0; -1 is the last (default: all)",
+    )
+    add_model_options(explain)
+
+
+def run_explain(arguments: argparse.Namespace) -> int:
+    out = Path(arguments.out or f"{Path(arguments.images[0]).stem}.explained.png")
+    if out.suffix.lower() != ".png":
+        raise CommandError(f"the picture is a PNG, but --out is {str(out)!r}; choose a name that ends in .png")
+    if arguments.npz and len(arguments.images) > 1:
+        raise CommandError(f"--npz stores one image's arrays, but {len(arguments.images)} are given; give one image")
+    if arguments.npz and Path(arguments.npz).suffix != ".npz":
+        raise CommandError(f"--npz is {arguments.npz!r}; choose a name that ends in .npz")
+    check_writable(out, arguments.npz)
+    pipeline = load_pipeline(arguments)
+    explanations = [pipeline.explain(image, arguments.caption) for image in arguments.images]
+
+    from opencoca.explain import write_explanations
+
+    write_explanations(out, explanations, layers=arguments.layers)
+    if arguments.npz:
+        _write_arrays(Path(arguments.npz), explanations[0])
+    for image, explanation in zip(arguments.images, explanations, strict=True):
+        print(f"{image}\t{explanation.caption}")
+    print(out if not arguments.npz else f"{out}\t{arguments.npz}")
+    return 0
+
+
+def _write_arrays(path: Path, explanation: "Explanation") -> None:
+    import numpy as np
+
+    from opencoca.files import atomic_write
+
+    maps = explanation.maps
+    with atomic_write(path) as partial, open(partial, "wb") as file:
+        np.savez_compressed(
+            file,
+            caption=np.array(explanation.caption),
+            words=np.array(maps.words, dtype=str),
+            log_probs=maps.log_probs.float().numpy(),
+            weights=maps.weights.float().numpy(),
+            grid=np.array(maps.grid),
+            box=np.array(explanation.box),
+        )
+
+
+def _layers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers; write 0,2 or -1") from None

@@ -1,0 +1,116 @@
+"""Samples that can't be used: which, where they lie and why, one JSON object a line; and when there are too many."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from opencoca.data.source import ImageTextSource
+
+MAX_BAD_SHARE = 0.1
+"""The default for how many of the samples read may be bad before a run stops."""
+
+# Only after this many samples is a share of bad ones taken seriously (or after all, if there are fewer).
+_MIN_SAMPLES_TO_JUDGE = 100
+_MAX_WARNINGS = 20
+_REASONS_SHOWN = 3
+
+
+class BadSample(NamedTuple):
+    """A sample's name, the file (path or URL) and byte where it begins, and why it can't be used."""
+
+    key: str
+    file: str
+    offset: int
+    reason: str
+
+
+class Quarantine:
+    """Collects bad samples, and raises ValueError once they are too many.
+
+    Args:
+        num_samples: of the source.
+        path: JSON-lines file that each bad sample is appended to, once, also over several runs; None for no file.
+        max_share: of the samples read so far that may be bad.
+    """
+
+    def __init__(self, num_samples: int, path: Path | None = None, max_share: float = MAX_BAD_SHARE):
+        if not 0 <= max_share <= 1:
+            raise ValueError(f"the largest share of bad samples must be in 0..1, got {max_share}")
+        self.num_samples, self.path, self.max_share = num_samples, path, max_share
+        self.by_index: dict[int, BadSample] = {}
+        """Bad samples met while reading."""
+        self._written = {(bad.file, bad.offset, bad.key) for bad in read_quarantine(path)} if path else set()
+
+    def note_lost(self, source: ImageTextSource, *, write: bool = True) -> None:
+        """Take down what the source's files have lost already. Raises ValueError if that is too much."""
+        bad = [BadSample(sample.key, file, sample.offset, sample.reason) for file, sample in source.lost]
+        if write:
+            self._write(bad)
+        named = [sample for sample in bad if sample.key]  # how many samples a damage took is unknown
+        if len(named) > self.max_share * (self.num_samples + len(named)):
+            self._stop(named, self.num_samples + len(named))
+
+    def add(self, found: Iterable[tuple[int, BadSample]]) -> None:
+        """Take down samples met while reading, by index, and warn of those that are new."""
+        new = {index: bad for index, bad in found if index not in self.by_index}
+        for bad in new.values():
+            self._warn(bad)
+            self.by_index |= new
+        self._write(new.values())
+
+    def check(self, num_read: int) -> None:
+        """Raise ValueError if too many of the `num_read` samples so far, repetitions included, were bad."""
+        seen = min(num_read, self.num_samples)
+        enough = seen >= min(_MIN_SAMPLES_TO_JUDGE, self.num_samples)
+        if enough and len(self.by_index) > self.max_share * seen:
+            self._stop(list(self.by_index.values()), seen)
+
+    def _warn(self, bad: BadSample) -> None:
+        count = len(self.by_index)
+        if count < _MAX_WARNINGS:
+            warnings.warn(f"{bad.reason}; another image takes its place", stacklevel=5)
+        elif count == _MAX_WARNINGS:
+            where = f"; {str(self.path)!r} lists them all" if self.path else ""
+            warnings.warn(f"more than {_MAX_WARNINGS} images are bad{where}", stacklevel=5)
+
+    def _stop(self, bad: list[BadSample], seen: int) -> None:
+        first = "; ".join(sample.reason for sample in bad[:_REASONS_SHOWN])
+        where = f"all are listed in {str(self.path)!r}" if self.path else "find them with `opencoca data check`"
+        raise ValueError(
+            f"{len(bad)} images are broken, more than {self.max_share:.0%} of the {seen} read so far ({first}); "
+            f"{where}: repair or remove them"
+        )
+
+    def _write(self, samples: Iterable[BadSample]) -> None:
+        new = [bad for bad in samples if (bad.file, bad.offset, bad.key) not in self._written]
+        if self.path is None or not new:
+            return
+        self._written |= {(bad.file, bad.offset, bad.key) for bad in new}
+        lines = "".join(json.dumps(bad._asdict(), ensure_ascii=False) + "\n" for bad in new)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # One write at the end of the file: lines of several processes do not mix.
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(descriptor, lines.encode("utf-8", "backslashreplace"))
+        finally:
+            os.close(descriptor)
+
+
+def read_quarantine(path: str | Path) -> list[BadSample]:
+    """The bad samples that a run has listed, each once; a line that a crash cut short is left out."""
+    found: dict[BadSample, None] = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        try:
+            found[BadSample(**json.loads(line))] = None
+        except (ValueError, TypeError):
+            continue
+    return list(found)

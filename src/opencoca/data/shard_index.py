@@ -1,0 +1,195 @@
+"""The sidecar of a shard: `<shard>.index.npz`, so that a shard is scanned once and its samples are one read away.
+
+It holds keys, places and sizes, what is damaged, and what the shard was when it was scanned (size, time, the store's
+tag, digest of its headers), so that a stale one is found. Local shards get theirs at first use; for remote ones it is
+made by `opencoca data index`, because that reads them from front to end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opencoca.data.files import parallel_map
+from opencoca.data.remote import RemoteStatus, is_remote, read_file, read_range, remote_status, write_file
+from opencoca.data.shards import LostSample, ShardIndex, index_shard, scan_shard
+from opencoca.files import atomic_write
+
+INDEX_SUFFIX = ".index.npz"
+_VERSION = 2
+_READ_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class IndexedShard:
+    """What `index_shards` did: `is_new` tells whether the shard was scanned, else its index was there already."""
+
+    path: str
+    index: ShardIndex
+    is_new: bool
+
+
+def load_index(path: str | Path, index_dir: str | Path | None = None) -> ShardIndex:
+    """The index of one shard: from its sidecar while that fits the shard, else, if the shard is local, by a scan.
+
+    Args:
+        path: a local path or a URL.
+        index_dir: folder of sidecars that can't lie beside their shards.
+
+    Raises:
+        FileNotFoundError: there is no such shard.
+        ValueError: a remote shard has no sidecar, or one of an earlier state of the shard.
+    """
+    if not is_remote(path):
+        return _load_or_scan(Path(path), index_dir)[0]
+    url, status = str(path), remote_status(str(path))
+    remedy = f"make one with `opencoca data index {url}{f' --index-dir {index_dir}' if index_dir else ''}`"
+    stored = _read_remote_sidecar(url, index_dir)
+    if stored is None:
+        raise ValueError(f"the remote shard {url!r} has no index; {remedy}")
+    if not _is_of(stored[0], status):
+        raise ValueError(f"the remote shard {url!r} has changed since its index was made; {remedy}")
+    return stored[1]
+
+
+def index_shards(
+    paths: Sequence[str | Path], *, index_dir: str | Path | None = None, force: bool = False, num_workers: int = 4
+) -> Iterator[IndexedShard]:
+    """Make the sidecars that are missing or stale, and give every shard's index in turn.
+
+    A sidecar appears whole or not at all, so a stopped call continues when it is repeated.
+
+    Args:
+        paths: local paths and URLs.
+        index_dir: where sidecars go; None for beside each shard (web servers take none: they need a folder).
+        force: scan every shard, whatever there is.
+        num_workers: shards at a time.
+
+    Raises OSError if a shard can't be read or a sidecar can't be written, ValueError for a web address without
+    `index_dir`.
+    """
+    for path in paths:
+        if str(path).startswith(("http://", "https://")) and index_dir is None:
+            raise ValueError(f"nothing can be written beside {str(path)!r}; add --index-dir FOLDER for the index")
+
+    def work(path: str | Path) -> IndexedShard:
+        if not is_remote(path):
+            index, is_new = _load_or_scan(Path(path), index_dir, force=force, must_write=True)
+            return IndexedShard(str(path), index, is_new)
+        return _index_remote(str(path), index_dir, force)
+
+    return parallel_map(work, paths, num_workers, 2 * max(1, num_workers))
+
+
+def sidecar_place(path: str | Path, index_dir: str | Path | None) -> str:
+    """Where the sidecar of a shard lies: beside it, or below `index_dir` under the same path."""
+    if index_dir is None:
+        return str(path) + INDEX_SUFFIX
+    name = str(path) if is_remote(path) else Path(path).absolute().as_posix()
+    parts = [part for part in re.split(r"[/\\:]+|\.\.", name) if part]
+    return str(Path(index_dir, *parts)) + INDEX_SUFFIX
+
+
+def _load_or_scan(
+    path: Path, index_dir: str | Path | None, *, force: bool = False, must_write: bool = False
+) -> tuple[ShardIndex, bool]:
+    """The index, and whether the shard was scanned. A folder that can't be written to is an error if `must_write`."""
+    status = path.stat()
+    sidecar = Path(sidecar_place(path, index_dir))
+    stored = None
+    with contextlib.suppress(OSError):
+        stored = _unpack(sidecar.read_bytes())
+    if stored and not force and (stored[0]["size"], stored[0]["mtime_ns"]) == (status.st_size, status.st_mtime_ns):
+        return stored[1], False
+    index = scan_shard(path)
+    with contextlib.nullcontext() if must_write else contextlib.suppress(OSError), atomic_write(sidecar) as partial:
+        partial.write_bytes(_pack(index, mtime_ns=status.st_mtime_ns))
+    return index, True
+
+
+def _index_remote(url: str, index_dir: str | Path | None, force: bool) -> IndexedShard:
+    status = remote_status(url)
+    stored = None if force else _read_remote_sidecar(url, index_dir)
+    if stored is not None and _is_of(stored[0], status):
+        return IndexedShard(url, stored[1], False)
+    index = index_shard(_Stream(url, status.size).read_at, status.size, url)
+    data, place = _pack(index, etag=status.etag), sidecar_place(url, index_dir)
+    if is_remote(place):
+        write_file(place, data)
+    else:
+        with atomic_write(place) as partial:
+            partial.write_bytes(data)
+    return IndexedShard(url, index, True)
+
+
+def _read_remote_sidecar(url: str, index_dir: str | Path | None) -> tuple[dict[str, Any], ShardIndex] | None:
+    place = sidecar_place(url, index_dir)
+    try:
+        return _unpack(read_file(place) if is_remote(place) else Path(place).read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def _is_of(stamp: dict[str, Any], status: RemoteStatus) -> bool:
+    # A sidecar made before its shard was uploaded knows no tag; its size must do.
+    return stamp["size"] == status.size and (not stamp["etag"] or not status.etag or stamp["etag"] == status.etag)
+
+
+def _pack(index: ShardIndex, *, mtime_ns: int = 0, etag: str = "") -> bytes:
+    facts = {
+        "version": _VERSION,
+        "size": index.size,
+        "mtime_ns": mtime_ns,
+        "etag": etag,
+        "digest": index.digest,
+        "lost": index.lost,
+        "damage": index.damage,
+        "keys": index.keys,
+    }
+    buffer = io.BytesIO()
+    text = np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)
+    np.savez_compressed(buffer, facts=text, members=index.members)
+    return buffer.getvalue()
+
+
+def _unpack(data: bytes) -> tuple[dict[str, Any], ShardIndex] | None:
+    """The facts about the shard and its index; None if these bytes are damaged, or of another version."""
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            facts, members = json.loads(arrays["facts"].tobytes()), arrays["members"]
+        if facts["version"] != _VERSION or members.shape != (len(facts["keys"]), 3, 2):
+            return None
+        index = ShardIndex(
+            keys=tuple(facts["keys"]),
+            members=members,
+            lost=tuple(LostSample(*lost) for lost in facts["lost"]),
+            damage=tuple((offset, reason) for offset, reason in facts["damage"]),
+            size=facts["size"],
+            digest=facts["digest"],
+        )
+        return {name: facts[name] for name in ("size", "mtime_ns", "etag")}, index
+    except Exception:  # what damage does to a zip file has many names
+        return None
+
+
+class _Stream:
+    """Reads a remote file from front to end in large pieces, however small the reads asked for."""
+
+    def __init__(self, url: str, size: int):
+        self.url, self.size = url, size
+        self.start, self.piece = 0, b""
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        length = max(0, min(length, self.size - offset))
+        if not self.start <= offset or offset + length > self.start + len(self.piece):
+            wanted = min(max(length, _READ_BYTES), self.size - offset)
+            self.start, self.piece = offset, read_range(self.url, offset, wanted) if wanted else b""
+        return self.piece[offset - self.start : offset - self.start + length]

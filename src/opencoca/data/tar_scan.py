@@ -1,0 +1,158 @@
+"""What lies where in a tar file, damaged or not: headers are followed one to the next, and found again after damage.
+
+A reader that stops at the first broken header loses everything behind it. Here the scan goes on, block by block, until
+the next header whose checksum is right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+BLOCK = tarfile.BLOCKSIZE
+# reads (offset, size); fewer bytes come back only at the end of the file
+ReadAt = Callable[[int, int], bytes]
+
+_WITHOUT_DATA = frozenset(
+    {tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE}
+)
+_ZEROS = bytes(BLOCK)
+_LARGEST_NAME = 1 << 20
+
+
+class Member(NamedTuple):
+    """A file in a tar file: its bytes lie at `offset`, its header in the 512 bytes before."""
+
+    name: str
+    offset: int
+    size: int
+
+
+class Damage(NamedTuple):
+    """From which byte on something is wrong, and what; `name` is the file that it cuts short, "" if none is known."""
+
+    offset: int
+    reason: str
+    name: str = ""
+
+
+@dataclass
+class TarScan:
+    """Ordinary files in order, every damage, and a digest of all headers that tells two tar files apart."""
+
+    members: list[Member] = field(default_factory=list)
+    damage: list[Damage] = field(default_factory=list)
+    digest: str = ""
+
+
+def scan_tar(read_at: ReadAt, size: int) -> TarScan:
+    """Follow the headers of a tar file of `size` bytes, from front to end. Raises what `read_at` does, nothing else."""
+    scan = TarScan()
+    if size == 0:
+        scan.damage.append(Damage(0, "the file is empty"))
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    offset, names = 0, _Names()
+    while offset < size:
+        block = read_at(offset, BLOCK)
+        if len(block) < BLOCK:
+            scan.damage.append(_cut_short(size))
+            break
+        header = _parse(block)
+        if header is None:
+            found, is_end = _next_header(read_at, offset, size)
+            if not is_end:
+                scan.damage.append(Damage(offset, f"it is damaged at byte {offset:,}"))
+            if found is None:
+                break
+            offset, names = found, _Names()
+            continue
+        digest.update(block)
+        data, length = offset + BLOCK, names.size_of(header)
+        name = names.name_of(header)
+        if data + length > size:
+            scan.damage.append(Damage(offset, f"it is cut short within {name!r}", name))
+            break
+        if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+            names.learn(header.type, read_at(data, min(length, _LARGEST_NAME)))
+        elif header.type not in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
+            if header.isfile():
+                scan.members.append(Member(name, data, length))
+            names = _Names()
+        offset = data + -(-length // BLOCK) * BLOCK
+    else:
+        if size:
+            scan.damage.append(_cut_short(size))
+    scan.digest = digest.hexdigest()
+    return scan
+
+
+def header_fits(block: bytes, size: int) -> bool:
+    """Whether these 512 bytes are an undamaged header of a file of `size` bytes."""
+    header = _parse(block)
+    return header is not None and header.size == size
+
+
+def _cut_short(size: int) -> Damage:
+    return Damage(size, f"it is cut short at byte {size:,}, before its end-of-archive mark")
+
+
+def _parse(block: bytes) -> tarfile.TarInfo | None:
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.TarError:
+        return None
+    return header if header.size >= 0 else None
+
+
+def _next_header(read_at: ReadAt, offset: int, size: int) -> tuple[int | None, bool]:
+    """Where the next header is from a block on that is none (None: nowhere), and whether there are only zeros left."""
+    is_end = True
+    while offset < size:
+        block = read_at(offset, BLOCK)
+        if block.strip(b"\0"):
+            is_end = False
+            if len(block) == BLOCK and _parse(block) is not None:
+                return offset, False
+        offset += BLOCK
+    return None, is_end
+
+
+class _Names:
+    """Name and size that an extended header gives the file after it, where the plain header's fields are too small."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.size: int | None = None
+
+    def learn(self, kind: bytes, data: bytes) -> None:
+        if kind == tarfile.GNUTYPE_LONGNAME:
+            self.name = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
+            return
+        for name, value in _pax_records(data):
+            if name == b"path":
+                self.name = value.decode("utf-8", "surrogateescape")
+            elif name == b"size" and value.isdigit():
+                self.size = int(value)
+
+    def name_of(self, header: tarfile.TarInfo) -> str:
+        return header.name if self.name is None else self.name
+
+    def size_of(self, header: tarfile.TarInfo) -> int:
+        if header.type in _WITHOUT_DATA:
+            return 0
+        return header.size if self.size is None else self.size
+
+
+def _pax_records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """`LENGTH NAME=VALUE` lines (POSIX.1-2001); what isn't one ends them."""
+    while data:
+        length, _, _ = data.partition(b" ")
+        if not length.isdigit() or not len(length) < int(length) <= len(data):
+            return
+        record, data = data[len(length) + 1 : int(length) - 1], data[int(length) :]
+        name, equals, value = record.partition(b"=")
+        if equals:
+            yield name, value

@@ -1,0 +1,267 @@
+"""Tar shards as a source: one read a sample, from a local file, a web server or an object store.
+
+Memory holds the places and keys of as many shards as are in use; captions are read with their image.
+Letters: S samples of a shard, P positions where reads begin.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from opencoca.data.block_cache import BlockCache
+from opencoca.data.files import parallel_map
+from opencoca.data.images import ImageError
+from opencoca.data.remote import DEFAULT_RETRIES, RetryPolicy, is_remote, read_range
+from opencoca.data.shard_index import load_index
+from opencoca.data.shards import IMAGE, JSON, TEXT, LostSample, ShardIndex, parse_captions
+from opencoca.data.source import ImageTextSource, Place, Sample
+from opencoca.data.tar_scan import BLOCK, header_fits
+
+# Parts of a sample that lie further apart than this are read one by one.
+_MAX_GAP_BYTES = 1 << 16
+# Up to so many samples it is found out which keys two shards share; beyond it all have their shard's name in front.
+_MAX_SAMPLES_TO_COMPARE = 5_000_000
+_SHARDS_IN_MEMORY = 512
+_OPENING_THREADS = 32
+
+
+@dataclass(frozen=True)
+class ShardStorage:
+    """How shards are reached and kept.
+
+    Args:
+        index_dir: folder of sidecars that don't lie beside their shards.
+        cache_dir: folder for pieces of remote shards; None keeps nothing and reads samples one by one.
+        cache_gb: size limit of that folder in GB; the least recently used pieces go first.
+        block_samples: how many consecutive samples are fetched, and shuffled, as one block.
+        retries: of remote reads.
+    """
+
+    index_dir: str | None = None
+    cache_dir: str | None = None
+    cache_gb: float = 50.0
+    block_samples: int = 256
+    retries: RetryPolicy = DEFAULT_RETRIES
+
+
+class _Span(NamedTuple):
+    start: int
+    stop: int
+
+
+class TarShards(ImageTextSource):
+    """Samples of tar shards, in the order of the shards and of the samples in them.
+
+    A shard that is damaged keeps the samples around the damage, and a warning names it. Samples without an image are
+    listed in `missing_images`, these and the ones that damage took in `lost`.
+
+    Args:
+        paths: the shards: local paths and URLs.
+        caption_field: the field of a sample's json that holds its caption or captions.
+        storage: where indexes lie and what is kept of remote shards.
+        progress: whether to show a progress bar while remote shards are opened.
+
+    Raises:
+        FileNotFoundError: a shard doesn't exist.
+        ValueError: no shard holds a sample; a remote one has no index, or an old one.
+    """
+
+    captions_in_memory = False
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        caption_field: str = "caption",
+        storage: ShardStorage | None = None,
+        progress: bool = False,
+    ):
+        self.storage = storage or ShardStorage()
+        self.caption_field = caption_field
+        self.shards = tuple(map(str, paths))
+        self.paths = tuple(Path(path) for path in self.shards if not is_remote(path))
+        self.is_remote = any(map(is_remote, self.shards))
+        self.cache: BlockCache | None = None
+        if self.storage.cache_dir is not None and self.is_remote:
+            self.cache = BlockCache(self.storage.cache_dir, round(self.storage.cache_gb * 1e9))
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._lock = threading.Lock()
+        counts, lost, repeated = self._open(progress)
+        self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        if not self.starts[-1]:
+            names = ", ".join(map(repr, self.shards[:3]))
+            raise ValueError(f"the {len(self.shards)} tar shards ({names}) hold no images")
+        self.lost: tuple[tuple[str, LostSample], ...] = tuple(lost)
+        self.missing_images = tuple(sample.key for _, sample in lost if sample.key)
+        self._shared_keys = repeated
+
+    def _open(self, progress: bool) -> tuple[list[int], list[tuple[str, LostSample]], set[int] | None]:
+        """Samples of each shard, samples lost, and indices of those whose key an earlier shard has (None: many)."""
+        counts: list[int] = []
+        lost: list[tuple[str, LostSample]] = []
+        seen: set[str] = set()
+        shared: set[int] | None = set()
+        total = 0
+        threads = _OPENING_THREADS if self.is_remote else 0
+        indexes = parallel_map(self._load, range(len(self.shards)), threads, 2 * _OPENING_THREADS)
+        bar = tqdm(indexes, total=len(self.shards), desc="opening shards", unit="shard", disable=not progress)
+        for shard, index in enumerate(bar):
+            path = self.shards[shard]
+            for _, reason in index.damage[:1]:
+                more = f" (and {len(index.damage) - 1} more)" if len(index.damage) > 1 else ""
+                kept = f"the {len(index.keys)} whole samples in it are used"
+                warnings.warn(f"tar shard {path!r}: {reason}{more}; {kept}", stacklevel=4)
+            lost.extend((path, LostSample("", offset, reason)) for offset, reason in index.damage)
+            lost.extend((path, sample) for sample in index.lost)
+            if shared is not None and total + len(index.keys) > _MAX_SAMPLES_TO_COMPARE:
+                shared, seen = None, set()
+            if shared is not None:
+                shared.update(total + row for row, key in enumerate(index.keys) if key in seen)
+                seen.update(index.keys)
+            counts.append(len(index.keys))
+            total += len(index.keys)
+            self._keep(shard, index)
+        return counts, lost, shared
+
+    def _load(self, shard: int) -> ShardIndex:
+        return load_index(self.shards[shard], self.storage.index_dir)
+
+    def _keep(self, shard: int, index: ShardIndex) -> None:
+        with self._lock:
+            self._indexes[shard] = index
+            # Those of remote shards without a folder of indexes would have to be fetched again.
+            can_reload = not self.is_remote or self.storage.index_dir is not None
+            while can_reload and len(self._indexes) > _SHARDS_IN_MEMORY:
+                self._indexes.popitem(last=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @cached_property
+    def block_starts(self) -> np.ndarray:
+        """Index of the first sample of each block: `storage.block_samples` that follow one another in a shard."""
+        pairs = itertools.pairwise(self.starts.tolist())
+        return np.concatenate([np.arange(first, end, self.storage.block_samples) for first, end in pairs])
+
+    @cached_property
+    def blank_captions(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Found by reading every caption."""
+        return tuple(self.key(i) for i in range(len(self)) for text in self._captions_of(i) if not text)
+
+    def key(self, index: int) -> str:
+        shard, row = self._row(index)
+        key = self._index(shard).keys[row]
+        if self._shared_keys is not None and index not in self._shared_keys:
+            return key
+        return f"{os.path.basename(self.shards[shard]).removesuffix('.tar')}/{key}"
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return tuple(filter(None, self._captions_of(index)))
+
+    def open_bytes(self, index: int) -> bytes:
+        shard, row = self._row(index)
+        return self._members(shard, row, (IMAGE,))[0] or b""
+
+    def read(self, index: int) -> Sample:
+        shard, row = self._row(index)
+        image, text, details = self._members(shard, row, (IMAGE, TEXT, JSON))
+        captions = parse_captions(text, details, self.caption_field, self._where(shard, row))
+        return Sample(image or b"", tuple(filter(None, captions)))
+
+    def place(self, index: int) -> Place:
+        shard, row = self._row(index)
+        return Place(self.shards[shard], int(self._index(shard).members[row, IMAGE, 0]))
+
+    def _captions_of(self, index: int) -> list[str]:
+        shard, row = self._row(index)
+        text, details = self._members(shard, row, (TEXT, JSON))
+        return parse_captions(text, details, self.caption_field, self._where(shard, row))
+
+    def _where(self, shard: int, row: int) -> str:
+        return f"the sample {self._index(shard).keys[row]!r} of {self.shards[shard]!r}"
+
+    def _row(self, index: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return shard, int(index - self.starts[shard])
+
+    def _index(self, shard: int) -> ShardIndex:
+        index = self._indexes.get(shard)
+        if index is None:
+            index = self._load(shard)
+            self._keep(shard, index)
+        return index
+
+    def _members(self, shard: int, row: int, kinds: tuple[int, ...]) -> list[bytes | None]:
+        """The parts of a sample, None for what it hasn't: in one read if they lie together.
+
+        Raises ImageError if what lies there isn't what the index says.
+        """
+        index = self._index(shard)
+        places = [(int(offset), int(size)) for offset, size in index.members[row, list(kinds)]]
+        there = [place for place in places if place[0]]
+        if not there:
+            return [None] * len(kinds)
+        start, stop = min(place[0] for place in there) - BLOCK, max(sum(place) for place in there)
+        if stop - start <= sum(size + 2 * BLOCK for _, size in there) + _MAX_GAP_BYTES:
+            data = self._read(shard, row, _Span(start, stop))
+            pieces = [data[o - start - BLOCK : o - start + size] if o else None for o, size in places]
+        else:
+            pieces = [self._read(shard, row, _Span(o - BLOCK, o + s)) if o else None for o, s in places]
+        for piece, (offset, size) in zip(pieces, places, strict=True):
+            if piece is not None and not header_fits(piece[:BLOCK], size):
+                reason = "its header is damaged, or the shard has changed since its index was made"
+                raise ImageError(f"{index.keys[row]} in {self.shards[shard]}, byte {offset:,}", reason)
+        return [piece if piece is None else piece[BLOCK:] for piece in pieces]
+
+    def _read(self, shard: int, row: int, span: _Span) -> bytes:
+        path, size = self.shards[shard], span.stop - span.start
+        if not is_remote(path):
+            return _read_local(path, span)
+        if self.cache is not None:
+            block = self._block(shard, row)
+            if block.start <= span.start and span.stop <= block.stop:
+                name, block_size = f"{path} {self._index(shard).digest} {block}", block.stop - block.start
+                return self.cache.read(
+                    name,
+                    block_size,
+                    lambda: read_range(path, block.start, block_size, self.storage.retries),
+                    span.start - block.start,
+                    size,
+                )
+        return read_range(path, span.start, size, self.storage.retries)
+
+    def _block(self, shard: int, row: int) -> _Span:
+        """The bytes of the block that a row belongs to: from its first image's sample to its last one's end."""
+        first = row - row % self.storage.block_samples
+        members = self._index(shard).members[first : first + self.storage.block_samples]
+        offsets = members[..., 0]
+        start = int(np.where(offsets > 0, offsets, np.iinfo(np.int64).max).min()) - BLOCK
+        return _Span(start, int(members.sum(axis=-1).max()))
+
+
+def _read_local(path: str, span: _Span) -> bytes:
+    # A file of its own for every read: nothing is shared between threads, or with a forked worker.
+    with open(path, "rb", buffering=0) as file:
+        data = os.pread(file.fileno(), span.stop - span.start, span.start)
+    if len(data) != span.stop - span.start:
+        raise OSError(f"the tar shard {path!r} became shorter while it was in use")
+    return data

@@ -1,0 +1,170 @@
+"""The three parts of a CoCa as graphs of fixed structure: what an exporter can trace and any runtime can run.
+
+The network computes packed words, whose number depends on the data. Here the same modules and weights compute padded
+texts, and a step of decoding takes its caches as tensors and returns longer ones; nothing branches on a shape.
+Letters: I images, B texts (as many as images where both meet), P cached positions, T new ones, Q image tokens, D width,
+E embed_dim, V vocabulary, L layers, K key-value heads, d head width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opencoca.model.attention import Attention, rotary_angles, rotate
+from opencoca.model.blocks import TransformerBlock
+from opencoca.model.coca import CoCa
+from opencoca.model.text_decoder import UnimodalDecoder
+
+_CLS_ID = -1
+
+
+class ImageGraph(nn.Module):
+    """pixels (I, 3, height, width) -> image_tokens (I, Q, D), image_embed (I, E), image_cache (L, 2, I, K, Q, d).
+
+    image_cache: the keys and values of the image for every layer of the multimodal decoder.
+    """
+
+    def __init__(self, model: CoCa):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        output = self.model.encode_image(pixels)
+        keys_values = self.model.multimodal_decoder.project_image(output.tokens)
+        return output.tokens, output.embed, torch.stack([torch.stack(pair) for pair in keys_values])
+
+
+class TextGraph(nn.Module):
+    """token_ids (B, T), token_mask (B, T), True = real and never behind padding -> text_embed (B, E)."""
+
+    def __init__(self, model: CoCa):
+        super().__init__()
+        self.decoder, self.proj = model.unimodal_decoder, model.text_proj
+
+    def forward(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
+        decoder = self.decoder
+        lengths = token_mask.sum(dim=1, keepdim=True)
+        # Where [CLS] looks at a padding position behind the words, that position comes first, if there is room.
+        extra = int(decoder.hide_next)
+        padding = decoder.hidden_id or 0
+        cls_at = lengths + extra * (lengths < decoder.context_length)
+        ids = F.pad(token_ids, (0, 1 + extra), value=padding)
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        if extra:
+            ids = torch.where(columns == lengths, padding, ids)
+        is_cls = columns == cls_at
+        cls = decoder.cls_embed if decoder.pos_embed is None else decoder.cls_embed + decoder.pos_embed[-1]
+        x = torch.where(is_cls.unsqueeze(-1), cls, _embed(decoder, ids, columns))
+        positions = columns.expand(ids.shape)
+        if decoder.cls_after_padding:
+            positions = torch.where(is_cls, token_ids.shape[1] + extra, positions)
+        mask = columns[:, None] >= columns
+        visible = _visible(decoder, torch.where(is_cls, _CLS_ID, ids))
+        if visible is not None:
+            mask = mask & visible[:, None, None, :]
+        for block in decoder.blocks:
+            x, _, _ = _self_attend(block, x, positions, mask)  # pyright: ignore[reportArgumentType]
+        vector = decoder.norm((x * is_cls.unsqueeze(-1)).sum(dim=1))
+        return F.normalize(self.proj(vector), dim=-1)
+
+
+class DecoderGraph(nn.Module):
+    """All words so far and the caches of the first P of them -> logits (B, V) after the last word, and longer caches.
+
+    token_ids (B, P + T), without padding; unimodal_cache and multimodal_cache (L, 2, B, K, P, d), keys before values,
+    where P may be 0; image_cache (L, 2, B, K, Q, d) as `ImageGraph` makes it, an image for each text.
+    """
+
+    def __init__(self, model: CoCa):
+        super().__init__()
+        self.unimodal, self.multimodal, self.lm_head = model.unimodal_decoder, model.multimodal_decoder, model.lm_head
+
+    def forward(
+        self, token_ids: Tensor, unimodal_cache: Tensor, multimodal_cache: Tensor, image_cache: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        columns = torch.arange(token_ids.shape[1], device=token_ids.device)
+        past = unimodal_cache.shape[4]
+        ids, new = token_ids[:, past:], columns[past:]
+        positions = new.expand(ids.shape)
+        causal = new[:, None] >= columns
+        visible = _visible(self.unimodal, token_ids)
+        mask = causal if visible is None else causal & visible[:, None, None, :]
+        x = _embed(self.unimodal, ids, new)
+        grown, caches = [], unimodal_cache.unbind(0)
+        for block, cache in zip(self.unimodal.blocks, caches, strict=True):
+            x, keys, values = _self_attend(block, x, positions, mask, cache)  # pyright: ignore[reportArgumentType]
+            grown.append(torch.stack((keys, values)))
+        unimodal_cache, grown = torch.stack(grown), []
+        every = zip(self.multimodal.layers, multimodal_cache.unbind(0), image_cache.unbind(0), strict=True)
+        for layer, cache, image in every:
+            x, keys, values = _self_attend(layer.self_block, x, positions, causal, cache)  # pyright: ignore
+            grown.append(torch.stack((keys, values)))
+            x = _cross_attend(layer.cross_block, x, image[0], image[1])  # pyright: ignore[reportArgumentType]
+        logits = self.lm_head(self.multimodal.norm(x[:, -1]))
+        return logits, unimodal_cache, torch.stack(grown)
+
+
+def empty_cache(model: CoCa, batch_size: int, half: str, past: int = 0) -> Tensor:
+    """(L, 2, B, K, past, d) zeros, the cache of the ``unimodal`` or ``multimodal`` half."""
+    text = model.config.text
+    block = text.block_config() if half == "unimodal" else text.multimodal_block_config()
+    depth = text.unimodal_depth if half == "unimodal" else text.multimodal_depth
+    return torch.zeros(depth, 2, batch_size, block.num_kv_heads, past, block.head_dim)
+
+
+def _embed(decoder: UnimodalDecoder, ids: Tensor, columns: Tensor) -> Tensor:
+    """ids (B, T) at these columns (T,) of their texts -> (B, T, D)."""
+    x = decoder.token_embed(ids)
+    if decoder.pos_embed is None:
+        return x
+    # Columns behind the last position hold padding, or [CLS], which brings its own.
+    return x + decoder.pos_embed[columns.clamp(max=decoder.context_length - 1)]
+
+
+def _visible(decoder: UnimodalDecoder, ids: Tensor) -> Tensor | None:
+    """ids (B, N) -> (B, N) which of them attention may see; None = all. See `TextConfig.hidden_id`."""
+    if decoder.hidden_id is None:
+        return None
+    visible = torch.ne(ids, decoder.hidden_id)
+    first = torch.ones_like(visible[:, :1])
+    return torch.cat((first, visible[:, :-1] if decoder.hide_next else visible[:, 1:]), dim=1)
+
+
+def _self_attend(
+    block: TransformerBlock, x: Tensor, positions: Tensor, mask: Tensor, cache: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (B, T, D) at positions (B, T), cache (2, B, K, P, d) -> x, and all keys and values (B, K, P + T, d)."""
+    attn, normed = block.attn, block.norm1(x)
+    queries = _heads(attn.q_proj(normed), attn)
+    keys, values = attn.project_context(normed)
+    if attn.rotary:
+        angles = (
+            rotary_angles(positions.flatten(), attn.head_dim, queries.dtype).unflatten(0, positions.shape).unsqueeze(1)
+        )
+        queries, keys = rotate(queries, angles), rotate(keys, angles)
+    if cache is not None:
+        keys, values = torch.cat((cache[0], keys), dim=2), torch.cat((cache[1], values), dim=2)
+    mixed = attn.out_proj(_attend(queries, keys, values, mask))
+    return block.add_mlp(x, normed, mixed), keys, values
+
+
+def _cross_attend(block: TransformerBlock, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    normed = block.norm1(x)
+    mixed = _attend(_heads(block.attn.q_proj(normed), block.attn), keys, values, None)
+    return block.add_mlp(x, normed, block.attn.out_proj(mixed))
+
+
+def _heads(queries: Tensor, attn: Attention) -> Tensor:
+    """(B, T, H * d) -> (B, H, T, d)."""
+    return queries.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2)
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """queries (B, H, T, d), keys and values (B, K, N, d), mask (T, N) or (B, 1, T, N) True = sees -> (B, T, H * d)."""
+    num_kv_heads, head_dim = keys.shape[1], queries.shape[3]
+    queries = queries.unflatten(1, (num_kv_heads, -1)) * head_dim**-0.5
+    scores = queries @ keys.unsqueeze(2).transpose(-2, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~(mask if mask.ndim == 2 else mask.unsqueeze(2)), float("-inf"))
+    mixed = scores.softmax(dim=-1) @ values.unsqueeze(2)
+    return mixed.flatten(1, 2).transpose(1, 2).flatten(2)

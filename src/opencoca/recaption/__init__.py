@@ -1,0 +1,27 @@
+"""Captions for folders and data sets: inputs of many kinds, a journal that survives kills, files as output.
+
+`open_inputs` gives the images, `caption_to_files` a whole run, `caption_source` the captions alone.
+"""
+
+from opencoca.recaption.captioner import Captioner
+from opencoca.recaption.destination import Destination
+from opencoca.recaption.engine import CaptionedImage, caption_source
+from opencoca.recaption.finish import RunReport
+from opencoca.recaption.flags import FlagThresholds, caption_flags
+from opencoca.recaption.inputs import open_inputs
+from opencoca.recaption.memory import choose_batch_size, parse_bytes
+from opencoca.recaption.run import caption_to_files
+
+__all__ = [
+    "CaptionedImage",
+    "Captioner",
+    "Destination",
+    "FlagThresholds",
+    "RunReport",
+    "caption_flags",
+    "caption_source",
+    "caption_to_files",
+    "choose_batch_size",
+    "open_inputs",
+    "parse_bytes",
+]

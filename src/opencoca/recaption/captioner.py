@@ -1,0 +1,43 @@
+"""A model together with how it is to caption: what every part of a run needs of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opencoca.generation import GeneratedCaption, GenerationOptions
+from opencoca.generation.rerank import candidate_options, rerank_weight
+from opencoca.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Captioner:
+    """A pipeline, the options of generation, and the weight of similarity in reranking (see `Pipeline.caption`).
+
+    Raises ValueError for options that leave nothing to rerank, or a weight outside of 0 to 1.
+    """
+
+    pipeline: Pipeline
+    options: GenerationOptions
+    rerank: bool | float = False
+
+    def __post_init__(self) -> None:
+        if rerank_weight(self.rerank) is not None:
+            candidate_options(self.options)  # refuses what cannot be reranked
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipeline.device
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of what the model sees."""
+        return self.pipeline.preprocess.config.image_size
+
+    def __call__(self, pixels: Tensor, names: Sequence[str]) -> list[tuple[GeneratedCaption, ...]]:
+        """Captions of preprocessed images (I, 3, H, W), best first; random ones depend on the seed and the name."""
+        pixels = pixels.to(self.device, self.pipeline.dtype)
+        return self.pipeline.caption_pixels(pixels, self.options, names=names, rerank=self.rerank)

@@ -1,0 +1,65 @@
+"""The work itself: images of a source to captions, batch by batch, decoded ahead while the model is busy.
+
+Letters: B images of a batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+from opencoca.data import EvalTransform, ImageBatch, ImageTextSource, Subset, iterate_images
+from opencoca.data.files import parallel_map
+from opencoca.generation import GeneratedCaption
+from opencoca.recaption.captioner import Captioner
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """An image's name and its captions, best first; or, if it cannot be read, none of them and the reason."""
+
+    image: str
+    captions: tuple[GeneratedCaption, ...] = ()
+    error: str | None = None
+
+
+def caption_source(
+    captioner: Captioner,
+    source: ImageTextSource,
+    batch_size: int,
+    *,
+    start: int = 0,
+    num_workers: int | None = None,
+) -> Generator[list[CaptionedImage], None, None]:
+    """Captions a source's images from number `start` on, batch_size at a time, in their order.
+
+    Threads decode the images of the next two batches, and one puts the next batch together, while the model works on
+    the present one. Random numbers depend on the options' seed and the image's name alone.
+
+    Raises ValueError if batch_size is not positive; images that cannot be read raise nothing.
+    """
+    remaining = Subset(source, range(start, len(source))) if start else source
+    transform = EvalTransform(captioner.pipeline.preprocess.config)
+    batches = iterate_images(remaining, transform, batch_size, num_workers)
+    with contextlib.closing(_one_ahead(batches, math.ceil(len(remaining) / batch_size))) as ahead:
+        for batch in ahead:
+            yield _caption_batch(captioner, remaining, batch)
+
+
+def _one_ahead(batches: Iterator[ImageBatch], count: int) -> Generator[ImageBatch, None, None]:
+    try:
+        yield from parallel_map(lambda _: next(batches), range(count), num_threads=1, window=2)
+    finally:
+        batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _caption_batch(captioner: Captioner, source: ImageTextSource, batch: ImageBatch) -> list[CaptionedImage]:
+    done = {index: CaptionedImage(source.key(index), error=reason) for index, reason in batch.errors}
+    indices = batch.indices.tolist()
+    if indices:
+        keys = [source.key(index) for index in indices]
+        captions = captioner(batch.pixels, keys)
+        done |= {i: CaptionedImage(k, c) for i, k, c in zip(indices, keys, captions, strict=True)}
+    return [done[index] for index in sorted(done)]

@@ -1,0 +1,125 @@
+"""The end of a run: the output files, made from its journal in the order of the images."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from opencoca.files import atomic_write, remove_partial_files
+from opencoca.recaption.destination import Destination
+from opencoca.recaption.flags import ALL_FLAGS, COMMON, CommonCaptions, FlagThresholds, caption_flags
+from opencoca.recaption.journal import Journal
+from opencoca.recaption.outputs import write_rows, write_texts
+from opencoca.recaption.rows import output_rows
+from opencoca.recaption.settings import Settings
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run did: images, captions, images that could not be read, and how many captions have each flag."""
+
+    images: int
+    captions: int
+    unreadable: int
+    flags: dict[str, int]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What is kept of a finished run beside its output: the settings and the report."""
+
+    settings: Settings
+    report: RunReport
+
+
+def make_files(
+    journal: Journal, destination: Destination, settings: Settings, prefix: str, thresholds: FlagThresholds
+) -> RunReport:
+    """Writes all files of a run. The same journal gives the same bytes, however often this is begun.
+
+    Raises WriteError if a file cannot be written; the journal is untouched.
+    """
+    for path in filter(None, (destination.out, destination.errors, destination.record)):
+        remove_partial_files(path)
+    common = CommonCaptions(thresholds)
+    for row in _journal_rows(journal):
+        if "error" not in row:
+            common.add(caption["caption"] for caption in row["captions"])
+    flagged = _Flagged(journal, prefix, common)
+    if destination.out is not None:
+        write_rows(destination.out, flagged.rows(), _columns(journal))
+    if destination.texts:
+        rows = zip(destination.texts, _journal_rows(journal), strict=True)
+        write_texts((path, _text_file(row)) for path, row in rows if "error" not in row)
+    report = _report(journal, flagged)
+    _write_errors(destination.errors, _journal_rows(journal), report.unreadable)
+    with atomic_write(destination.record) as partial:
+        content = {"settings": settings, "report": asdict(report)}
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return report
+
+
+def read_record(path: Path) -> RunRecord | None:
+    """The record of a finished run; None if there is none, or none that can be read."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return RunRecord(content["settings"], RunReport(**content["report"]))
+    return None
+
+
+@dataclass
+class _Flagged:
+    """The output's rows, flags included."""
+
+    journal: Journal
+    prefix: str
+    common: CommonCaptions
+
+    def rows(self) -> Iterator[Row]:
+        for image in _journal_rows(self.journal):
+            for row in output_rows(image):
+                flags = caption_flags(row["caption"], self.prefix, self.common.thresholds)
+                if self.common.is_common(row["caption"]):
+                    flags += (COMMON,)
+                yield {**row, "flags": list(flags)}
+
+
+def _journal_rows(journal: Journal) -> Iterator[Row]:
+    for block in journal.blocks():
+        yield from block.rows
+
+
+def _columns(journal: Journal) -> tuple[str, ...]:
+    """Every row of a run has the same fields."""
+    first = next((row for image in _journal_rows(journal) for row in output_rows(image)), None)
+    return (*(first or ("image", "caption", "log_probability", "length")), "flags")
+
+
+def _text_file(row: Row) -> str:
+    """One caption a line."""
+    return "".join(" ".join(caption["caption"].split()) + "\n" for caption in row["captions"])
+
+
+def _report(journal: Journal, flagged: _Flagged) -> RunReport:
+    unreadable = sum("error" in row for row in _journal_rows(journal))
+    flags: Counter[str] = Counter()
+    captions = 0
+    for row in flagged.rows():
+        captions += 1
+        flags.update(row["flags"])
+    return RunReport(journal.num_done, captions, unreadable, {name: flags[name] for name in ALL_FLAGS})
+
+
+def _write_errors(path: Path, rows: Iterable[Row], count: int) -> None:
+    if not count:
+        path.unlink(missing_ok=True)  # of an earlier run that was overwritten
+        return
+    errors = ({"image": row["image"], "error": row["error"]} for row in rows if "error" in row)
+    write_rows(path, errors, ("image", "error"))

@@ -1,0 +1,101 @@
+"""What is suspicious about a caption, from its words alone: too short, going round in circles, the same everywhere."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+NEAR_EMPTY, REPETITION, COMMON = "near-empty", "repetition", "common"
+ALL_FLAGS = (NEAR_EMPTY, REPETITION, COMMON)
+
+# Scripts without spaces: one character counts as a word.
+_UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:'[^\W{_UNSPACED}]+)?")
+_ARTICLES = frozenset({"a", "an", "the"})
+
+
+@dataclass(frozen=True)
+class FlagThresholds:
+    """From where on a caption is flagged.
+
+    min_words: fewer are near-empty; the prefix that every caption begins with does not count.
+    max_repeats: a word, or a run of up to `longest_run` words, that comes more often than this in immediate succession
+        is a repetition.
+    longest_run: in words.
+    min_distinct: so is a caption of 10 words or more, less than this share of whose pairs of neighbours are distinct.
+    common_share: a caption is common if at least this share of all images has the same: the same words in any order,
+        whatever their case and punctuation, articles aside.
+    common_images: and at least this many images.
+    """
+
+    min_words: int = 2
+    max_repeats: int = 2
+    longest_run: int = 8
+    min_distinct: float = 0.5
+    common_share: float = 0.05
+    common_images: int = 10
+
+
+_PAIRS_FROM_WORDS = 10
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text, in lower case, without punctuation."""
+    return _WORD.findall(text.lower())
+
+
+def caption_flags(text: str, prefix: str = "", thresholds: FlagThresholds | None = None) -> tuple[str, ...]:
+    """The flags that a caption deserves by itself: near-empty, repetition."""
+    limits = thresholds or FlagThresholds()
+    words = split_words(text)
+    flags: list[str] = []
+    if len(words) - len(split_words(prefix)) < limits.min_words:
+        flags.append(NEAR_EMPTY)
+    if _repeats(words, limits.longest_run) > limits.max_repeats or _is_monotonous(words, limits.min_distinct):
+        flags.append(REPETITION)
+    return tuple(flags)
+
+
+def _repeats(words: list[str], longest_run: int) -> int:
+    """How often, at most, a run of words follows on itself."""
+    most = min(len(words), 1)
+    for length in range(1, min(longest_run, len(words) // 2) + 1):
+        equal = 0  # words in a row that are the same as the one `length` words before
+        for word, earlier in zip(words[length:], words, strict=False):
+            equal = equal + 1 if word == earlier else 0
+            most = max(most, 1 + equal // length)
+    return most
+
+
+def _is_monotonous(words: list[str], min_distinct: float) -> bool:
+    if len(words) < _PAIRS_FROM_WORDS:
+        return False
+    pairs = list(itertools.pairwise(words))
+    return len(set(pairs)) < min_distinct * len(pairs)
+
+
+@dataclass
+class CommonCaptions:
+    """Counts how many images share a caption, so that those of very many can be told."""
+
+    thresholds: FlagThresholds = field(default_factory=FlagThresholds)
+    num_images: int = 0
+    _counts: Counter[int] = field(default_factory=Counter)
+
+    def add(self, texts: Iterable[str]) -> None:
+        """The captions of one image; those that are the same count once."""
+        self.num_images += 1
+        self._counts.update({_sameness(text) for text in texts})
+
+    def is_common(self, text: str) -> bool:
+        """Whether so many of the images added have this caption that it says little about any."""
+        least = max(self.thresholds.common_images, self.thresholds.common_share * self.num_images)
+        return self._counts[_sameness(text)] >= least
+
+
+def _sameness(text: str) -> int:
+    """Equal for captions that count as the same; a hash, because millions of texts would fill the memory."""
+    return hash(frozenset(split_words(text)) - _ARTICLES)

@@ -1,0 +1,203 @@
+"""What is to be captioned: files, folders, globs, tar shards and tables, as one source of images with unique names."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from opencoca.data import ImageError, ImageTextSource, JoinedSource, TarShards, list_images
+from opencoca.data.images import IMAGE_SUFFIXES
+from opencoca.data.shards import expand_shards
+from opencoca.data.tables import TABLE_SUFFIXES, read_image_names
+from opencoca.recaption.parquet_images import ParquetImages, has_encoded_images
+
+_SHARD_SUFFIX = ".tar"
+_MAX_FILE_BYTES = 1 << 30
+
+
+class ImageFiles(ImageTextSource):
+    """Files, each named by its path. One that cannot be read raises ImageError with the reason."""
+
+    def __init__(self, paths: Sequence[str]):
+        self.paths = tuple(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def key(self, index: int) -> str:
+        return self.paths[index]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return ()
+
+    def open_bytes(self, index: int) -> bytes:
+        path = self.paths[index]
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size > _MAX_FILE_BYTES:
+                    raise ImageError(path, f"its {size:,} bytes are more than the {_MAX_FILE_BYTES:,} allowed")
+                return file.read()
+        except FileNotFoundError:
+            raise ImageError(path, "there is no such file") from None
+        except OSError as error:
+            raise ImageError(path, error.strerror or str(error)) from error
+
+
+class ShardImages(TarShards):
+    """The images of one tar shard, named `SHARD/KEY`."""
+
+    def __init__(self, path: str | Path):
+        super().__init__([path])
+        self.name = str(path)
+
+    def key(self, index: int) -> str:
+        return f"{self.name}/{super().key(index)}"
+
+
+def open_inputs(
+    arguments: Iterable[str], *, image_column: str = "image", image_root: str | Path | None = None
+) -> ImageTextSource:
+    """All images that the arguments name, each once, in their order; those of a folder or glob sorted.
+
+    Args:
+        arguments: image files; folders, searched with their sub-folders for images and tar shards; globs, in which
+            `**` stands for any sub-folders; tar shards, also as `shards/{00000..00099}.tar`; and CSV, TSV, JSON lines
+            or Parquet tables of image files, or Parquet tables that hold the images themselves.
+        image_column: the tables' column of images.
+        image_root: the folder that image files in tables are relative to; None for the folder of their table.
+
+    A file that does not exist, or is no image, is part of the result: reading it raises ImageError.
+
+    Raises:
+        FileNotFoundError: a shard of a list in braces does not exist.
+        ValueError: a folder or glob without images, a table that cannot be used, a shard without images.
+    """
+    collection = _Collection(image_column, None if image_root is None else Path(image_root))
+    for argument in arguments:
+        collection.add(argument)
+    return collection.source()
+
+
+class _Collection:
+    """Sources in the making; files in a row become one source."""
+
+    def __init__(self, image_column: str, image_root: Path | None):
+        self.image_column = image_column
+        self.image_root = image_root
+        self.sources: list[ImageTextSource] = []
+        self.seen: set[str] = set()
+        self.files: list[str] = []
+
+    def source(self) -> ImageTextSource:
+        self._close_files()
+        return self.sources[0] if len(self.sources) == 1 else JoinedSource(self.sources)
+
+    def add(self, argument: str) -> None:
+        path = Path(argument)
+        if not os.path.lexists(argument) and glob.has_magic(argument):
+            self._add_glob(argument)
+        elif path.is_dir():
+            self._add_folder(path)
+        elif argument.lower().endswith(_SHARD_SUFFIX):
+            self._add_shards(argument)
+        elif path.suffix.lower() in TABLE_SUFFIXES:
+            self._add_table(path)
+        else:
+            self._add_file(argument)
+
+    def _add_glob(self, pattern: str) -> None:
+        if "{" in pattern and pattern.lower().endswith(_SHARD_SUFFIX):
+            self._add_shards(pattern)
+            return
+        wanted = {*IMAGE_SUFFIXES, _SHARD_SUFFIX, Path(pattern).suffix.lower()}
+        found = 0
+        for name in sorted(glob.glob(pattern, recursive=True)):
+            if os.path.isdir(name):
+                found += self._add_folder(Path(name), may_be_empty=True)
+            elif Path(name).suffix.lower() in wanted:  # a folder's other files are not meant
+                self.add(name)
+                found += 1
+        if not found:
+            raise ValueError(f"there are no images that match {pattern!r}")
+
+    def _add_folder(self, folder: Path, *, may_be_empty: bool = False) -> int:
+        shards = sorted(
+            path
+            for path in folder.rglob(f"*{_SHARD_SUFFIX}")
+            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        )
+        images: list[str] = []
+        try:
+            images = list_images(folder)
+        except ValueError:
+            if not shards and not may_be_empty:
+                raise
+        for key in images:
+            self._add_file(str(folder / key))
+        for shard in shards:
+            self._add_shards(str(shard))
+        return len(images) + len(shards)
+
+    def _add_shards(self, pattern: str) -> None:
+        for path in expand_shards(pattern):
+            if str(path) not in self.seen:
+                self.seen.add(str(path))
+                self._close_files()
+                self.sources.append(ShardImages(path))
+
+    def _add_table(self, path: Path) -> None:
+        if str(path) in self.seen:
+            return
+        if has_encoded_images(path, self.image_column):
+            self.seen.add(str(path))
+            self._close_files()
+            self.sources.append(ParquetImages(path, self.image_column))
+            return
+        root = path.parent if self.image_root is None else self.image_root
+        for name in read_image_names(path, image_column=self.image_column):
+            self._add_file(str(root / name))
+
+    def _add_file(self, path: str) -> None:
+        if path not in self.seen:
+            self.seen.add(path)
+            self.files.append(path)
+
+    def _close_files(self) -> None:
+        if self.files:
+            self.sources.append(ImageFiles(self.files))
+            self.files = []
+
+
+def text_files_beside(source: ImageTextSource) -> list[str]:
+    """For each image the `.txt` file beside it.
+
+    Raises ValueError if the images are not files of their own, or two would share one.
+    """
+    paths: list[str] = []
+    for part in source.sources if isinstance(source, JoinedSource) else (source,):
+        if not isinstance(part, ImageFiles):
+            raise ValueError(
+                f"{part.key(0)!r} is not a file of its own, so no text can be put beside it; write one file with --out"
+            )
+        paths += [os.path.splitext(path)[0] + ".txt" for path in part.paths]
+    owners: dict[str, str] = {}
+    for index, path in enumerate(paths):
+        if path in owners:
+            raise ValueError(
+                f"{owners[path]!r} and {source.key(index)!r} would both have their caption in {path!r}; rename one"
+            )
+        owners[path] = source.key(index)
+    return paths
+
+
+def common_folder(source: ImageTextSource) -> Path:
+    """The folder that holds all files of a source."""
+    folders = {os.path.dirname(source.key(index)) for index in range(len(source))}
+    try:
+        return Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))
+    except ValueError as error:  # files on several drives
+        raise OSError(errno.EXDEV, "the images have no folder in common; caption each drive by itself") from error

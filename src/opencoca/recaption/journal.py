@@ -1,0 +1,186 @@
+"""The journal of a run: what has been done, in the order of the images, on disk before anything else happens.
+
+A file of lines. The first holds the settings of the run, each other one a block of results; every line begins with the
+checksum of the rest. A block is flushed to disk before the next is begun, so a kill at any moment, or a power cut, can
+damage the last line alone. That line is cut off when the journal is opened again, and its images are done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from opencoca.files import WriteError
+
+FORMAT = "opencoca-captions-1"
+_HEAD = f'{{"format":"{FORMAT}"'
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Results of consecutive images, the first of them number `start`: one row an image."""
+
+    start: int
+    rows: tuple[Row, ...]
+
+
+class Journal:
+    """An open journal; one process at a time can have it open.
+
+    `num_done` images are in it, numbers 0 to num_done - 1; `header` holds the settings it was begun with, and
+    `last_batch_size` how many images at a time were done last. Use it in a `with` block.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], header: Row, *, overwrite: bool = False):
+        """Opens the journal, or begins one with this header if there is none, or if it is to be overwritten.
+
+        Raises:
+            ValueError: the file is no journal, or another process has it open.
+            WriteError: it cannot be written.
+        """
+        self.path = Path(path)
+        self.header = header
+        self.num_done = 0
+        self.last_batch_size: int | None = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (closed by __exit__)
+        except OSError as error:
+            raise _write_error(self.path, error, "nothing was begun") from error
+        try:
+            self._lock()
+            self._end = 0 if overwrite else self._recover()
+            self._cut()
+            if self._end == 0:
+                self._write({"format": FORMAT, "settings": header})
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def append(self, rows: list[Row], batch_size: int) -> None:
+        """Adds the results of the next images; when this returns they are on disk.
+
+        Raises WriteError if they cannot be written; the journal is then as it was before.
+        """
+        self._write({"start": self.num_done, "batch_size": batch_size, "rows": rows})
+        self.num_done += len(rows)
+        self.last_batch_size = batch_size
+
+    def blocks(self) -> Iterator[Block]:
+        """All blocks, from the first."""
+        with open(self.path, "rb") as file:
+            for number, (content, _) in enumerate(_lines(file)):
+                if number:
+                    yield Block(content["start"], tuple(content["rows"]))
+
+    def remove(self) -> None:
+        """Deletes the file: its content is stored elsewhere."""
+        self.path.unlink(missing_ok=True)
+
+    def _lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # not on Windows
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise ValueError(f"another process is at work on {self.path}; let it end, or end it first") from error
+
+    def _recover(self) -> int:
+        """Reads what is there; returns how much of it is whole, in bytes, and 0 if not even the first line is."""
+        end = 0
+        with open(self.path, "rb") as file:
+            for number, (content, line_end) in enumerate(_lines(file)):
+                if number == 0:
+                    if content.get("format") != FORMAT:
+                        break
+                    self.header = content["settings"]
+                elif content.get("start") == self.num_done:
+                    self.num_done += len(content["rows"])
+                    self.last_batch_size = content["batch_size"]
+                else:
+                    break
+                end = line_end
+            file.seek(0)
+            if end == 0 and not _TORN_HEADER.fullmatch(file.read(1 << 20)):
+                raise ValueError(
+                    f"{self.path} is no journal that this version of opencoca can read; remove it, or start anew with "
+                    "--overwrite"
+                )
+        return end
+
+    def _cut(self) -> None:
+        try:
+            os.ftruncate(self._file.fileno(), self._end)
+        except OSError as error:
+            raise _write_error(self.path, error, "nothing was changed") from error
+
+    def _write(self, content: Row) -> None:
+        line = _encode(content)
+        try:
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):  # if this fails too, the torn line is cut at the next start
+                os.ftruncate(self._file.fileno(), self._end)
+            kept = f"the {self.num_done:,} images that are done are kept, and the same command goes on from there"
+            raise _write_error(self.path, error, kept) from error
+        self._end += len(line)
+
+
+def _prefixes(text: str) -> str:
+    """A regular expression for the beginnings of a text, the empty one included."""
+    pattern = ""
+    for character in reversed(text):
+        pattern = f"(?:{re.escape(character)}{pattern})?"
+    return pattern
+
+
+# What a kill can leave of the first line.
+_TORN_HEADER = re.compile(
+    (r"[0-9a-f]{0,8}|[0-9a-f]{8} (?:" + _prefixes(_HEAD) + "|" + re.escape(_HEAD) + r"[^\n]*)").encode()
+)
+
+
+def _encode(content: Row) -> bytes:
+    text = json.dumps(content, separators=(",", ":")).encode("ascii")
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[Row, int]]:
+    """The content of each whole line and where it ends; stops at the first that is damaged."""
+    end = 0
+    for line in file:
+        end += len(line)
+        checksum, _, text = line.partition(b" ")
+        if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text[:-1]):
+            return
+        yield json.loads(text), end
+
+
+def _write_error(path: Path, error: OSError, kept: str) -> WriteError:
+    reason = error.strerror or str(error)
+    remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "make it writable"
+    return WriteError(error.errno, f"cannot write {path} ({reason}): {remedy}; {kept}")

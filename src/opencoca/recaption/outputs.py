@@ -1,0 +1,94 @@
+"""The files that captions end up in: JSON lines, CSV or Parquet, a row a caption, and text files beside the images."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from opencoca.files import WriteError, atomic_write
+
+Row = dict[str, Any]
+OUTPUT_SUFFIXES = (".jsonl", ".csv", ".parquet")
+_ROWS_PER_GROUP = 16_384
+
+
+def check_suffix(path: str | Path) -> None:
+    """Raises ValueError if no format of captions ends as the path does."""
+    if Path(path).suffix.lower() not in OUTPUT_SUFFIXES:
+        known = ", ".join(OUTPUT_SUFFIXES[:-1]) + f" or {OUTPUT_SUFFIXES[-1]}"
+        raise ValueError(f"cannot tell the format of {str(path)!r}: its name must end in {known}")
+
+
+def write_rows(path: str | Path, rows: Iterable[Row], columns: tuple[str, ...]) -> None:
+    """Writes rows in their order, in the format that the path's end says; the file appears whole or not at all.
+
+    Every row has these columns; `flags` is a list of words, in CSV joined by spaces. The same rows give the same bytes.
+
+    Raises WriteError if the file cannot be written; an older one then stays as it was.
+    """
+    check_suffix(path)
+    writer = {".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet}[Path(path).suffix.lower()]
+    with atomic_write(path) as partial:
+        writer(partial, rows, columns)
+
+
+def _write_jsonl(path: Path, rows: Iterable[Row], columns: tuple[str, ...]) -> None:
+    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps({name: row[name] for name in columns}, ensure_ascii=False) + "\n")
+
+
+def _write_csv(path: Path, rows: Iterable[Row], columns: tuple[str, ...]) -> None:
+    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        # All texts in quotes: the writer would leave out those around a lone carriage return.
+        writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+        writer.writerow(columns)
+        for row in rows:
+            writer.writerow([" ".join(row[name]) if name == "flags" else row[name] for name in columns])
+
+
+def _write_parquet(path: Path, rows: Iterable[Row], columns: tuple[str, ...]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {"rank": pa.int32(), "length": pa.int32(), "flags": pa.list_(pa.string())}
+    texts = ("image", "caption")
+    schema = pa.schema([(name, pa.string() if name in texts else kinds.get(name, pa.float64())) for name in columns])
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        remaining = iter(rows)
+        while group := list(islice(remaining, _ROWS_PER_GROUP)):
+            clean = [{name: _as_utf8(row[name]) for name in columns} for row in group]
+            writer.write_table(pa.Table.from_pylist(clean, schema))
+
+
+def _as_utf8(value: Any) -> Any:
+    """A file's name may hold bytes that no encoding knows."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
+def write_texts(texts: Iterable[tuple[str, str]]) -> None:
+    """Writes text files, given as (path, content); each appears whole, and all are on disk when this returns.
+
+    Raises WriteError if one cannot be written; those before it are there.
+    """
+    for path, content in texts:
+        partial = f"{path}.partial"  # the same again after a kill, so that none is left
+        try:
+            try:
+                with open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+                    file.write(content)
+                os.replace(partial, path)
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(partial)
+        except OSError as error:
+            message = f"cannot write {path} ({error.strerror or error}): free some space or make its folder writable"
+            raise WriteError(error.errno, message) from error
+    if hasattr(os, "sync"):
+        os.sync()  # once; flushing each of very many small files would take longer than captioning

@@ -1,0 +1,132 @@
+"""A run: the captions of a source's images in files, whatever happens meanwhile.
+
+Results go into a journal first (`OUT.journal`), batch by batch; when all images are done the files are made from it. So
+what was done before a kill is never done again, and the files of a run that was killed are those of one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+from tqdm import tqdm
+
+from opencoca.data import ImageTextSource
+from opencoca.recaption.captioner import Captioner
+from opencoca.recaption.destination import Destination
+from opencoca.recaption.engine import caption_source
+from opencoca.recaption.finish import RunReport, make_files, read_record
+from opencoca.recaption.flags import FlagThresholds
+from opencoca.recaption.journal import Journal
+from opencoca.recaption.memory import choose_batch_size
+from opencoca.recaption.rows import to_journal_row
+from opencoca.recaption.settings import Settings, describe_changes, run_settings
+
+
+def _silent(_: str) -> None:
+    """Nobody is told."""
+
+
+def caption_to_files(
+    captioner: Captioner,
+    source: ImageTextSource,
+    destination: Destination,
+    *,
+    batch_size: int | None = None,
+    memory_bytes: int | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+    thresholds: FlagThresholds | None = None,
+    on_error: Callable[[str], None] = _silent,
+    on_note: Callable[[str], None] = _silent,
+) -> RunReport:
+    """Captions all images of a source into files; begun again after a kill, it goes on where it was.
+
+    Args:
+        source: the images; their names must be unique.
+        batch_size: images at a time; None for that of the journal, or else for what fits into memory_bytes.
+        memory_bytes: memory for a batch; None for half of what is free.
+        overwrite: whether to begin anew, over what an earlier run wrote.
+        thresholds: from where on captions are flagged.
+        on_error: is told of each image that cannot be read.
+        on_note: is told what else a user wants to know: that the run goes on from before, or was complete already.
+
+    Raises:
+        ValueError: the files exist, or belong to a run with other settings; another process is at work on them.
+        WriteError: a file cannot be written; what was done so far is kept.
+    """
+    thresholds = thresholds or FlagThresholds()
+    fixed = {"beside": bool(destination.texts), "thresholds": asdict(thresholds)}
+    settings = run_settings(captioner, source, **fixed)
+    if not overwrite and not destination.journal.exists():
+        if (report := _complete_already(destination, settings)) is not None:
+            on_note(f"{destination.base} is complete already: {report.images:,} images")
+            return report
+        _refuse_existing(destination)
+    with Journal(destination.journal, settings, overwrite=overwrite) as journal:
+        _check_settings(journal, settings)
+        if journal.num_done:
+            on_note(f"going on from {journal.num_done:,} of {len(source):,} images in {journal.path}")
+        if journal.num_done < len(source):
+            size = batch_size or (None if memory_bytes else journal.last_batch_size)
+            size = size or choose_batch_size(captioner, len(source), memory_bytes)
+            _work(captioner, source, journal, size, progress, on_error)
+        report = make_files(journal, destination, settings, captioner.options.prefix, thresholds)
+        journal.remove()
+    return report
+
+
+def _work(
+    captioner: Captioner,
+    source: ImageTextSource,
+    journal: Journal,
+    batch_size: int,
+    progress: bool,
+    on_error: Callable[[str], None],
+) -> None:
+    done = journal.num_done
+    batches = caption_source(captioner, source, batch_size, start=done)
+    with (
+        contextlib.closing(batches),
+        tqdm(total=len(source), initial=done, desc="captioning", unit="image", disable=not progress) as bar,
+    ):
+        try:
+            for batch in batches:
+                for image in batch:
+                    if image.error is not None:
+                        on_error(image.error)
+                journal.append([to_journal_row(image) for image in batch], batch_size)
+                bar.update(len(batch))
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"{batch_size} images at a time do not fit into the memory of {captioner.device}; the same command "
+                f"with --batch-size {max(1, batch_size // 2)} goes on from image {journal.num_done:,}"
+            ) from error
+
+
+def _check_settings(journal: Journal, settings: Settings) -> None:
+    if changes := describe_changes(journal.header, settings):
+        raise ValueError(
+            f"{journal.path} belongs to a run with other settings: {changes}; go on with what it was begun with, or "
+            "begin anew with --overwrite"
+        )
+
+
+def _complete_already(destination: Destination, settings: Settings) -> RunReport | None:
+    """The report of a finished run with the same settings whose files are there."""
+    record = read_record(destination.record)
+    if record is None or record.settings != settings:
+        return None
+    is_there = destination.out is None or destination.out.exists()
+    return record.report if is_there else None
+
+
+def _refuse_existing(destination: Destination) -> None:
+    existing = destination.existing()
+    if existing:
+        more = f" and {len(existing) - 1:,} other files" if len(existing) > 1 else ""
+        raise ValueError(
+            f"{existing[0]}{more} would be replaced; choose another name, or write over what is there with --overwrite"
+        )

@@ -1,0 +1,79 @@
+"""From the data section of a recipe to the source that a run reads, and the order in which it does."""
+
+from opencoca.data import (
+    ImageTextSource,
+    LabelSource,
+    MixedSource,
+    SampleOrder,
+    ShardStorage,
+    make_order,
+    open_source,
+)
+from opencoca.train.recipe import Recipe
+from opencoca.train.recipe_data import DataRecipe, SourceRecipe
+
+
+def open_train_source(recipe: Recipe) -> ImageTextSource:
+    """The training pairs: one data set, or a mixture of several.
+
+    Raises ValueError for what the recipe gets wrong, FileNotFoundError for data that are not there.
+    """
+    data = recipe.data
+    if data.sources and data.train_images:
+        raise ValueError("the recipe names both data.train_images and data.sources; put all into data.sources")
+    if not data.sources:
+        if not data.train_images:
+            raise ValueError("the recipe names no data.train_images; add --data.train_images FOLDER")
+        source = open_source(data.train_images, data.train_captions, storage=_storage(data))
+    else:
+        parts = [_open_part(part, data) for part in data.sources]
+        weights = [part.weight for part in data.sources]
+        source = parts[0] if len(parts) == 1 else MixedSource(parts, weights)
+    if recipe.tokenizer.source == "train" and source.is_remote:
+        raise ValueError(
+            "tokenizer.source train would read every remote shard for its captions first; make a vocabulary with "
+            "`opencoca tokenizer train`, and set tokenizer.source to its file, or to clip"
+        )
+    return source
+
+
+def open_val_source(recipe: Recipe) -> ImageTextSource | None:
+    """The validation pairs, if the recipe names any. Raises as `open_train_source` does."""
+    data = recipe.data
+    if data.val_images is None:
+        return None
+    if not data.val_images:
+        raise ValueError("the recipe names no data.val_images; add --data.val_images FOLDER")
+    return open_source(data.val_images, data.val_captions, storage=_storage(data))
+
+
+def training_order(source: ImageTextSource, recipe: Recipe) -> SampleOrder:
+    """The order of a run over ``source``."""
+    data = recipe.data
+    return make_order(
+        source,
+        recipe.seed,
+        drop_last=data.drop_last and len(source) >= recipe.batch_size,
+        micro_batches=recipe.accumulation_steps,
+        window_blocks=data.shuffle_window,
+        by_blocks={"samples": False, "blocks": True}.get(data.shuffle),
+    )
+
+
+def _open_part(part: SourceRecipe, data: DataRecipe) -> ImageTextSource:
+    if not part.images:
+        raise ValueError("each of data.sources needs images: a folder, or tar shards")
+    source = open_source(
+        part.images,
+        part.captions,
+        image_column=part.image_column,
+        caption_column=part.caption_column,
+        storage=_storage(data),
+    )
+    if part.labels == "none":
+        return source
+    return LabelSource(source, part.labels, part.prompts, part.separator)
+
+
+def _storage(data: DataRecipe) -> ShardStorage:
+    return ShardStorage(index_dir=data.index_dir, cache_dir=data.cache_dir, cache_gb=data.cache_gb)

@@ -1,0 +1,202 @@
+"""How the model is spread over processes: not at all, copied (DDP), or sharded block by block (FSDP2).
+
+Every process computes its part of the loss such that the parts add up to that of the whole batch; so gradients are
+added up, too, where these engines would average them.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from opencoca.distributed import World, full_tensor, local_part
+from opencoca.model.blocks import TransformerBlock
+from opencoca.model.coca import CoCa, CoCaOutput
+from opencoca.train.recipe import DistributedRecipe, Recipe
+
+
+class ParallelModel:
+    """A model as training runs it: ``forward``, and what must be done to its gradients and parameters as a whole."""
+
+    def __init__(self, model: CoCa, device: torch.device, recipe: Recipe, world: World | None = None):
+        """Spreads the model, in place, over the processes as the recipe says, and moves it to ``device``.
+
+        world: None = this process alone, even if there are others.
+        """
+        self.model, self.device, self.world = model, device, world or World()
+        together = world is not None and dist.is_initialized()
+        self.strategy = recipe.distributed.strategy if together else "none"
+        self._wrapped: nn.Module = model
+        if self.strategy == "ddp":
+            freeze_untouched(model.to(device), recipe)
+            self._wrapped = _copied(model, device)
+        elif self.strategy == "fsdp":
+            _shard(model, device, recipe, self.world)
+        else:
+            model.to(device)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def forward(self, *args: Any, **kwargs: Any) -> CoCaOutput:
+        """`CoCa.forward`; every process must call it equally often."""
+        return self._wrapped(*args, **kwargs)
+
+    def adding_up(self, last: bool) -> AbstractContextManager:
+        """Surrounds a forward and backward pass; the processes' gradients are added up in the last of a step alone."""
+        if isinstance(self._wrapped, DistributedDataParallel):
+            return nullcontext() if last else self._wrapped.no_sync()
+        if isinstance(self._wrapped, FSDPModule):
+            self._wrapped.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def finish_gradients(self) -> None:
+        """After the last backward pass: adds up what the engine leaves to us (a scalar cannot be sharded)."""
+        scale = self.model.log_logit_scale
+        if self.strategy == "fsdp" and scale.grad is not None:
+            self.world.sum(scale.grad)
+
+    def gradient_norm(self) -> Tensor:
+        """The 2-norm of the whole gradient, a scalar."""
+        grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        sharded = [grad for grad in grads if isinstance(grad, DTensor)]
+        if not sharded:
+            return torch.nn.utils.get_total_norm(grads)
+        of_shards = torch.nn.utils.get_total_norm([grad.to_local() for grad in sharded]).to(self.device).square()
+        mesh = sharded[0].device_mesh
+        dist.all_reduce(of_shards, group=mesh.get_group(mesh.ndim - 1))
+        whole = [grad for grad in grads if not isinstance(grad, DTensor)]
+        of_whole = torch.nn.utils.get_total_norm(whole) if whole else torch.zeros((), device=self.device)
+        return (of_shards + of_whole.square()).sqrt()
+
+    @torch.no_grad()
+    def clip_gradients(self, max_norm: float, norm: Tensor) -> None:
+        """Scales the gradient, whose norm this is, to be no longer than max_norm."""
+        if self.strategy != "fsdp":
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
+            return
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                local_part(parameter.grad).mul_(factor)
+
+    @torch.no_grad()
+    def gathered(self) -> CoCa | None:
+        """The whole model in the main process (of a sharded one, a copy), None in the others; all must call."""
+        if self.strategy != "fsdp":
+            return self.model if self.world.is_main else None
+        copy = None
+        if self.world.is_main:
+            with torch.random.fork_rng(devices=[]):  # its initial values are not to cost random numbers
+                copy = CoCa(self.model.config).to(self.device, self.model.log_logit_scale.dtype).eval()
+        targets = {} if copy is None else {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            whole = full_tensor(tensor.detach())
+            if copy is not None:
+                targets[name].copy_(whole)
+        return copy
+
+
+def check_processes(recipe: Recipe, world: World) -> None:
+    """Raises ValueError for several processes without a strategy, and for sizes that do not fit their number."""
+    options = recipe.distributed
+    if world.size > 1 and options.strategy == "none":
+        raise ValueError(f"there are {world.size} processes, but distributed.strategy is none; set it to ddp or fsdp")
+    if options.strategy == "fsdp" and world.size % (options.shard_size or 1):
+        raise ValueError(
+            f"distributed.shard_size {options.shard_size} must divide the number of processes, which is {world.size}; "
+            "a machine's number of accelerators is the usual choice"
+        )
+
+
+def freeze_untouched(model: CoCa, recipe: Recipe) -> None:
+    """Stops gradients of parameters that the objective never reaches: DDP would wait for them."""
+    height, width = model.config.image.image_size
+    at = model.log_logit_scale
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=at.device)
+    contrastive, captioning = recipe.loss.contrastive_weight != 0, recipe.loss.caption_weight != 0
+    output = model(at.new_zeros(1, 3, height, width), ids, contrastive=contrastive, captioning=captioning)
+    reached = [tensor.sum() for tensor in output[:3] if tensor is not None]
+    reached += [output.logit_scale] if contrastive else []
+    reached += [model.lm_head.weight.sum()] if captioning else []
+    torch.stack(reached).sum().backward()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+
+
+def _copied(model: CoCa, device: torch.device) -> DistributedDataParallel:
+    wrapped = DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+    )
+    wrapped.register_comm_hook(None, _add_up)
+    return wrapped
+
+
+def _add_up(
+    _: object,
+    bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
+) -> torch.futures.Future[Tensor]:
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+def _shard(model: CoCa, device: torch.device, recipe: Recipe, world: World) -> None:
+    # Of keys and values, whose projection is a unit of its own; nothing changes them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    options = recipe.distributed
+    mesh = _mesh(device, options, world)
+    # Blocks are gathered and computed in the low precision. What is used outside of them (embeddings, the vocabulary
+    # head, the temperature) stays in float32 and is cast where autocast would.
+    low = torch.bfloat16 if recipe.precision == "bf16" else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
+    for units in _units(model):
+        fully_shard(
+            units,
+            mesh=mesh,
+            reshard_after_forward=options.reshard_after_forward,
+            mp_policy=policy,
+        )
+        for unit in units:
+            if isinstance(unit, TransformerBlock):
+                register_fsdp_forward_method(unit, "self_attend")
+    scale = model.log_logit_scale
+    scale.data = scale.data.to(device)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params={scale})
+    model.to(device)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _mesh(device: torch.device, options: DistributedRecipe, world: World) -> DeviceMesh:
+    """All processes in a row, or rows of ``shard_size`` that each hold one copy of the weights."""
+    size = options.shard_size or world.size
+    if size == world.size:
+        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def _units(model: CoCa) -> Iterator[list[nn.Module]]:
+    """Modules whose weights are gathered together, innermost first."""
+    for stage in model.image_encoder.stages:
+        if isinstance(stage, TransformerBlock):
+            yield [stage]
+    for block in model.unimodal_decoder.blocks:
+        yield [block]
+    for layer in model.multimodal_decoder.layers:
+        # The image's keys and values are made before the layers run, so these weights are needed at another time.
+        cross: TransformerBlock = layer.cross_block  # pyright: ignore[reportAssignmentType]
+        norm = cross.norm_context
+        yield [cross.attn.kv_proj] if isinstance(norm, nn.Identity) else [norm, cross.attn.kv_proj]
+        yield [layer]

@@ -1,0 +1,205 @@
+"""What a training run is made of, before it begins: data, vocabulary, model, stored features.
+
+Every process prepares its own; what is written (the recipe, a vocabulary, features) the main process writes first.
+"""
+
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from opencoca.data import EvalTransform, ImageTextSource, PreprocessConfig, TrainTransform
+from opencoca.distributed import World
+from opencoca.interop.efficientnet_weights import load_imagenet_weights
+from opencoca.model.coca import CoCa
+from opencoca.model.config import CoCaConfig
+from opencoca.model.image_encoders.efficientnet_lite import EfficientNetLite
+from opencoca.model_folder import load_model_folder
+from opencoca.tokenizer import Tokenizer, train_tokenizer
+from opencoca.train.batches import TrainBatches
+from opencoca.train.compute import prepare_compute
+from opencoca.train.data_sources import open_train_source, open_val_source
+from opencoca.train.feature_cache import CacheViews, FeatureCache, open_feature_cache
+from opencoca.train.memory import keep_freed_memory
+from opencoca.train.optimizer import freeze_image_stages, freeze_parts, freeze_unused
+from opencoca.train.parallel import check_processes
+from opencoca.train.recipe import Recipe
+from opencoca.train.run_folder import remember_recipe
+from opencoca.train.validation import Validator
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """The parts of a run. The model is not yet spread over processes; val_source and validator: None without one.
+
+    frozen_stages: how many of the image encoder's first stages are not trained.
+    """
+
+    device: torch.device
+    tokenizer: Tokenizer
+    preprocess: PreprocessConfig
+    model: CoCa
+    frozen_stages: int
+    batches: TrainBatches
+    train_source: ImageTextSource
+    val_source: ImageTextSource | None
+    validator: Validator | None
+
+
+def set_up(recipe: Recipe, folder: Path, continues: bool, world: World) -> RunSetup:
+    """Prepares a run in ``folder``; continues: it holds a checkpoint of this recipe.
+
+    Raises ValueError for what the recipe gets wrong, FileNotFoundError for data that are not there.
+    """
+    device = pick_device(recipe.device, world)
+    if device.type == "cpu":
+        keep_freed_memory()
+    check_processes(recipe, world)
+    data = recipe.data
+    train_source, val_source = open_train_source(recipe), open_val_source(recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    world.on_main(lambda: remember_recipe(folder, recipe, continues=continues))
+    tokenizer = make_tokenizer(recipe, train_source, folder / "tokenizer.json", continues, world)
+    config = replace(recipe.model, text=replace(recipe.model.text, vocab_size=tokenizer.vocab_size))
+    preprocess = PreprocessConfig(config.image.image_size, data.mean, data.std, data.resize_mode)
+    torch.manual_seed(recipe.seed)
+    model = make_model(recipe, config)
+    frozen_stages = freeze_image_stages(model, recipe.encoder.frozen_stages)
+    freeze_parts(model, recipe)
+    freeze_unused(model, recipe.loss.contrastive_weight != 0, recipe.loss.caption_weight != 0)
+    prepare_compute(model, recipe, device)
+    caches = _Caches(recipe, folder, model, frozen_stages, preprocess, device, world)
+    batches = TrainBatches(
+        recipe,
+        train_source,
+        tokenizer,
+        caches.training_transform,
+        config.text.context_length,
+        caches.open(train_source, True, "training images"),
+        caches.stages,
+        world,
+    )
+    validator = None
+    if val_source is not None:
+        cache = caches.open(val_source, False, "validation images")
+        validator = Validator(recipe, val_source, tokenizer, caches.evaluation_transform, cache, caches.stages)
+    return RunSetup(
+        device, tokenizer, preprocess, model.eval(), frozen_stages, batches, train_source, val_source, validator
+    )
+
+
+def make_tokenizer(recipe: Recipe, source: ImageTextSource, stored: Path, continues: bool, world: World) -> Tokenizer:
+    """The vocabulary that the recipe names; a trained one is kept in the file ``stored``."""
+    options = recipe.tokenizer
+    if options.source == "clip":
+        return Tokenizer.clip()
+    if options.source != "train":
+        return Tokenizer.load(options.source)
+
+    def train_it() -> None:
+        if stored.is_file() and continues:  # without a checkpoint it may be that of another recipe
+            return
+        captions = [caption for image in range(len(source)) for caption in source.captions(image)]
+        tokenizer = train_tokenizer(
+            captions,
+            options.vocab_size,
+            lowercase=options.lowercase,
+            strip_final_period=options.strip_final_period,
+            min_frequency=options.min_frequency,
+        )
+        tokenizer.save(stored)
+
+    world.on_main(train_it)
+    return Tokenizer.load(stored)
+
+
+def make_model(recipe: Recipe, config: CoCaConfig) -> CoCa:
+    """A new model, with the image encoder's weights from where the recipe says."""
+    model = CoCa(config)
+    init = recipe.encoder.init
+    if init == "imagenet":
+        if not isinstance(model.image_encoder, EfficientNetLite):
+            raise ValueError(f"encoder.init imagenet is for efficientnet_lite, not {config.image.name}")
+        load_imagenet_weights(model.image_encoder)
+    elif init != "none":
+        encoder = load_model_folder(init).model.image_encoder
+        try:
+            model.image_encoder.load_state_dict(encoder.state_dict())
+        except RuntimeError as error:
+            first = str(error).splitlines()[1:2] or [str(error)]
+            raise ValueError(f"the image encoder of {init} does not fit this recipe's: {first[0].strip()}") from error
+    return model
+
+
+class _Caches:
+    """Opens stored features of the frozen stages, where the recipe wants them."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        model: CoCa,
+        frozen_stages: int,
+        preprocess: PreprocessConfig,
+        device: torch.device,
+        world: World,
+    ):
+        data = recipe.data
+        self.recipe, self.model, self.device, self.world = recipe, model, device, world
+        self.stages = frozen_stages if recipe.encoder.cache_features else 0
+        self.folder = Path(recipe.encoder.cache_dir or folder / "features")
+        self.evaluation_transform = EvalTransform(preprocess)
+        self.training_transform = TrainTransform(
+            preprocess,
+            scale=data.crop_scale,
+            ratio=data.crop_ratio,
+            flip_probability=data.flip_probability,
+            color_jitter=data.color_jitter,
+        )
+
+    def open(self, source: ImageTextSource, training: bool, label: str) -> FeatureCache | None:
+        """Computes what is missing, in the main process. Raises ValueError if too many images cannot be read."""
+        if not self.stages:
+            return None
+        count = self.recipe.encoder.cache_views if training else 1
+        augmenting = self.training_transform if training else None
+        views = CacheViews(self.evaluation_transform, augmenting, count, self.recipe.seed)
+        encoder = self.model.image_encoder.to(self.device).eval()
+
+        def open_it() -> FeatureCache:
+            return open_feature_cache(
+                self.folder, encoder, self.stages, source, views, self.device, label, self.recipe.precision
+            )
+
+        if self.world.size > 1:  # the others wait, and then only open it
+            self.world.on_main(lambda: open_it() and None)
+        cache = open_it()
+        if cache.broken:
+            message = f"{len(cache.broken)} of {len(source)} {label} are left out: {next(iter(cache.broken.values()))}"
+            if len(cache.broken) > self.recipe.data.max_bad_share * len(source):
+                raise ValueError(
+                    f"{message}; that is more than {self.recipe.data.max_bad_share:.0%}, remove or repair them"
+                )
+            warnings.warn(message, stacklevel=2)
+        return cache
+
+
+def pick_device(name: str, world: World) -> torch.device:
+    """auto, cpu or cuda: of several processes on a machine, each has the accelerator of its number."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is none of auto, cpu, cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but there is no CUDA device; use --device cpu")
+    if device.type == "cuda" and world.size > 1:
+        if world.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"there are more processes than the {torch.cuda.device_count()} CUDA devices of this machine; lower "
+                "torchrun's --nproc-per-node"
+            )
+        return torch.device("cuda", world.local_rank)
+    return device

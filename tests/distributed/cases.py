@@ -1,0 +1,224 @@
+"""Steps of a tiny model that any number of processes can take, each on its share of the same batch.
+
+As a program, it takes all of them as one of several processes: ``python -m distributed.cases FOLDER CASE ...``.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opencoca.data import EpochOrder
+from opencoca.distributed import World, full_tensor, join_world
+from opencoca.model.coca import CoCa
+from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
+from opencoca.train.batches import TrainBatch
+from opencoca.train.optimizer import WeightAverage, build_optimizer, freeze_unused
+from opencoca.train.parallel import ParallelModel
+from opencoca.train.recipe import DistributedRecipe, LossRecipe, OptimizerRecipe, Recipe
+from opencoca.train.step import NonFiniteLossError, TrainStep
+
+BATCH_SIZE = 12
+DECAY_OF_FIRST_UPDATE = 0.1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step. images: of the batch, of BATCH_SIZE at most; ids: how many different images they are."""
+
+    images: int = BATCH_SIZE
+    different_images: int = 9
+    captions_per_image: int = 2
+    accumulation_steps: int = 1
+    grad_cache_steps: int = 1
+    contrastive_weight: float = 1.0
+    caption_weight: float = 2.0
+    reduction: str = "mean"
+    grad_clip: float = 0.0
+    tied: bool = False
+    arrangement: str = "cascade"
+    norm_image_tokens: bool = False
+    frozen_stages: int = 0
+    dropout: float = 0.0
+    precision: str = "fp32"
+    double: bool = False
+
+
+CASES: dict[str, Case] = {
+    "plain": Case(),
+    "double": Case(double=True, grad_cache_steps=2),
+    "clipped": Case(grad_clip=0.05),
+    "accumulated": Case(accumulation_steps=3),
+    "uneven": Case(images=7, different_images=7, accumulation_steps=2),
+    "fewer images than ranks": Case(images=1, different_images=1, captions_per_image=3),
+    "three images": Case(images=3, different_images=3),
+    "cached": Case(grad_cache_steps=3),
+    "cached and uneven": Case(images=5, different_images=4, grad_cache_steps=2),
+    "cached and accumulated": Case(images=11, accumulation_steps=2, grad_cache_steps=2),
+    "sums": Case(reduction="sum", accumulation_steps=2, grad_cache_steps=2),
+    "contrastive alone": Case(caption_weight=0.0, arrangement="parallel", grad_cache_steps=2),
+    "captioning alone": Case(contrastive_weight=0.0, grad_cache_steps=2),
+    "tied, shared": Case(tied=True, arrangement="shared", norm_image_tokens=True),
+    "frozen": Case(frozen_stages=2, grad_cache_steps=2),
+    "bf16": Case(precision="bf16"),
+}
+
+
+def make_recipe(case: Case, strategy: str = "ddp", shard_size: int | None = None) -> Recipe:
+    reduction: Any = case.reduction
+    config = CoCaConfig(
+        embed_dim=8,
+        image=ImageEncoderConfig(
+            image_size=(12, 12), patch_size=4, width=24, depth=2, num_heads=2, mlp_width=32, dropout=case.dropout
+        ),
+        pooler=PoolerConfig(
+            arrangement=case.arrangement,  # pyright: ignore
+            num_queries=5,
+            num_heads=2,
+            dropout=case.dropout,
+        ),
+        text=TextConfig(
+            vocab_size=37,
+            context_length=12,
+            width=16,
+            unimodal_depth=2,
+            multimodal_depth=2,
+            num_heads=4,
+            mlp_width=24,
+            tie_embeddings=case.tied,
+            dropout=case.dropout,
+            norm_image_tokens=case.norm_image_tokens,
+        ),
+    )
+    return Recipe(
+        model=config,
+        loss=LossRecipe(
+            contrastive_weight=case.contrastive_weight,
+            caption_weight=case.caption_weight,
+            label_smoothing=0.1,
+            contrastive_reduction=reduction,
+            caption_reduction=reduction,
+        ),
+        optimizer=OptimizerRecipe(grad_clip=case.grad_clip, warmup_steps=0, ema_decay=0.9),
+        distributed=DistributedRecipe(strategy=strategy, shard_size=shard_size),  # pyright: ignore
+        batch_size=BATCH_SIZE,
+        accumulation_steps=case.accumulation_steps,
+        grad_cache_steps=case.grad_cache_steps,
+        precision=case.precision,  # pyright: ignore
+        select_by="loss",
+    )
+
+
+def make_model(case: Case, recipe: Recipe) -> CoCa:
+    torch.manual_seed(1)
+    model = CoCa(recipe.model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "log_logit_scale":
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.image_encoder.stages[: case.frozen_stages].requires_grad_(False)
+    freeze_unused(model, case.contrastive_weight != 0, case.caption_weight != 0)
+    return model.double() if case.double else model
+
+
+def make_batch(case: Case, world: World) -> TrainBatch:
+    """This process's share of one batch; image k of it shows what image k modulo the different ones does."""
+    generator = torch.Generator().manual_seed(2)
+    pixels = torch.randn(BATCH_SIZE, 3, 12, 12, generator=generator)
+    rows = BATCH_SIZE * case.captions_per_image
+    token_ids = torch.randint(1, 37, (rows, 10), generator=generator)
+    lengths = torch.randint(2, 11, (rows, 1), generator=generator)
+    order = EpochOrder(case.images, 0, drop_last=False, micro_batches=case.accumulation_steps)
+    share: dict[str, int] = {"rank": world.rank, "world_size": world.size}
+    chosen = torch.from_numpy(order.batch(0, 0, BATCH_SIZE, **share))
+    texts = (chosen[:, None] * case.captions_per_image + torch.arange(case.captions_per_image)).flatten()
+    return TrainBatch(
+        (pixels.double() if case.double else pixels)[chosen],
+        0,
+        chosen % case.different_images,
+        token_ids[texts],
+        (torch.arange(10) < lengths)[texts],
+        order.micro_batch_sizes(0, BATCH_SIZE, **share),
+    )
+
+
+def take_step(case: Case, world: World, strategy: str = "none", shard_size: int | None = None) -> dict[str, Tensor]:
+    """Losses, gradients, averages and parameters of one step, whole, by name; all processes must take it."""
+    recipe = make_recipe(case, strategy, shard_size)
+    model = make_model(case, recipe)
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    parallel = ParallelModel(model, torch.device("cpu"), recipe, world)
+    optimizer, average = build_optimizer(model, recipe), WeightAverage(model, 0.9)
+    found: dict[str, Tensor] = {}
+
+    def record(*_: object) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                found[f"gradient/{name}"] = full_tensor(parameter.grad).clone()
+
+    optimizer.register_step_pre_hook(record)
+    step = TrainStep(model, optimizer, average, recipe, parallel)
+    metrics = step(make_batch(case, world), 0, 10)
+    for name, value in metrics.to_dict().items():
+        found[f"metric/{name}"] = torch.tensor(value, dtype=torch.float64)
+    found["metric/images"], found["metric/tokens"] = torch.tensor(metrics.images), torch.tensor(metrics.tokens)
+    found |= {f"average/{name}": full_tensor(tensor).clone() for name, tensor in average.state().items()}
+    whole = {name: full_tensor(tensor.detach()).clone() for name, tensor in model.named_parameters()}
+    found |= {f"parameter/{name}": tensor for name, tensor in whole.items()}
+    found |= {f"before/{name}": tensor for name, tensor in before.items()}
+    average.swap(model)
+    gathered = parallel.gathered()
+    if gathered is not None:
+        found |= {f"gathered/{name}": tensor.detach().clone() for name, tensor in gathered.named_parameters()}
+    return found
+
+
+def take_bad_step(world: World, strategy: str, bad_rank: int) -> dict[str, Tensor]:
+    """What changed in a step in which one process's images hold a NaN, and whether it was noticed here."""
+    case = Case(grad_cache_steps=2)
+    recipe = make_recipe(case, strategy)
+    model = make_model(case, recipe)
+    parallel = ParallelModel(model, torch.device("cpu"), recipe, world)
+    optimizer = build_optimizer(model, recipe)
+    step = TrainStep(model, optimizer, None, recipe, parallel)
+    batch = make_batch(case, world)
+    before = {name: full_tensor(tensor.detach()).clone() for name, tensor in model.named_parameters()}
+    inputs = batch.inputs.clone()
+    if world.rank == bad_rank:
+        inputs[0, 0, 0, 0] = float("nan")
+    noticed = False
+    try:
+        step(replace(batch, inputs=inputs), 0, 10)
+    except NonFiniteLossError:
+        noticed = True
+    changed = [
+        name for name, tensor in model.named_parameters() if not torch.equal(full_tensor(tensor.detach()), before[name])
+    ]
+    next_loss = step(batch, 1, 10).loss
+    return {
+        "noticed": torch.tensor(noticed),
+        "changed": torch.tensor(len(changed)),
+        "next": torch.tensor(next_loss),
+    }
+
+
+def main(folder: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    with join_world() as world:
+        for name in names:
+            strategy, _, case = name.partition(" ")
+            strategy, _, shard_size = strategy.partition(":")
+            if case.startswith("bad"):
+                found = take_bad_step(world, strategy, world.size - 1)
+            else:
+                found = take_step(CASES[case], world, strategy, int(shard_size) if shard_size else None)
+            torch.save(found, folder / f"{name} {world.rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,123 @@
+"""`opencoca train` as several processes: the same run as one, stopped and continued with another strategy."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from opencoca.model_folder import load_model_folder
+from opencoca.train import load_recipe, train
+from train.helpers import Pairs, merged, tiny_values, write_pairs
+
+from .conftest import free_port
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+    return write_pairs(tmp_path_factory.mktemp("pairs"), count=10, captions_per_image=3)
+
+
+def write_recipe(pairs: Pairs, output: Path, **changes: Any) -> Path:
+    values = merged(tiny_values(pairs, output), {key.replace("__", "."): value for key, value in changes.items()})
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def start(recipe: Path, size: int, *overrides: str, last: tuple[str, ...] = ()) -> list[subprocess.Popen[str]]:
+    """last: overrides of the last process alone."""
+    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "opencoca", "train", str(recipe), *overrides, *(last if rank == size - 1 else ())],
+            env=common | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]], timeout_s: float = 240) -> tuple[list[int], list[str]]:
+    """Their exit codes, and what they said."""
+    try:
+        outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], outputs
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def test_a_run_stopped_by_one_rank_and_continued_sharded_is_the_run_of_one_process(
+    pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {
+        "epochs": 8,
+        "log_every_steps": 1,
+        "optimizer__ema_decay": 0.9,
+        "data__captions_per_image": 2,
+        "data__drop_last": False,
+        "data__num_workers": 1,
+        "accumulation_steps": 2,
+        "validate_every_epochs": 4,
+        "grad_cache_steps": 2,
+    }
+    monkeypatch.setattr("opencoca.train.trainer.write_report", lambda *_: None)
+    train(load_recipe(write_recipe(pairs, tmp_path / "one", **changes)))
+    expected = metrics(tmp_path / "one")
+
+    recipe = write_recipe(pairs, tmp_path / "two", **changes)
+    processes = start(recipe, 2)
+    while len(metrics(tmp_path / "two")) < 2 and processes[1].poll() is None:
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, outputs = finish(processes)
+    assert codes == [130, 130], "\n".join(outputs)
+    assert "the same command continues from there" in outputs[0]
+    assert outputs[1] == ""
+    stopped = len(metrics(tmp_path / "two"))
+    assert 2 <= stopped < len(expected)
+
+    codes, outputs = finish(start(recipe, 2, "--distributed.strategy", "fsdp"))
+    assert codes == [0, 0], "\n".join(outputs)
+    assert "the trained model is in" in outputs[0]
+    assert outputs[1] == ""
+    found = metrics(tmp_path / "two")
+    assert [(line["kind"], line["step"]) for line in found] == [(line["kind"], line["step"]) for line in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        for key in {"loss", "caption_loss", "contrastive_loss", "epoch", "grad_norm", "lr"} & theirs.keys():
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3), (key, theirs["step"])
+    assert load_model_folder(tmp_path / "two").model.config == load_model_folder(tmp_path / "one").model.config
+
+
+def test_a_mistake_is_told_once(pairs: Pairs, tmp_path: Path) -> None:
+    codes, outputs = finish(start(write_recipe(pairs, tmp_path / "run"), 2, "--distributed.strategy", "none"))
+    assert codes == [2, 2]
+    assert outputs[0].startswith("opencoca: there are 2 processes, but distributed.strategy is none")
+    assert outputs[0].count("\n") == 1
+    assert outputs[1] == ""
+
+
+def test_what_one_rank_alone_lacks_ends_all(pairs: Pairs, tmp_path: Path) -> None:
+    """As where a folder is missing on one machine: that machine says so, and the others do not wait for it."""
+    missing = ("--data.train_images", str(tmp_path / "nowhere"))
+    processes = start(write_recipe(pairs, tmp_path / "run"), 2, last=missing)
+    codes, outputs = finish(processes)
+    assert codes == [2, 2]
+    assert outputs[0] == ""
+    assert "nowhere" in outputs[1]

@@ -1,0 +1,61 @@
+"""Options that cannot be met are refused, with what to change."""
+
+import pytest
+
+from opencoca.generation import GenerationOptions
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": 5, "min_new_tokens": 6}, "min_new_tokens is 6"),
+        ({"num_beams": 0}, "num_beams is 0"),
+        ({"num_captions": 3}, "set num_beams to 3 or more, or sample"),
+        ({"num_beams": 2, "num_captions": 3}, "finds 2"),
+        ({"num_beams": 4, "num_groups": 3}, "must divide num_beams"),
+        ({"num_beams": 4, "diversity_penalty": 1.0}, "set num_groups"),
+        ({"num_beams": 4, "diversity_penalty": -1.0, "num_groups": 2}, "diversity_penalty is -1"),
+        ({"num_beams": 2, "temperature": 0.7}, "leave one or other out"),
+        ({"num_beams": 2, "top_p": 0.7}, "leave one or other out"),
+        ({"temperature": 0, "top_k": 5}, "temperature 0 is greedy"),
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.0}, "top_p is 0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"min_p": 1.5}, "min_p is 1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0"),
+        ({"no_repeat_ngram": -1}, "no_repeat_ngram is -1"),
+        ({"early_stopping": "always"}, "early_stopping is 'always'"),
+        ({"forbidden_words": "cat"}, "put it in a list"),
+        ({"forbidden_words": ("cat", " ")}, "which is no word"),
+        ({"forbidden_words": ("Cat",), "required_words": ("cat",)}, "both in forbidden_words and in required_words"),
+    ],
+    ids=str,
+)
+def test_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        GenerationOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "samples"),
+    [
+        ({}, False),
+        ({"num_beams": 4}, False),
+        ({"temperature": 0}, False),
+        ({"seed": 5}, False),
+        ({"temperature": 1.0}, True),
+        ({"top_k": 3}, True),
+        ({"top_p": 0.9}, True),
+        ({"min_p": 0.1}, True),
+    ],
+    ids=str,
+)
+def test_what_makes_it_sample(options, samples):
+    assert GenerationOptions(**options).samples is samples
+
+
+def test_words_may_be_given_as_a_list():
+    assert GenerationOptions(forbidden_words=["cat"]) == GenerationOptions(forbidden_words=("cat",))

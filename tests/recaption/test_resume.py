@@ -1,0 +1,145 @@
+"""A run that is killed, at any moment and however often, ends with the same bytes as one that is not."""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cli_helpers import text_as_jpeg
+from opencoca.cli import main
+from opencoca.pipeline import Pipeline
+from opencoca.recaption import Destination, caption_to_files, open_inputs
+
+from .helpers import make_captioner, write_images
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL and fork are of POSIX systems")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def in_child(work: Callable[[], None]) -> multiprocessing.Process:
+    """A process of its own; forked, because to start Python anew for every kill would take minutes."""
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    return child
+
+
+def die_at(number: int) -> None:
+    """Kills this process at its n-th call that changes or flushes a file."""
+    calls = 0
+
+    def deadly(function: Callable) -> Callable:
+        def call(*args: object, **options: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **options)
+
+        return call
+
+    for name in ("fsync", "replace", "unlink", "ftruncate"):
+        setattr(os, name, deadly(getattr(os, name)))
+
+
+@pytest.mark.parametrize(("suffix", "beside"), [(".parquet", False), (".csv", True)])
+def test_killed_at_every_step(pipeline: Pipeline, tmp_path: Path, suffix: str, beside: bool) -> None:
+    """Before each flush, rename, removal and cut, the run after the kill being killed at the next step, and so on."""
+    images = write_images(tmp_path / "images", 5)
+    inputs = [*images[:2], str(text_as_jpeg(tmp_path / "images" / "broken.jpg")), *images[2:]]
+    captioner = make_captioner(pipeline, temperature=1.0)
+
+    def run(folder: Path) -> None:
+        source = open_inputs(inputs)
+        destination = Destination.of(source, folder / f"o{suffix}", beside)
+        caption_to_files(captioner, source, destination, batch_size=2)
+
+    def texts() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tmp_path / "images").rglob("*.txt*")}
+
+    run(tmp_path / "whole")
+    expected, expected_texts = contents(tmp_path / "whole"), texts()
+    assert set(expected) == {f"o{suffix}", f"o{suffix}.errors.jsonl", f"o{suffix}.run.json"}
+    assert len(expected_texts) == (5 if beside else 0)
+    kills = 0
+    for step in range(1, 100):
+        for path in (tmp_path / "images").rglob("*.txt"):
+            path.unlink()
+
+        def work(step: int = step) -> None:
+            die_at(step)
+            run(tmp_path / f"killed{step}")
+
+        child = in_child(work)
+        child.join()
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+        kills += 1
+        run(tmp_path / f"killed{step}")
+        assert contents(tmp_path / f"killed{step}") == expected, step
+        assert texts() == expected_texts
+    assert kills >= 10
+
+
+def test_killed_at_random_moments(pipeline: Pipeline, tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", 60)
+    captioner = make_captioner(pipeline, top_p=0.9, num_captions=2)
+
+    def run(name: str) -> None:
+        source = open_inputs(images)
+        caption_to_files(captioner, source, Destination.of(source, tmp_path / name / "o.csv", False), batch_size=2)
+
+    started = time.perf_counter()
+    run("whole")
+    seconds = time.perf_counter() - started
+    chance = random.Random(0)
+    kills = 0
+    while kills < 8 and not (tmp_path / "killed" / "o.csv").exists():
+        child = in_child(lambda: run("killed"))
+        child.join(chance.uniform(0, 0.4 * seconds))
+        if child.exitcode is None:
+            os.kill(child.pid or 0, signal.SIGKILL)
+            child.join()
+            kills += 1
+    assert kills
+    run("killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    with open(tmp_path / "whole" / "o.csv", newline="") as file:
+        assert len(list(csv.reader(file))) == 1 + 2 * 60
+
+
+def test_the_command_goes_on_after_a_kill(model_folder: Path, tmp_path: Path) -> None:
+    """As a user meets it: the same command, twice, and once more when all is done."""
+    write_images(tmp_path / "images", 40)
+    argv = [sys.executable, "-m", "opencoca", "caption", str(tmp_path / "images"), "--model", str(model_folder)]
+    argv += ["--max-new-tokens", "20", "--min-new-tokens", "20", "--batch-size", "1", "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    argv += ["--out", str(tmp_path / "killed" / "o.jsonl")]
+    process = subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    journal = tmp_path / "killed" / "o.jsonl.journal"
+    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "o.jsonl").exists()
+    again = subprocess.run(argv, capture_output=True, text=True, env=environment)
+    assert again.returncode == 0, again.stderr
+    assert "of 40 images in" in again.stderr
+    assert "40 captions of 40 images in" in again.stdout
+    assert main([*argv[3:-1], str(tmp_path / "whole" / "o.jsonl")]) == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
