@@ -34,6 +34,7 @@ from opencoca.train.checkpoints.folder import CheckpointFolder
 from opencoca.train.checkpoints.reader import CheckpointReader
 
 _TIMES = {"images_per_sec", "tokens_per_sec", "step_ms", "data_wait_ms"}
+_TIMES |= {"model_flops_per_sec", "model_flops_utilisation", "memory_bytes"}
 _DEADLINE_S = 1800.0
 
 
@@ -166,7 +167,7 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def torture(run: Run, kills: int, seed: int) -> list[Kill]:
+def torture(run: Run, kills: int, seed: int, targets: tuple[str, ...]) -> list[Kill]:
     """Runs to the end, with kills on the way; each after the run has made a checkpoint since the last."""
     chooser, done = random.Random(seed), []
     deadline = time.monotonic() + _DEADLINE_S
@@ -184,7 +185,7 @@ def torture(run: Run, kills: int, seed: int) -> list[Kill]:
         time.sleep(delay)
         if run.has_ended():
             break
-        target = chooser.choice(("one", "all"))
+        target = chooser.choice(targets)
         writing, latest = run.writes_now(), run.latest()
         run.kill(target, chooser)
         done.append(Kill(target, writing, latest, round(time.monotonic() - began, 2)))
@@ -212,14 +213,16 @@ def final_state(output: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, A
     return tensors, [{key: value for key, value in line.items() if key not in _TIMES} for line in lines]
 
 
-def compare(ranks: int, strategy: str, kills: int, steps: int, seed: int, folder: Path) -> dict[str, Any]:
+def compare(
+    ranks: int, strategy: str, kills: int, steps: int, seed: int, targets: tuple[str, ...], folder: Path
+) -> dict[str, Any]:
     """One run left alone and one that is killed, and whether they are equal."""
     outputs = [folder / f"{name}-{ranks}-{strategy}" for name in ("alone", "killed")]
     recipes = [write_recipe(folder, output, steps, strategy) for output in outputs]
     alone, killed = (Run(recipe, output, ranks) for recipe, output in zip(recipes, outputs, strict=True))
-    torture(alone, 0, seed)
+    torture(alone, 0, seed, targets)
     began = time.monotonic()
-    done = torture(killed, kills, seed)
+    done = torture(killed, kills, seed, targets)
     (expected, expected_lines), (found, found_lines) = final_state(outputs[0]), final_state(outputs[1])
     differing = [key for key in expected if key not in found or not torch.equal(found[key], expected[key])]
     return {
@@ -246,12 +249,14 @@ def main() -> None:
     parser.add_argument("--strategy", default="ddp", choices=["ddp", "fsdp"], help="of several processes")
     parser.add_argument("--steps-per-kill", type=int, default=20, help="the run's length")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--targets", nargs="+", default=["one", "all"], choices=["one", "all"], help="what dies")
     parser.add_argument("--out", help="also writes the result there, as JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         steps = 20 + arguments.kills * arguments.steps_per_kill
+        targets = tuple(arguments.targets)
         results = [
-            compare(ranks, arguments.strategy, arguments.kills, steps, arguments.seed, Path(folder))
+            compare(ranks, arguments.strategy, arguments.kills, steps, arguments.seed, targets, Path(folder))
             for ranks in arguments.ranks
         ]
     report({"command": " ".join(sys.argv), "runs": results}, arguments.out)

@@ -123,7 +123,7 @@ def webdataset(shards: list[str]) -> Iterator[int]:
     def prepare(image: Any) -> torch.Tensor:
         return normalized(crop(image))
 
-    data = wds.WebDataset(shards, shardshuffle=len(shards), seed=0).shuffle(1000).decode("pilrgb")
+    data = wds.WebDataset(shards, shardshuffle=len(shards)).shuffle(1000).decode("pilrgb")
     pipeline = data.to_tuple("jpg;jpeg;png", "txt").map_tuple(prepare, str).batched(BATCH, partial=False)
     while True:
         for pixels, _ in pipeline:

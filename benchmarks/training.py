@@ -106,10 +106,7 @@ def open_clip_weights(arguments: argparse.Namespace) -> CoCa:
 
 
 def open_clip_step(arguments: argparse.Namespace) -> Callable[[Samples], float]:
-    if torch.version.cuda is None:
-        # It imports torchvision, which PyPI has for CUDA only: beside a CPU build of PyTorch its operators are missing.
-        for operator in ("nms", "qnms"):
-            _TORCHVISION.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declare_torchvision()
     open_clip = import_module("open_clip")
     peer = open_clip.create_model(arguments.model)
     peer.load_state_dict(export_open_clip(open_clip_weights(arguments)).state_dict)
@@ -122,8 +119,16 @@ def open_clip_step(arguments: argparse.Namespace) -> Callable[[Samples], float]:
     return peer_step(peer.train(), forward, arguments.precision)
 
 
+def _declare_torchvision() -> None:
+    """The peers import torchvision, which PyPI has for CUDA only: beside a CPU build of PyTorch it lacks operators."""
+    if torch.version.cuda is None:
+        for operator in ("nms", "qnms"):
+            _TORCHVISION.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
 def coca_pytorch_model() -> nn.Module:
     """As large as ViT-B-32's: 12 layers of width 768 in each of its three parts, but PaLM's blocks."""
+    _declare_torchvision()
     torch.manual_seed(0)
     encoder = import_module("vit_pytorch").ViT(
         image_size=224, patch_size=32, num_classes=1, dim=768, depth=12, heads=12, mlp_dim=3072
@@ -173,7 +178,11 @@ def run_step(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.library == "opencoca":
         keep_freed_memory()
         is_palm = arguments.weights == "coca_pytorch"
-        model = load_lucidrains(coca_pytorch_model().state_dict()) if is_palm else open_clip_weights(arguments)
+        model = (
+            load_lucidrains(coca_pytorch_model().state_dict()).requires_grad_()
+            if is_palm
+            else open_clip_weights(arguments)
+        )
         step, inner = our_step(model, arguments)
     else:
         step = (open_clip_step if arguments.library == "open_clip" else coca_pytorch_step)(arguments)

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from opencoca.elastic import is_store_reused, store_of_this_attempt
+
 Result = TypeVar("Result")
 # While one process works alone (a vocabulary, a feature cache, validation), the others wait as long as it takes.
 _PATIENCE = timedelta(days=7)
@@ -171,7 +173,13 @@ def join_world(timeout_minutes: float = 10.0) -> Iterator[World]:
     if torch.cuda.is_available() and local_rank < torch.cuda.device_count():
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    timeout = timedelta(minutes=timeout_minutes)
+    if is_store_reused():
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = store_of_this_attempt(rank, size, timeout)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
     host_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     yield World(dist.get_rank(), dist.get_world_size(), local_rank, device, host_group)
     # Only after success: when one process fails, the others may be waiting for it, and torchrun ends them.

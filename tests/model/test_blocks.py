@@ -1,6 +1,7 @@
 """Blocks against their formulas, and dropout's statistics."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -176,3 +177,36 @@ def test_dropout_added_in_evaluation_is_a_sum():
     x, residual = torch.randn(2, 3, 4)
     assert torch.equal(Dropout(0.5).eval().add(residual, x), residual + x)
     assert torch.equal(Dropout(0.0).train().add(residual, x), residual + x)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu", "swiglu"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("weight", "bias")])
+def test_an_mlp_that_keeps_less_has_the_same_gradients(activation: Any, bias: bool, frozen: tuple[str, ...]) -> None:
+    mlp = Mlp(BlockConfig(6, 2, 2, 3, 10, activation=activation, linear_bias=bias)).double()
+    for name in frozen:
+        parameter = getattr(mlp.down_proj, name)
+        if parameter is not None:
+            parameter.requires_grad_(False)
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    inputs = (x, *(parameter for parameter in mlp.parameters() if parameter.requires_grad))
+    ours, expected = mlp(x), mlp.down_proj(mlp.activate(mlp.up_proj(x)))
+    torch.testing.assert_close(ours, expected)
+    direction = torch.randn_like(ours)
+    grads = torch.autograd.grad(ours, inputs, direction)
+    for own, other in zip(grads, torch.autograd.grad(expected, inputs, direction), strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def test_an_mlp_under_autocast_gives_gradients_in_the_weights_type() -> None:
+    mlp, x = Mlp(BlockConfig(32, 2, 2, 16, 64)), torch.randn(7, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = mlp(x)
+    assert output.dtype == torch.bfloat16
+    output.float().square().sum().backward()
+    assert mlp.down_proj.weight.grad is not None
+    got = mlp.down_proj.weight.grad.clone()
+    mlp.zero_grad()
+    mlp(x).square().sum().backward()
+    assert got.dtype == torch.float32
+    assert float((got - mlp.down_proj.weight.grad).norm() / got.norm()) < 0.02

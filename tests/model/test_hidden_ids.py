@@ -59,6 +59,19 @@ def test_words_and_cls_equal_the_reference(make_model, fields: dict, training: b
 
 
 @pytest.mark.parametrize("fields", [SHIFTED, PLAIN], ids=["shifted", "plain"])
+def test_gradients_equal_the_references(make_model, fields: dict):
+    decoder = make_model(**fields).unimodal_decoder.double().train()
+    ids, mask = texts()
+    parameters = list(decoder.parameters())
+    found = []
+    for words, cls in (decoder(ids, mask), reference(decoder, ids, mask, "hide_next" in fields)):
+        states = words if isinstance(words, Tensor) else words.padded()
+        found.append(torch.autograd.grad(states[mask].sin().sum() + cls[1:].sin().sum(), parameters))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("fields", [SHIFTED, PLAIN], ids=["shifted", "plain"])
 def test_gradients_are_finite_and_reach_every_parameter(make_model, fields: dict):
     decoder = make_model(**fields).unimodal_decoder.train()
     words, cls = decoder(*texts())

@@ -17,16 +17,20 @@ LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=9)
 HEADS = st.sampled_from([(1, 1), (4, 4), (4, 2), (4, 1), (6, 3)])
 
 
-def softmax_attention(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -> Tensor:
-    """queries (T, H, d), keys and values (N, K, d) -> (T, H, d), one head and query after another."""
+def softmax_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, causal: bool, hidden: Tensor | None = None
+) -> Tensor:
+    """queries (T, H, d), keys and values (N, K, d) -> (T, H, d), one head and query after another; hidden (N,)."""
     group = queries.shape[1] // keys.shape[1]
     rows = []
     for position, query in enumerate(queries):
         heads = []
         for head, vector in enumerate(query):
-            seen = keys[: position + 1, head // group] if causal else keys[:, head // group]
-            weights = (seen @ vector / vector.shape[0] ** 0.5).softmax(dim=0)
-            heads.append(weights @ (values[: len(seen), head // group]))
+            seen = torch.arange(len(keys)) <= position if causal else torch.ones(len(keys)).bool()
+            if hidden is not None:
+                seen = seen & ~hidden
+            weights = (keys[seen, head // group] @ vector / vector.shape[0] ** 0.5).softmax(dim=0)
+            heads.append(weights @ values[seen, head // group])
         rows.append(torch.stack(heads))
     return torch.stack(rows)
 
@@ -48,6 +52,21 @@ def test_self_attention_equals_a_loop_over_texts(lengths: list[int], heads: tupl
     ours = packed_self_attention(queries, keys_values, heads[1], Buckets.by_length(torch.tensor(lengths)))
     texts = zip(queries.split(lengths), keys_values.split(lengths), strict=True)
     reference = torch.cat([softmax_attention(q, kv[:, 0], kv[:, 1], causal=True) for q, kv in texts])
+    assert_same_values_and_gradients(ours, reference, (queries, keys_values))
+
+
+@settings(max_examples=25, deadline=None)
+@given(LENGTHS, HEADS, st.floats(0, 1))
+def test_what_is_hidden_is_seen_by_no_position(lengths: list[int], heads: tuple[int, int], share: float):
+    queries = torch.randn(sum(lengths), heads[0], 6, dtype=torch.float64, requires_grad=True)
+    keys_values = torch.randn(sum(lengths), 2, heads[1], 6, dtype=torch.float64, requires_grad=True)
+    hidden = [torch.rand(length) < share for length in lengths]
+    for text in hidden:
+        text[0] = False
+    buckets = Buckets.by_length(torch.tensor(lengths))
+    ours = packed_self_attention(queries, keys_values, heads[1], buckets, torch.cat(hidden))
+    texts = zip(queries.split(lengths), keys_values.split(lengths), hidden, strict=True)
+    reference = torch.cat([softmax_attention(q, kv[:, 0], kv[:, 1], True, out) for q, kv, out in texts])
     assert_same_values_and_gradients(ours, reference, (queries, keys_values))
 
 

@@ -25,6 +25,7 @@ from opencoca.train.checkpoints.reader import CheckpointReader
 from opencoca.train.trainer import Trainer, TrainingInterrupted
 
 TIME_KEYS = {"images_per_sec", "tokens_per_sec", "step_ms", "data_wait_ms"}
+TIME_KEYS |= {"model_flops_per_sec", "model_flops_utilisation", "memory_bytes"}
 _THINGS = ("dog", "cat", "boat", "tree", "red car", "child", "horse", "old man", "bird", "lamp", "bus", "cow")
 _PLACES = ("on the sand", "by a river", "in the snow", "near two houses", "under a bridge")
 

@@ -34,7 +34,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     real = VisionTransformer.run_stages
 
     def counting(self: VisionTransformer, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        if start == 0:
+        if start == 0 and x.device.type != "meta":
             calls.append(len(x))
         return real(self, x, start, stop)
 
@@ -65,6 +65,7 @@ def test_training_is_the_same_with_and_without_the_cache(pairs: Pairs, tmp_path:
     settings = {**PLAIN, "model__image__dropout": 0.3, "model__text__dropout": 0.1, "epochs": 3, "log_every_steps": 1}
     cached = read_lines(train(tiny_recipe(pairs, tmp_path / "cached", **settings, **CACHED)))
     direct = read_lines(train(tiny_recipe(pairs, tmp_path / "direct", **settings)))
+    cached, direct = ([line for line in lines if "loss" in line] for lines in (cached, direct))
     assert len(cached) == len(direct) == 9
     for ours, theirs in zip(cached, direct, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from opencoca.model.linear import pack_weights
 from opencoca.train import train
 from opencoca.train.batches import TrainBatch
 from opencoca.train.step import NonFiniteLossError, TrainStep
@@ -92,6 +93,18 @@ class TestNonFiniteLoss:
         recipe = tiny_recipe(pairs, output, optimizer__learning_rate=1e36, optimizer__warmup_steps=0, epochs=10)
         with pytest.raises(NonFiniteLossError, match=r"Lower optimizer\.learning_rate"):
             train(recipe)
+
+
+def test_weights_that_were_rearranged_for_decoding_are_not_used_after_a_step(pairs: Pairs, output: Path) -> None:
+    trainer = Trainer(tiny_recipe(pairs, output, loss__contrastive_weight=0.0))
+    batch, model = first_batch(trainer), trainer.model.eval()
+    pack_weights(model)
+    for step in range(3):
+        trainer.step(batch, step, 4)
+    with torch.no_grad():
+        found = model(batch.inputs, batch.token_ids, batch.token_mask).hidden
+        expected = copy.deepcopy(model)(batch.inputs, batch.token_ids, batch.token_mask).hidden
+    assert torch.equal(found, expected)
 
 
 class GradientRecorder:
@@ -211,7 +224,7 @@ class TestOneLossAlone:
         )
         for line in lines:
             assert not others & line.keys()
-            assert theirs <= line.keys() or line["kind"] == "train"
+            assert theirs <= line.keys() or line["kind"] != "validation"
         assert any(line["kind"] == "validation" for line in lines)
 
     def test_both_losses_train_everything(self, pairs: Pairs, output: Path) -> None:

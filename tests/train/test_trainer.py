@@ -31,6 +31,11 @@ class TestMetrics:
     def test_lines_are_json_with_their_keys(self, pairs: Pairs, output: Path) -> None:
         train(tiny_recipe(pairs, output, epochs=3, log_every_steps=4))
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        captions = [line for line in lines if line["kind"] == "captions"]
+        lines = [line for line in lines if line["kind"] != "captions"]
+        assert [line["step"] for line in captions] == [2, 4, 6]
+        assert all(line["captions"].keys() == captions[0]["captions"].keys() for line in captions)
+        assert len(captions[0]["captions"]) == 8
         assert [(line["kind"], line["step"]) for line in lines] == [
             ("validation", 2),
             ("train", 4),
@@ -110,6 +115,7 @@ class TestBestWeights:
     def test_max_steps_ends_within_an_epoch(self, pairs: Pairs, output: Path) -> None:
         train(tiny_recipe(pairs, output, max_steps=3, epochs=9, log_every_steps=2))
         steps = [(line["kind"], line["step"]) for line in read_metrics(output / "metrics.jsonl")]
+        steps = [(kind, step) for kind, step in steps if kind != "captions"]
         assert steps == [("train", 2), ("validation", 2), ("train", 3), ("validation", 3)]
 
 
@@ -133,7 +139,7 @@ class TestReport:
 
         backend = matplotlib.get_backend()
         figure = pyplot.figure()
-        MetricsLog(tmp_path / "metrics.jsonl", 0)
+        MetricsLog(tmp_path / "metrics.jsonl", 0).write("train", 1, {"loss": 1.0})
         write_report(tmp_path, None, {}, "nothing")
         assert matplotlib.get_backend() == backend
         assert pyplot.get_fignums() == [figure.number]  # pyright: ignore
@@ -159,6 +165,9 @@ class TestTensorBoard:
             def add_scalar(self, name: str, value: float, step: int) -> None:
                 written.append((name, value, step))
 
+            def add_text(self, name: str, value: str, step: int) -> None:
+                written.append((name, value, step))
+
             def close(self) -> None:
                 opened.append("closed")
 
@@ -171,12 +180,11 @@ class TestTensorBoard:
         folder = output / "tensorboard"
         assert opened == [(folder, 1), "closed", (folder, 2), "closed"]
         lines = read_metrics(output / "metrics.jsonl")
-        expected = [
-            (f"{line['kind']}/{name}", value, line["step"])
-            for line in lines
-            for name, value in line.items()
-            if name not in ("kind", "step")
-        ]
+        expected = []
+        for line in lines:
+            values = {name: value for name, value in line.items() if name not in ("kind", "step")}
+            values |= values.pop("captions", {})
+            expected += [(f"{line['kind']}/{name}", value, line["step"]) for name, value in values.items()]
         assert written == expected
 
 

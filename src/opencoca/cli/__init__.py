@@ -20,8 +20,10 @@ from opencoca.cli import (
     export,
     images,
     models,
+    plan,
     push,
     quantize,
+    report,
     tokenizer,
     train,
 )
@@ -78,7 +80,22 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for group in (caption, images, explain, evaluate, train, data, tokenizer, models, push, convert, export, quantize):
+    for group in (
+        caption,
+        images,
+        explain,
+        evaluate,
+        train,
+        report,
+        plan,
+        data,
+        tokenizer,
+        models,
+        push,
+        convert,
+        export,
+        quantize,
+    ):
         group.add_commands(commands)
     return parser
 

@@ -7,9 +7,10 @@ Whatever a camera, a scanner or a web server left behind is accepted: EXIF rotat
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,8 @@ _TRANSPOSE = {
 _EXIF_ORIENTATION = 0x0112
 
 ImageData = bytes | str | os.PathLike[str]
+# (width, height), or what gives it for an upright image of that (width, height)
+DraftSize = tuple[int, int] | Callable[[int, int], tuple[int, int]]
 
 
 class ImageError(ValueError):
@@ -80,7 +83,7 @@ def decode_image(
     *,
     max_pixels: int = MAX_PIXELS,
     name: str | None = None,
-    draft_size: tuple[int, int] | None = None,
+    draft_size: DraftSize | None = None,
     as_stored: bool = False,
 ) -> Image.Image:
     """Decode a file (its bytes or its path) into an upright RGB image.
@@ -92,16 +95,19 @@ def decode_image(
         max_pixels: larger images are refused from the header. Above Pillow's own limit (the default) Pillow refuses
             too, unless `PIL.Image.MAX_IMAGE_PIXELS` is raised.
         name: what error messages call the image; the path by default.
-        draft_size: (width, height) that suffices. A JPEG may then be decoded at 1/2, 1/4 or 1/8 of its size, never
-            below this, which is several times as fast; other formats ignore it.
+        draft_size: (width, height) that suffices, or a function that gives it once the size is known. A JPEG may then
+            be decoded at 1/2, 1/4 or 1/8 of its size, never below this, which is several times as fast; other formats
+            ignore it.
         as_stored: the pixels as the file has them instead: of any mode, and not turned upright.
 
     Raises:
         ImageError: truncated, not an image, a format that Pillow can't read, too large, empty.
     """
     with _opened(data, max_pixels, name) as image:
+        sideways = draft_size is not None and _is_sideways(image)
+        if callable(draft_size):
+            draft_size = draft_size(*(image.size[::-1] if sideways else image.size))
         if draft_size is not None and image.format == "JPEG":
-            sideways = _is_sideways(image)
             image.draft("RGB", (draft_size[1], draft_size[0]) if sideways else draft_size)
         image.load()
         if as_stored:
@@ -175,9 +181,12 @@ def _opened(data: ImageData, max_pixels: int, name: str | None) -> Iterator[Imag
         raise ImageError(name, f"it is damaged or cut short ({text})" if truncated else text) from error
 
 
-def _formats() -> list[str]:
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Names of the formats to try: the most frequent ones first, as Pillow tries one after the other."""
     Image.init()
-    return [name for name in Image.ID if name not in _REFUSED_FORMATS]
+    accepted = [name for name in Image.ID if name not in _REFUSED_FORMATS]
+    return tuple(sorted(accepted, key=lambda name: name not in ("JPEG", "PNG", "WEBP")))
 
 
 def _orientation(image: Image.Image) -> int:

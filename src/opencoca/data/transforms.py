@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageEnhance
 
 from opencoca.data.augment import rand_augment
-from opencoca.data.images import MAX_PIXELS, ImageData, decode_image, read_header
+from opencoca.data.images import MAX_PIXELS, ImageData, decode_image
 
 ResizeMode = Literal["squash", "crop", "pad"]
 Decoding = Literal["upright", "as_stored"]
@@ -85,8 +85,13 @@ def normalize(pixels: np.ndarray, config: PreprocessConfig) -> torch.Tensor:
     """(..., H, W, 3) uint8 -> (..., 3, H, W) float32, (value / 255 - mean) / std per channel."""
     mean = torch.tensor(config.mean, dtype=torch.float32).view(3, 1, 1)
     std = torch.tensor(config.std, dtype=torch.float32).view(3, 1, 1)
-    values = torch.from_numpy(pixels).movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
-    return values.div_(255.0).sub_(mean).div_(std)
+    planes = torch.from_numpy(pixels).movedim(-1, -3)
+    values = torch.empty(planes.shape, dtype=torch.float32)
+    images = (math.prod(planes.shape[:-3]), *planes.shape[-3:])
+    # Image by image, so that each step finds the one's before in the processor's cache.
+    for image, source in zip(values.view(images), planes.reshape(images), strict=True):
+        image.copy_(source.contiguous()).div_(255.0).sub_(mean).div_(std)
+    return values
 
 
 class EvalTransform:
@@ -225,13 +230,18 @@ class TrainTransform:
         `draft`). The crop, mirroring and colours are those of a call with the decoded image; the pixels differ by
         the coarser decoding. Raises ImageError as `decode_image` does.
         """
-        header = read_header(data, max_pixels=max_pixels, name=name)
-        size = header.width, header.height
-        left, top, right, bottom = self._draw_box(size, rng)
-        height, width = self.config.image_size
-        shrink = max(width / (right - left), height / (bottom - top))
-        draft_size = math.ceil(size[0] * shrink), math.ceil(size[1] * shrink)
-        image = decode_image(data, max_pixels=max_pixels, name=name, draft_size=draft_size)
+        size, box = (0, 0), (0.0, 0.0, 0.0, 0.0)
+
+        def draw(full_width: int, full_height: int) -> tuple[int, int]:
+            """Draws the crop, and says what size of the whole image it needs."""
+            nonlocal size, box
+            size, box = (full_width, full_height), self._draw_box((full_width, full_height), rng)
+            height, width = self.config.image_size
+            shrink = max(width / (box[2] - box[0]), height / (box[3] - box[1]))
+            return math.ceil(full_width * shrink), math.ceil(full_height * shrink)
+
+        image = decode_image(data, max_pixels=max_pixels, name=name, draft_size=draw)
+        left, top, right, bottom = box
         across, down = image.width / size[0], image.height / size[1]
         box = left * across, top * down, right * across, bottom * down
         return self._finish(image, box, rng, flip)

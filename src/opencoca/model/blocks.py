@@ -44,8 +44,7 @@ class Mlp(nn.Module):
         hidden = self.up_proj(x)
         makes_again = torch.is_grad_enabled() and hidden.requires_grad and not torch.compiler.is_compiling()
         if makes_again and type(self.down_proj) in (nn.Linear, Linear):
-            weight, bias = self.down_proj.weight.to(hidden.dtype), self.down_proj.bias
-            return _ActivateAndProject.apply(hidden, weight, None if bias is None else bias.to(hidden.dtype), self)
+            return _ActivateAndProject.apply(hidden, self.down_proj.weight, self.down_proj.bias, self)
         return self.down_proj(self.activate(hidden))
 
     def activate(self, hidden: Tensor) -> Tensor:
@@ -57,14 +56,18 @@ class Mlp(nn.Module):
 
 
 class _ActivateAndProject(torch.autograd.Function):
-    """linear(activate(hidden)); what is activated is made again for the gradient, since keeping it costs more memory
-    than anything else in a block."""
+    """linear(activate(hidden)).
+
+    What is activated, and the weight in the type of hidden, are made again for the gradient: keeping them costs more
+    memory than anything else in a block.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, mlp: Mlp) -> Tensor:
         ctx.save_for_backward(hidden, weight)
-        ctx.activate = mlp.activate
-        return F.linear(mlp.activate(hidden), weight, bias)
+        ctx.activate, ctx.bias_dtype = mlp.activate, None if bias is None else bias.dtype
+        bias = None if bias is None else bias.to(hidden.dtype)
+        return F.linear(mlp.activate(hidden), weight.to(hidden.dtype), bias)
 
     @staticmethod
     @once_differentiable
@@ -77,8 +80,9 @@ class _ActivateAndProject(torch.autograd.Function):
             active = ctx.activate(hidden)
         rows = grad.reshape(-1, grad.shape[-1])
         grad_weight = rows.T @ active.detach().reshape(-1, active.shape[-1]) if wants_weight else None
-        grad_bias = rows.sum(0) if wants_bias else None
-        grad_hidden = torch.autograd.grad(active, hidden, grad @ weight)[0] if wants_hidden else None
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        grad_bias = rows.sum(0).to(ctx.bias_dtype) if wants_bias else None
+        grad_hidden = torch.autograd.grad(active, hidden, grad @ weight.to(grad.dtype))[0] if wants_hidden else None
         return grad_hidden, grad_weight, grad_bias, None
 
 

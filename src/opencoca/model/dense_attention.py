@@ -21,7 +21,8 @@ def is_best_written_out(queries: Tensor, keys: Tensor) -> bool:
 
 def dense_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """queries (B, H, T, d), keys and values (B, K, N, d), contiguous -> (B, H, T, d), nothing masked."""
-    return _DenseAttention.apply(queries, keys, values)
+    # Learned queries stay in float32 under autocast; what they look at does not.
+    return _DenseAttention.apply(queries.to(values.dtype), keys, values)
 
 
 class _DenseAttention(torch.autograd.Function):
@@ -43,9 +44,9 @@ class _DenseAttention(torch.autograd.Function):
         (grad_mixed,) = grad_outputs
         grads = [torch.empty_like(tensor) for tensor in (scaled, keys, values)]
         rows, _, head_dim = scaled.shape
-        inputs = (tensor.view(rows, -1, head_dim) for tensor in (scaled, keys, values))
-        outputs = (tensor.view(rows, -1, head_dim) for tensor in grads)
-        mix_backward(*inputs, weights, grad_mixed.contiguous().view(rows, -1, head_dim), *outputs)
+        q, k, v = (tensor.view(rows, -1, head_dim) for tensor in (scaled, keys, values))
+        grad_q, grad_k, grad_v = (tensor.view(rows, -1, head_dim) for tensor in grads)
+        mix_backward(q, k, v, weights, grad_mixed.contiguous().view(rows, -1, head_dim), grad_q, grad_k, grad_v)
         return grads[0].mul_(head_dim**-0.5).view(grad_mixed.shape), grads[1], grads[2]
 
 

@@ -65,7 +65,9 @@ def pays(words_per_image: float, num_tokens: int, width: int, num_heads: int, kv
     return _LEAST_GAIN * absorbed < projected
 
 
-def attend_to_images(queries: Tensor, images: SharedImages, kv_proj: nn.Linear, norm: nn.Module, num_kv_heads: int):
+def attend_to_images(
+    queries: Tensor, images: SharedImages, kv_proj: nn.Linear, norm: nn.Module, num_kv_heads: int
+) -> Tensor:
     """queries (S, H, d) -> what they mixed (S, H, d): cross-attention over keys and values kv_proj(norm(tokens))."""
     num_words, num_heads, head_dim = queries.shape
     groups, width = num_heads // num_kv_heads, kv_proj.in_features

@@ -174,9 +174,9 @@ class _PackedCrossAttention(torch.autograd.Function):
         grad_mixed = _gather_with_zeros(grad_outputs[0].reshape(-1, head_dim), sources)
         grads = [torch.empty_like(tensor) for tensor in (padded_queries, keys, values)]
         batch = keys.shape[0] * keys.shape[1]
-        inputs = (x.view(batch, -1, head_dim) for x in (padded_queries, keys, values))
-        outputs = (x.view(batch, -1, head_dim) for x in grads)
-        mix_backward(*inputs, weights, grad_mixed.view(batch, -1, head_dim), *outputs)
+        q, k, v = (x.view(batch, -1, head_dim) for x in (padded_queries, keys, values))
+        grad_q, grad_k, grad_v = (x.view(batch, -1, head_dim) for x in grads)
+        mix_backward(q, k, v, weights, grad_mixed.view(batch, -1, head_dim), grad_q, grad_k, grad_v)
         grad_queries = grads[0].index_select(0, slots).mul_(head_dim**-0.5)
         return grad_queries.view_as(grad_outputs[0]), grads[1], grads[2], None
 

@@ -201,18 +201,14 @@ class MultimodalDecoder(nn.Module):
 
     def look_at(self, words: Words, image_tokens: Tensor) -> Tensor:
         """words of B texts, image_tokens (I, Q, D) -> hidden (S, D): `forward` over the images, in the cheaper form."""
-        num_texts, num_images = words.layout.batch_size, image_tokens.shape[0]
-        attn = self.layers[0].cross_block.attn  # pyright: ignore
-        group, rest = divmod(num_texts, max(1, num_images))
-        if rest or not trains_on_cpu(words.states):
-            return self(words, self.project_image(image_tokens))
-        words_per_image = words.states.shape[0] / num_images
+        group, rest = divmod(words.layout.batch_size, max(1, image_tokens.shape[0]))
+        cross: TransformerBlock = self.layers[0].cross_block  # pyright: ignore[reportAssignmentType]
+        attn, words_per_image = cross.attn, words.states.shape[0] / max(1, image_tokens.shape[0])
         sizes = image_tokens.shape[1], attn.num_heads * attn.head_dim, attn.num_heads
-        if not pays(words_per_image, *sizes, attn.kv_proj):
+        if rest or not trains_on_cpu(words.states) or not pays(words_per_image, *sizes, attn.kv_proj):
             return self(words, self.project_image(image_tokens))
-        norm = self.layers[0].cross_block.norm_context  # pyright: ignore
         tokens = _to_compute_dtype(image_tokens)
-        images = SharedImages.of(tokens, words.layout.words_per_image(group), attn.num_heads, norm)
+        images = SharedImages.of(tokens, words.layout.words_per_image(group), attn.num_heads, cross.norm_context)
         x = words.states
         for layer in self.layers:
             x = layer(x, images, words.layout)

@@ -1,4 +1,8 @@
-"""Metrics of a run as JSON lines, the truth from which pictures and TensorBoard are made."""
+"""Metrics of a run as JSON lines, the truth from which reports and TensorBoard are made.
+
+Every line has kind and step. kind train: means over the steps since the line before; validation: scores; captions: of
+fixed validation photographs, by key; event: what went wrong.
+"""
 
 import json
 from pathlib import Path
@@ -20,13 +24,16 @@ class MetricsLog:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """kind: train, validation or event. Raises WriteError (an OSError) if the disk is full."""
+        """kind: train, validation, captions or event. Raises WriteError (an OSError) if the disk is full."""
         self._waiting += json.dumps({"kind": kind, "step": step, **values}) + "\n"
         self._write_waiting(self.patient)
         if self.writer is not None:
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self.writer.add_scalar(f"{kind}/{name}", value, step)
+                elif isinstance(value, dict):
+                    for key, text in value.items():
+                        self.writer.add_text(f"{kind}/{key}", str(text), step)
 
     def close(self) -> None:
         self._write_waiting(patient=False)
@@ -78,13 +85,22 @@ class MetricsWindow:
 
     def __init__(self, state: dict[str, Any] | None = None):
         self._state: dict[str, Any] = {"rows": [], "images": 0, "tokens": 0, "waited": 0.0, "seconds": 0.0}
+        self._state["flops"] = 0.0
         self._state |= state or {}
 
-    def add(self, metrics: StepMetrics, images: int, tokens: int, waited: float, seconds: float) -> None:
-        """waited: the part of the step's seconds before its batch was there."""
+    def add(
+        self, metrics: StepMetrics, images: int, tokens: int, waited: float, seconds: float, flops: float = 0.0
+    ) -> None:
+        """waited: the part of the step's seconds before its batch was there; flops: that the step needed here."""
         self._state["rows"].append(metrics.to_dict())
-        for name, value in (("images", images), ("tokens", tokens), ("waited", waited), ("seconds", seconds)):
+        counts = {"images": images, "tokens": tokens, "waited": waited, "seconds": seconds, "flops": flops}
+        for name, value in counts.items():
             self._state[name] += value
+
+    @property
+    def flops_per_sec(self) -> float:
+        """Since the last flush."""
+        return self._state["flops"] / max(self._state["seconds"], 1e-9)
 
     @property
     def is_empty(self) -> bool:

@@ -132,6 +132,7 @@ class Recipe:
         val_max_new_tokens: longest caption written for validation.
         checkpoint_minutes: how often a checkpoint is written, besides every validation.
         log_every_steps: how often metrics are written.
+        report_images: validation photographs whose captions are logged at every validation and shown in the report.
         select_by: which validation score chooses the best weights: score (CIDEr-D x 100 + both R@1, in percent),
             cider_d, mean_r1, or loss.
         tensorboard: also write TensorBoard events (extra: tensorboard).
@@ -161,6 +162,7 @@ class Recipe:
     val_max_new_tokens: int = 30
     checkpoint_minutes: float = 10.0
     log_every_steps: int = 10
+    report_images: int = 8
     select_by: Literal["score", "cider_d", "mean_r1", "loss"] = "score"
     tensorboard: bool = False
 
@@ -203,6 +205,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "val_max_new_tokens": (1, _LARGEST),
     "checkpoint_minutes": (0, _LARGEST),
     "log_every_steps": (1, _LARGEST),
+    "report_images": (0, _LARGEST),
     "seed": (0, _LARGEST),
     "data.captions_per_image": (1, _LARGEST),
     "data.flip_probability": (0, 1),

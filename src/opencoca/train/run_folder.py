@@ -15,6 +15,7 @@ _MAY_CHANGE = frozenset(
         "device",
         "checkpoint_minutes",
         "log_every_steps",
+        "report_images",
         "tensorboard",
         "data.num_workers",
         "data.index_dir",

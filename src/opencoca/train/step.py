@@ -82,6 +82,8 @@ class TrainStep:
             if options.grad_clip > 0:
                 self.parallel.clip_gradients(options.grad_clip, norm)
             self.optimizer.step()
+            # Fused optimizers do not count their changes, and what is kept of weights (model/linear.py) goes by them.
+            torch.autograd.graph.increment_version(self.parallel.parameters)
             self.model.clamp_logit_scale()
             if self.average is not None:
                 self.average.update(self.model)

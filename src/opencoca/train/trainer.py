@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from opencoca.distributed import World
 from opencoca.files import WriteError, atomic_write
 from opencoca.model.coca import CoCa
@@ -22,6 +20,7 @@ from opencoca.train.bad_steps import SpikeRule, too_many_non_finite
 from opencoca.train.batches import TrainBatch
 from opencoca.train.checkpoints import Checkpoints, TrainState
 from opencoca.train.checkpoints.random_state import random_state, seed_generators, set_random_state
+from opencoca.train.live_view import LiveView
 from opencoca.train.memory import release_freed_memory
 from opencoca.train.metrics_log import MetricsLog, MetricsWindow
 from opencoca.train.optimizer import WeightAverage, build_optimizer
@@ -31,6 +30,7 @@ from opencoca.train.report import write_report
 from opencoca.train.setup import set_up
 from opencoca.train.step import NonFiniteLossError, StepMetrics, TrainStep
 from opencoca.train.stop_signal import StopSignal
+from opencoca.train.throughput import Throughput
 from opencoca.train.validation import ValidationScores
 from opencoca.train.watchdog import Watchdog, is_restartable
 
@@ -67,6 +67,7 @@ class Trainer:
         progress = {"step": 0, "best": None, "best_step": 0, "seconds": 0.0, "window": {}}
         self.state = TrainState(self.model, build_optimizer(self.model, recipe), self.average, progress)
         self.step = TrainStep(self.model, self.state.optimizer, self.average, recipe, self.parallel)
+        self.throughput = Throughput(self.model.config, recipe, self.device, self.world.size)
         self.spikes = SpikeRule(recipe, progress)
         self.stop = StopSignal()
         limit_s, exits = 60 * recipe.safety.hang_minutes, is_restartable()
@@ -105,9 +106,7 @@ class Trainer:
         saved = time.monotonic()
         owes = progress.get("owes_validation", False)
         hidden = not self.world.is_main
-        with tqdm(
-            total=self.total_steps, initial=progress["step"], desc="training", unit="step", disable=hidden
-        ) as bar:
+        with LiveView(self.total_steps, progress["step"], hidden) as bar:
             while owes or progress["step"] < self.total_steps:
                 if owes:
                     validated = self._validate(log, bar)
@@ -173,7 +172,8 @@ class Trainer:
         else:
             self._note(metrics, limit, log)
             if self.world.is_main:
-                window.add(metrics, metrics.images, metrics.tokens, waited, time.monotonic() - began)
+                seconds, flops = time.monotonic() - began, self.throughput.flops(batch)
+                window.add(metrics, metrics.images, metrics.tokens, waited, seconds, flops)
         progress["step"] += 1
         if self.device.type == "cpu" and progress["step"] % _RELEASE_EVERY_STEPS == 0:
             release_freed_memory()
@@ -209,15 +209,15 @@ class Trainer:
         if log is not None:
             log.write("event", self.state.progress["step"] + 1, {"event": name, "count": counts[name], **values})
 
-    def _report_step(self, log: MetricsLog | None, window: MetricsWindow, bar: tqdm) -> bool:
+    def _report_step(self, log: MetricsLog | None, window: MetricsWindow, bar: LiveView) -> bool:
         """Writes metrics and validates where they are due; True if it validated."""
         step = self.state.progress["step"]
-        bar.update()
+        bar.advance()
         is_due = step % self.recipe.log_every_steps == 0 or step == self.total_steps
         if log is not None and is_due and not window.is_empty:
-            line = window.flush()
+            line = self.throughput.figures(window.flops_per_sec) | window.flush()
             log.write("train", step, line | {"epoch": self._epoch()})
-            bar.set_postfix({name: f"{line[name]:.3g}" for name in ("loss", "lr")})
+            bar.show(line)
         validates = step % (self.recipe.validate_every_epochs * self.batches.steps_per_epoch) == 0
         return self._validate(log, bar) if validates or step == self.total_steps else False
 
@@ -229,7 +229,7 @@ class Trainer:
     def _epoch(self) -> float:
         return round(self.state.progress["step"] / self.batches.steps_per_epoch, 3)
 
-    def _validate(self, log: MetricsLog | None, bar: tqdm) -> bool:
+    def _validate(self, log: MetricsLog | None, bar: LiveView) -> bool:
         """Scores the averaged weights (if there are) and keeps them as the run's model if they are the best so far.
 
         A signal to stop ends it, and it is owed.
@@ -248,7 +248,7 @@ class Trainer:
         self._set_train_mode()
         return True
 
-    def _score(self, model: CoCa, log: MetricsLog, bar: tqdm) -> None:
+    def _score(self, model: CoCa, log: MetricsLog, bar: LiveView) -> None:
         progress, result = self.state.progress, None
         if (validator := self.validator) is not None:
             before = random_state()
@@ -258,6 +258,8 @@ class Trainer:
                 set_random_state(before)
                 return
             log.write("validation", progress["step"], result.scores | {"epoch": self._epoch()})
+            if result.shown:
+                log.write("captions", progress["step"], {"epoch": self._epoch(), "captions": result.shown})
             bar.write(_validation_line(self._epoch(), result))
         score = result.selection(self.recipe.select_by) if result is not None else float(progress["step"])
         if progress["best"] is None or score > progress["best"]:

@@ -4,7 +4,7 @@ Letters: I images, B captions, E embed_dim.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,10 +27,14 @@ _BATCH_IMAGES = 50
 
 @dataclass(frozen=True)
 class ValidationScores:
-    """scores: metric name -> value (losses in nats, rates and CIDEr-D from 0); captions: of every image, by key."""
+    """scores: metric name -> value (losses in nats, rates and CIDEr-D from 0); captions: of every image, by key.
+
+    shown: those of the few photographs whose captions are followed over the run.
+    """
 
     scores: dict[str, float]
     captions: dict[str, str]
+    shown: dict[str, str] = field(default_factory=dict)
 
     def selection(self, select_by: str) -> float:
         """The number that the best weights have the most of."""
@@ -64,6 +68,7 @@ class Validator:
                 "none of the validation images has a caption; set data.val_captions, or no data.val_images"
             )
         self.options = GenerationOptions(max_new_tokens=recipe.val_max_new_tokens)
+        self.shown_keys = fixed_photographs(source, recipe.report_images)
 
     @torch.no_grad()
     def __call__(self, model: CoCa) -> ValidationScores:
@@ -106,7 +111,7 @@ class Validator:
             references = {self.source.key(i): self.source.captions(i) for i in range(len(self.source))}
             references = {key: references[key] for key in captions}
             scores |= _numbers(asdict(caption_scores(captions, references)))
-        return ValidationScores(scores, captions)
+        return ValidationScores(scores, captions, {key: captions[key] for key in self.shown_keys if key in captions})
 
     def _losses(self, model: CoCa, batch: TrainBatch) -> dict[str, float]:
         losses = compute_losses(model, batch, self.recipe.loss, label_smoothing=0.0)
@@ -137,6 +142,12 @@ class Validator:
             rows = [row for row, image in enumerate(batch.indices.tolist()) if image in wanted]
             if rows:
                 yield [int(batch.indices[row]) for row in rows], batch.pixels[rows], 0
+
+
+def fixed_photographs(source: ImageTextSource, count: int) -> list[str]:
+    """Keys of so many images that have captions, evenly spaced: the same ones in every run on this source."""
+    keys = [source.key(image) for image in range(len(source)) if source.captions(image)]
+    return [keys[number * len(keys) // min(count, len(keys))] for number in range(min(count, len(keys)))]
 
 
 def _rest(batch: TrainBatch) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,6 +34,7 @@ class Watchdog:
         if self.limit_s > 0:
             self._beat = time.monotonic()
             self._over.clear()
+            self._arm()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -59,9 +60,7 @@ class Watchdog:
     def _watch(self) -> None:
         told_at = None
         while not self._over.wait(min(1.0, self.limit_s / 10)):
-            # What holds Python's lock stops this thread as well, but not the one that this arms each time anew.
-            if self.exits:
-                faulthandler.dump_traceback_later(self.limit_s + 2 * self.grace_s + 1, exit=True)
+            self._arm()
             if self._paused or time.monotonic() - self._beat < self.limit_s or told_at == self._beat:
                 continue
             told_at = self._beat
@@ -70,6 +69,11 @@ class Watchdog:
                 os._exit(EXIT_CODE)
         if self.exits:
             faulthandler.cancel_dump_traceback_later()
+
+    def _arm(self) -> None:
+        """What holds Python's lock stops the watching thread as well, but not the one that this starts anew."""
+        if self.exits:
+            faulthandler.dump_traceback_later(self.limit_s + 2 * self.grace_s + 1, exit=True)
 
     def _tell(self) -> None:
         then = "exiting, so that torchrun can restart the processes" if self.exits else "it may only be slow"

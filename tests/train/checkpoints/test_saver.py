@@ -204,7 +204,7 @@ class TestBackground:
         saver.save(state)  # returns at once
         take_steps(state, 3)  # and may change everything
         state.progress["window"]["rows"].clear()
-        assert resumed(tmp_path) is None
+        assert not checkpoints(tmp_path).exist()
         gate.set()
         saver.finish()
         assert equal(resumed(tmp_path), expected)

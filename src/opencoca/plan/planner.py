@@ -1,0 +1,204 @@
+"""One recipe's model without values, and what it needs, also with some of the recipe's keys changed."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from opencoca.model.coca import CoCa
+from opencoca.model.config import CoCaConfig
+from opencoca.model.init import without_values
+from opencoca.plan.lengths import batch_of, likely_lengths
+from opencoca.plan.memory import (
+    STRATEGIES,
+    Memory,
+    ModelBytes,
+    StepShape,
+    Strategy,
+    forecast_memory,
+    model_bytes,
+    with_recompute,
+)
+from opencoca.plan.trace import Trace, trace_forward, unit_of
+from opencoca.tokenizer import Tokenizer
+from opencoca.train.flops import ModelFlops, StepFlops, freeze, recipe_stages
+from opencoca.train.memory_use import resident_bytes
+from opencoca.train.recipe import Recipe
+
+# Of a process on a CPU: kernels made for the shapes it meets, threads, gaps between tensors (results/plan_memory.md).
+_KERNEL_BYTES = 160 << 20
+_CLIP_VOCABULARY = 49_408
+_MOST_SUB_BATCHES = 1024
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where a recipe is to run.
+
+    device: name of a known one (`devices.DEVICES`), or cpu: this machine's. utilisation: of the peak rate, that steps
+    are expected to reach. network_bytes_per_sec: of one device to those of other machines, in one direction.
+    """
+
+    devices: int = 1
+    device: str = "cpu"
+    devices_per_node: int = 8
+    utilisation: float = 0.45
+    network_bytes_per_sec: float = 50e9
+    link_bytes_per_sec: float | None = None
+
+
+def vocabulary_size(recipe: Recipe) -> int:
+    """Of the recipe's tokenizer; of one that is to be trained, the most it may have."""
+    source = recipe.tokenizer.source
+    if source == "clip":
+        return _CLIP_VOCABULARY
+    return recipe.tokenizer.vocab_size if source == "train" else Tokenizer.load(source).vocab_size
+
+
+def strategies_of(recipe: Recipe, cluster: Cluster) -> tuple[Strategy, ...]:
+    """Those that the recipe could have on so many devices."""
+    if cluster.devices == 1:
+        return ("none",)
+    return STRATEGIES[:2] if recipe.optimizer.name == "adafactor" else STRATEGIES
+
+
+class Planner:
+    """The recipe's model without values, and forecasts for variants of the recipe."""
+
+    def __init__(self, recipe: Recipe, cluster: Cluster, mean_words: float, lengths: Tensor | None):
+        self.recipe, self.cluster = recipe, cluster
+        self.device_type = "cpu" if cluster.device == "cpu" else "cuda"
+        text = replace(recipe.model.text, vocab_size=vocabulary_size(recipe))
+        self.config: CoCaConfig = replace(recipe.model, text=text)
+        with without_values():
+            self.network = CoCa(self.config)
+        freeze(self.network, recipe)
+        self.network.image_encoder.patch_dropout = recipe.encoder.patch_dropout  # pyright: ignore
+        self.network.train()
+        units = {name: unit_of(name)[0] for name, _ in self.network.named_parameters()}
+        self.model: ModelBytes = model_bytes(self.network, recipe, units)
+        per_image = recipe.data.captions_per_image
+        local = recipe.batch_size // cluster.devices // recipe.accumulation_steps
+        if lengths is None:
+            lengths = likely_lengths(local * per_image, mean_words, text.context_length)
+        self.lengths = lengths
+        self.shard_size = recipe.distributed.shard_size or cluster.devices
+        self.process_bytes = resident_bytes() + _KERNEL_BYTES if self.device_type == "cpu" else 0
+        self._traces: dict[int, Trace] = {}
+
+    def shape(self, recipe: Recipe) -> StepShape:
+        per_image = recipe.data.captions_per_image
+        images = recipe.batch_size // self.cluster.devices // recipe.accumulation_steps
+        sub = -(-images // recipe.grad_cache_steps)
+        height, width = self.config.image.image_size
+        return StepShape(
+            sub_images=sub,
+            sub_texts=sub * per_image,
+            images=images,
+            texts=images * per_image,
+            all_images=images * self.cluster.devices,
+            all_texts=images * self.cluster.devices * per_image,
+            image_values=3 * height * width,
+            embed_dim=self.config.embed_dim,
+            vocab_size=self.config.text.vocab_size,
+            text_width=self.config.text.width,
+        )
+
+    def memory(self, recipe: Recipe, strategy: Strategy) -> Memory:
+        shape = self.shape(recipe)
+        return forecast_memory(
+            self._trace(shape.sub_images, shape.sub_texts),
+            self.model,
+            shape,
+            recipe,
+            strategy,
+            self.shard_size,
+            self.device_type,
+            self.process_bytes,
+        )
+
+    def _trace(self, images: int, texts: int) -> Trace:
+        if images not in self._traces:
+            # Of a part of the batch, texts that are spread as all are.
+            every = torch.linspace(0, len(self.lengths) - 1, texts).round().long()
+            ids, mask = batch_of(self.lengths[every])
+            start = recipe_stages(self.network, self.recipe) if self.recipe.encoder.cache_features else 0
+            self._traces[images] = trace_forward(
+                self.network,
+                images,
+                ids,
+                mask,
+                device_type=self.device_type,
+                precision=self.recipe.precision,
+                from_stage=start,
+                contrastive=self.recipe.loss.contrastive_weight != 0,
+                captioning=self.recipe.loss.caption_weight != 0,
+            )
+        return self._traces[images]
+
+    def flops(self) -> StepFlops:
+        """Of a step, all devices together."""
+        shape = self.shape(self.recipe)
+        count = ModelFlops(self.config, self.recipe)
+        one = count(shape.images, self.lengths, all_texts=shape.all_texts)
+        factor = self.cluster.devices * self.recipe.accumulation_steps
+        return StepFlops(*(factor * value for value in one))
+
+    def recomputed_flops(self, flops: StepFlops) -> float:
+        """Of forward passes that are done twice: of recomputed blocks, and GradCache's first pass."""
+        recipe = self.recipe
+        options, third = recipe.compute, 1 / 3
+        again = 0.0
+        if options.recompute in ("image", "all"):
+            again += third * flops.image_encoder / options.recompute_every
+        if options.recompute in ("text", "all"):
+            again += third * (flops.unimodal + flops.multimodal) / options.recompute_every
+        if recipe.grad_cache_steps > 1 and recipe.loss.contrastive_weight:
+            again += third * (flops.image_encoder + flops.poolers + flops.unimodal)
+        return again
+
+    def parameters(self) -> dict[str, int]:
+        model = self.network
+        count = {
+            "image encoder": sum(p.numel() for p in model.image_encoder.parameters()),
+            "poolers": sum(p.numel() for p in model.image_pooling.parameters()),
+            "unimodal decoder": sum(p.numel() for p in model.unimodal_decoder.parameters()),
+            "multimodal decoder": sum(p.numel() for p in model.multimodal_decoder.parameters()),
+            "vocabulary head": 0 if self.config.text.tie_embeddings else model.lm_head.weight.numel(),
+        }
+        count["projections, temperature"] = sum(p.numel() for p in model.parameters()) - sum(count.values())
+        return count
+
+    def remedy(self, usable: int) -> str:
+        """The least change that fits, from cheap to dear."""
+        several = self.cluster.devices > 1
+        own: Strategy = self.recipe.distributed.strategy if several else "none"
+        others = strategies_of(self.recipe, self.cluster)
+        strategies: list[Strategy] = [own, "fsdp"] if "fsdp" in others and own != "fsdp" else [own]
+        images = self.shape(self.recipe).images
+        for sub_batches in (2**k for k in range(11)):
+            if sub_batches < self.recipe.grad_cache_steps or sub_batches > max(1, images):
+                continue
+            for kind in (self.recipe.compute.recompute, "text", "image", "all"):
+                for strategy in strategies:
+                    changed = replace(with_recompute(self.recipe, kind), grad_cache_steps=sub_batches)
+                    memory = self.memory(changed, strategy)
+                    if memory.peak_bytes <= usable:
+                        return _in_words(self.recipe, own, strategy, kind, sub_batches, memory)
+        least = (
+            "more of them, with distributed.strategy fsdp (optimizer.name adamw)"
+            if several
+            else "several devices with fsdp (--devices)"
+        )
+        return f"nothing makes it fit {self.cluster.devices} of them; take {least}, or devices with more memory"
+
+
+def _in_words(recipe: Recipe, own: Strategy, strategy: Strategy, kind: str, sub_batches: int, memory: Memory) -> str:
+    changes = []
+    if strategy != own:
+        changes.append(f"distributed.strategy: {strategy}")
+    if kind != recipe.compute.recompute:
+        changes.append(f"compute.recompute: {kind}")
+    if sub_batches != recipe.grad_cache_steps:
+        changes.append(f"grad_cache_steps: {sub_batches}")
+    return f"{', '.join(changes)} needs {memory.peak_bytes / 2**30:.1f} GiB"

@@ -1,0 +1,290 @@
+"""The forward pass of a training step on tensors that have shapes and no values, and what it keeps for the gradient.
+
+The network itself runs, with the very lengths of a batch of texts, so that nothing is estimated that the code decides.
+Numbers are on the meta device; ids and masks, which decide shapes, are real. While it runs, tensors claim to be on the
+device that is planned for: the network chooses its kernels by it. Autocast, which does not know the meta device, is
+done here by the same rule: which functions take low precision, which float32.
+"""
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+
+from opencoca.model.coca import CoCa, CoCaOutput
+
+_LOW = {
+    "linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "conv2d", "einsum",
+    "scaled_dot_product_attention",
+}  # fmt: skip
+# CUDA's autocast alone computes these in float32.
+_WIDE_ON_CUDA = {"layer_norm", "softmax", "log_softmax", "exp", "log", "norm", "sum", "cumsum", "prod", "group_norm"}
+_FACTORIES = {"empty", "zeros", "ones", "full", "rand", "randn"}
+
+
+@dataclass
+class Kept:
+    """Bytes that one unit (a block, a stage, a pooler) keeps for its gradient.
+
+    input_bytes: of its input, which is all that stays if its inside is computed again. largest_bytes: of its largest
+    tensor. recomputable: whether it is a block that can be.
+    """
+
+    part: str
+    recomputable: bool
+    kept_bytes: int = 0
+    input_bytes: int = 0
+    largest_bytes: int = 0
+
+
+@dataclass
+class Trace:
+    """What a forward pass keeps, unit by unit in the order of execution.
+
+    weight_copy_bytes: of weights in low precision, which autocast makes once a pass. words: of which the loss is
+    taken. hidden_dtype: of the states that go into the vocabulary head.
+    """
+
+    units: dict[str, Kept] = field(default_factory=dict)
+    weight_copy_bytes: int = 0
+    words: int = 0
+    hidden_dtype: torch.dtype = torch.float32
+
+    @property
+    def activation_bytes(self) -> int:
+        return sum(unit.kept_bytes for unit in self.units.values())
+
+    def by_part(self, recomputed: bool = False) -> dict[str, int]:
+        """Bytes by part; recomputed: with the inside of every block computed again for the gradient."""
+        bytes_of: dict[str, int] = {}
+        for unit in self.units.values():
+            kept = min(unit.input_bytes, unit.kept_bytes) if recomputed and unit.recomputable else unit.kept_bytes
+            bytes_of[unit.part] = bytes_of.get(unit.part, 0) + kept
+        return bytes_of
+
+
+def trace_forward(
+    model: CoCa,
+    num_images: int,
+    token_ids: Tensor,
+    token_mask: Tensor,
+    *,
+    device_type: str,
+    precision: str,
+    from_stage: int = 0,
+    contrastive: bool = True,
+    captioning: bool = True,
+) -> Trace:
+    """Runs ``model``, whose parameters are on the meta device, forward on images and real token_ids, token_mask (B, T).
+
+    device_type: cpu or cuda, of which it may choose kernels. from_stage: cached features go in at this stage.
+    """
+    inputs = _inputs(model, num_images, from_stage)
+    tracer = _Tracer(model, inputs)
+    with ExitStack() as stack:
+        for handle in tracer.watch():
+            stack.callback(handle.remove)
+        low = torch.bfloat16 if precision == "bf16" else None
+        stack.enter_context(_on_device(device_type, low))
+        stack.enter_context(saved_tensors_hooks(tracer.keep, lambda tensor: tensor))
+        mode = stack.enter_context(_ShapesOnly(device_type, low))
+        output: CoCaOutput = model(
+            inputs,
+            token_ids,
+            token_mask,
+            from_stage=from_stage,
+            contrastive=contrastive,
+            captioning=captioning,
+        )
+    trace = tracer.trace
+    copies = {tensor.untyped_storage()._cdata for tensor in mode.weight_copies.values()}
+    trace.weight_copy_bytes = sum(copy.numel() * copy.element_size() for copy in mode.weight_copies.values())
+    tracer.settle(copies)
+    if output.hidden is not None:
+        trace.words, trace.hidden_dtype = len(output.hidden), output.hidden.dtype
+    return trace
+
+
+def _inputs(model: CoCa, num_images: int, from_stage: int) -> Tensor:
+    images = torch.empty(num_images, 3, *model.config.image.image_size, device="meta")
+    with torch.no_grad():
+        return model.image_encoder.run_stages(images, 0, from_stage)
+
+
+class _on_device:
+    """Autocast's own state, which the network asks for: whether there is any, and of which type."""
+
+    def __init__(self, device_type: str, low: torch.dtype | None):
+        self.device_type, self.low = device_type, low
+
+    def __enter__(self) -> None:
+        self.before = torch.is_autocast_enabled(self.device_type), torch.get_autocast_dtype(self.device_type)
+        torch.set_autocast_enabled(self.device_type, self.low is not None)
+        torch.set_autocast_dtype(self.device_type, self.low or torch.bfloat16)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_autocast_enabled(self.device_type, self.before[0])
+        torch.set_autocast_dtype(self.device_type, self.before[1])
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Keeps floating-point tensors on the meta device, under another device's name and autocast rules."""
+
+    def __init__(self, device_type: str, low: torch.dtype | None):
+        super().__init__()
+        self.device, self.low = torch.device(device_type), low
+        self.weight_copies: dict[int, Tensor] = {}
+        self._weights: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if name == "__get__" and func == Tensor.device.__get__:  # pyright: ignore[reportAttributeAccessIssue]
+            return self.device
+        if name in _FACTORIES and torch.empty((), dtype=kwargs.get("dtype")).is_floating_point():
+            return func(*args, **kwargs | {"device": "meta"})
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]) == self.device:
+            kwargs["device"] = "meta" if any(map(_is_shape, args)) else "cpu"
+        tensors = list(_tensors((args, kwargs)))
+        if not any(map(_is_shape, tensors)) or name in ("__set__", "__get__"):
+            return func(*args, **kwargs)
+        if name == "scaled_dot_product_attention":
+            return self._fused_attention(*args, **kwargs)
+        args, kwargs = _mapped((args, kwargs), self._cast_for(name))
+        result = func(*args, **kwargs)
+        if name == "to" and isinstance(args[0], nn.Parameter) and result is not args[0]:
+            self.weight_copies[id(result)] = result  # the network's own casting, which nothing caches
+        return result
+
+    def _cast_for(self, name: str) -> Any:
+        wide = name in _WIDE_ON_CUDA and self.device.type == "cuda"
+
+        def cast(x: Tensor) -> Tensor:
+            x = x if x.is_meta else x.to("meta")
+            if self.low is None or not x.is_floating_point() or x.dtype == torch.float64:
+                return x
+            if name in _LOW:
+                return self._in_low_precision(x)
+            return x.to(torch.float32) if wide else x
+
+        return cast
+
+    def _in_low_precision(self, x: Tensor) -> Tensor:
+        if x.dtype == self.low:
+            return x
+        if not isinstance(x, nn.Parameter) or not x.requires_grad:
+            return x.to(self.low)
+        if id(x) not in self.weight_copies:
+            self.weight_copies[id(x)] = x.to(self.low)
+        return self.weight_copies[id(x)]
+
+    def _fused_attention(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **_: Any) -> Tensor:
+        if self.low is not None:
+            query, key, value = map(self._in_low_precision, (query, key, value))
+        return _FusedAttention.apply(query, key, value)  # pyright: ignore[reportReturnType]
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What flash attention keeps: queries, keys, values, the result, and a number for every query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mixed = torch.empty_like(query)
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, mixed, sums)
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise NotImplementedError("only the forward pass is traced")
+
+
+class _Tracer:
+    """Writes down, unit by unit, which storages are kept for the gradient; each counts where it was kept first."""
+
+    def __init__(self, model: CoCa, inputs: Tensor):
+        self.model, self.trace, self.current = model, Trace(), ""
+        self.known = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers(), inputs)}
+        # Held, so that none is freed and its place taken by another one.
+        self.kept: dict[int, tuple[Tensor, int, str]] = {}
+
+    def watch(self) -> Iterable[Any]:
+        for name, module in self.model.named_modules():
+            if not any(True for _ in module.children()):
+                unit, part, recomputable = unit_of(name)
+                yield module.register_forward_pre_hook(self._entering(unit, part, recomputable))
+
+    def _entering(self, unit: str, part: str, recomputable: bool) -> Any:
+        def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if self.current != unit:
+                self.current = unit
+                shown = next((arg for arg in args if isinstance(arg, Tensor)), None)
+                size = 0 if shown is None else shown.numel() * shown.element_size()
+                self.trace.units.setdefault(unit, Kept(part, recomputable, input_bytes=size))
+
+        return enter
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        storage = _storage(tensor)
+        if storage not in self.known and storage not in self.kept:
+            self.kept[storage] = (tensor, tensor.untyped_storage().nbytes(), self.current)
+        return tensor
+
+    def settle(self, copies_of_weights: set[int]) -> None:
+        for storage, (_, size, unit) in self.kept.items():
+            if storage in copies_of_weights:
+                continue
+            kept = self.trace.units.setdefault(unit, Kept("image_encoder", False))
+            kept.kept_bytes += size
+            kept.largest_bytes = max(kept.largest_bytes, size)
+
+
+def unit_of(name: str) -> tuple[str, str, bool]:
+    """The unit that a module belongs to, its part, and whether the unit is a block whose inside can be recomputed."""
+    path = name.split(".")
+    if path[0] == "image_encoder":
+        return ".".join(path[:3]), "image_encoder", len(path) > 3 and path[3] in ("norm1", "attn", "norm2", "mlp")
+    if path[0] == "unimodal_decoder":
+        return (".".join(path[:3]), "unimodal", True) if path[1] == "blocks" else (name, "unimodal", False)
+    if path[0] == "multimodal_decoder":
+        if path[1] == "layers" and not (path[3] == "cross_block" and path[-1] in ("kv_proj", "norm_context")):
+            return ".".join(path[:4]), "multimodal", True
+        return "image_keys_values" if path[1] == "layers" else name, "multimodal", False
+    if path[0] in ("image_pooling", "image_proj"):
+        return path[0], "poolers", False
+    return path[0], "unimodal" if path[0] == "text_proj" else "multimodal", False
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_meta
+
+
+def _tensors(values: Any) -> Iterable[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from _tensors(value)
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _mapped(values: Any, change: Any) -> Any:
+    if isinstance(values, Tensor):
+        return change(values)
+    if isinstance(values, dict):
+        return {key: _mapped(value, change) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        changed = [_mapped(value, change) for value in values]
+        return values._make(changed) if hasattr(values, "_make") else type(values)(changed)  # pyright: ignore
+    return values

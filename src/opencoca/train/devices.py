@@ -1,0 +1,103 @@
+"""What accelerators can do at best, as their makers state it, and how fast this machine multiplies matrices.
+
+Rates are dense: the data sheets' figures "with sparsity" are twice as high and of no use to training.
+"""
+
+import time
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """One accelerator.
+
+    bf16_flops, fp32_flops: multiply-adds count as two; fp32 as PyTorch multiplies by default, without TF32.
+    memory_bytes: as a program sees it. link_bytes_per_sec: to the others of its machine, in one direction; None = by
+    the host's bus alone, counted as PCIe 4.0 x16. source: the maker's data sheet.
+    """
+
+    name: str
+    bf16_flops: float
+    fp32_flops: float
+    memory_bytes: int
+    link_bytes_per_sec: float | None
+    source: str
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s at most in ``bf16`` (autocast) or ``fp32``."""
+        return self.bf16_flops if precision == "bf16" else self.fp32_flops
+
+
+_GIB = 1 << 30
+
+
+def _device(name: str, bf16: float, fp32: float, gib: float, link_gb: float | None, source: str) -> DeviceSpec:
+    return DeviceSpec(name, bf16 * 1e12, fp32 * 1e12, int(gib * _GIB), link_gb and link_gb * 1e9, source)
+
+
+# Teraflops, memory in GiB, GB/s of links in one direction. Names are parts of what the driver calls the device; the
+# first that fits counts, so special forms stand before the common one.
+DEVICES: dict[str, DeviceSpec] = {
+    key: _device(*values)
+    for key, values in {
+        "b200": ("NVIDIA B200", 2250, 75, 179, 900, "NVIDIA Blackwell Architecture Technical Brief"),
+        "h200": ("NVIDIA H200 SXM", 989, 67, 139.8, 450, "NVIDIA H200 Tensor Core GPU data sheet"),
+        "h100-nvl": ("NVIDIA H100 NVL", 835, 60, 93.1, 300, "NVIDIA H100 Tensor Core GPU data sheet"),
+        "h100-pcie": ("NVIDIA H100 PCIe", 756, 51, 79.6, 300, "NVIDIA H100 Tensor Core GPU data sheet"),
+        "h100": ("NVIDIA H100 SXM", 989, 67, 79.1, 450, "NVIDIA H100 Tensor Core GPU data sheet"),
+        "a100-40gb": ("NVIDIA A100 40GB", 312, 19.5, 39.4, 300, "NVIDIA A100 Tensor Core GPU data sheet"),
+        "a100": ("NVIDIA A100 80GB", 312, 19.5, 79.2, 300, "NVIDIA A100 Tensor Core GPU data sheet"),
+        "l40s": ("NVIDIA L40S", 362, 91.6, 44.4, None, "NVIDIA L40S data sheet"),
+        "l4": ("NVIDIA L4", 121, 30.3, 22.2, None, "NVIDIA L4 data sheet"),
+        "a10g": ("NVIDIA A10G", 70, 31.2, 22.1, None, "AWS EC2 G5 instances"),
+        "rtx-4090": ("NVIDIA GeForce RTX 4090", 165.2, 82.6, 23.6, None, "NVIDIA Ada GPU Architecture white paper"),
+        "rtx-3090": ("NVIDIA GeForce RTX 3090", 71, 35.6, 23.7, None, "NVIDIA Ampere GA102 white paper"),
+        "mi300x": ("AMD Instinct MI300X", 1307.4, 163.4, 191.5, 448, "AMD Instinct MI300X data sheet"),
+    }.items()
+}
+_HOST_BUS_BYTES_PER_SEC = 32e9
+
+
+def find_device(name: str) -> DeviceSpec | None:
+    """The device of this name (``h200``), or of the name that its driver gives it (``NVIDIA H200``); None = unknown."""
+    words = name.lower().replace("_", "-").replace(" ", "-")
+    if words in DEVICES:
+        return DEVICES[words]
+    for key, spec in DEVICES.items():
+        if set(key.split("-")) <= set(words.split("-")):
+            return spec
+    return None
+
+
+def link_bytes_per_sec(spec: DeviceSpec) -> float:
+    """Bytes a second, in one direction, between devices of one machine."""
+    return spec.link_bytes_per_sec or _HOST_BUS_BYTES_PER_SEC
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """FLOP/s that this device can do at best: of a known accelerator as stated, else as measured here, now."""
+    if device.type == "cuda":
+        spec = find_device(torch.cuda.get_device_name(device))
+        if spec is not None:
+            return spec.peak(precision)
+    return measured_flops(device, precision)
+
+
+@cache
+def measured_flops(device: torch.device, precision: str) -> float:
+    """FLOP/s of the best of a few products of square matrices on all of the process's threads."""
+    side = 768 if device.type == "cpu" else 4096
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+    seconds = []
+    with torch.no_grad():
+        for _ in range(6):
+            began = time.perf_counter()
+            torch.mm(left, right)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / min(seconds[1:])
