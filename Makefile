@@ -5,13 +5,14 @@ PEERS_VENV ?= .peers-venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-java test-peers lint types imports check
+.PHONY: help setup demo test test-slow test-java test-peers lint types imports check
 
 help:
 	@echo "make setup    install into $(VENV) (choose another with VENV=DIR, another Python with SYSTEM_PYTHON=PATH)"
 	@echo "make demo     caption, classify and find the photographs in demo/photos; draws demo/output/contact_sheet.png"
 	@echo "make test     all tests that need no GPU, no Java and no other projects"
 	@echo "make test-peers  ours against other projects' models, in an environment of its own ($(PEERS_VENV))"
+	@echo "make test-slow  those that take minutes each"
 	@echo "make check    make test, and also lint, types and imports"
 
 setup: $(STAMP)
@@ -28,7 +29,11 @@ demo: setup
 	$(PYTHON) demo/demo.py
 
 test: setup
-	$(PYTHON) -m pytest -m "not java and not peers and not gpu"
+	$(PYTHON) -m pytest -m "not java and not peers and not gpu and not slow"
+
+# Minutes each: full-size networks, many kills, a simulated object store.
+test-slow: setup
+	$(PYTHON) -m pytest -m "slow and not java and not peers and not gpu"
 
 # METEOR, and our caption metrics against pycocoevalcap's.
 test-java: setup
