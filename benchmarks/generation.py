@@ -80,9 +80,9 @@ def make_images(model: CoCa, count: int) -> torch.Tensor:
     return torch.randn(count, 3, *model.config.image.image_size).to(parameter.device, parameter.dtype)
 
 
-def options_for(beams: int, tokens: int) -> GenerationOptions:
+def options_for(beams: int, tokens: int, groups: int = 1) -> GenerationOptions:
     # The last token may be the end token, as in open_clip; none before it.
-    return GenerationOptions(num_beams=beams, max_new_tokens=tokens, min_new_tokens=tokens - 1)
+    return GenerationOptions(num_beams=beams, num_groups=groups, max_new_tokens=tokens, min_new_tokens=tokens - 1)
 
 
 def caption(model: CoCa, images: torch.Tensor, options: GenerationOptions) -> list[tuple[GeneratedCaption, ...]]:
@@ -90,11 +90,16 @@ def caption(model: CoCa, images: torch.Tensor, options: GenerationOptions) -> li
         return generate(model, model.encode_image(images).tokens, _tokenizer(), options)
 
 
-def peer_caption(peer: nn.Module, images: torch.Tensor, beams: int, tokens: int) -> torch.Tensor:
+def peer_caption(peer: nn.Module, images: torch.Tensor, beams: int, tokens: int, groups: int = 1) -> torch.Tensor:
     kind = {"generation_type": "top_k", "top_k": 1}
     if beams > 1:
-        kind = {"generation_type": "beam_search", "num_beams": beams, "num_beam_groups": 1}
+        kind = {"generation_type": "beam_search", "num_beams": beams, "num_beam_groups": groups}
     return peer.generate(images, seq_len=tokens + 1, min_seq_len=tokens, **kind)  # pyright: ignore
+
+
+def _beams_and_groups(beams: str) -> tuple[int, int]:
+    count, _, groups = beams.partition("/")
+    return int(count), int(groups or 1)
 
 
 def seconds(function: Callable[[], Any], repeats: int) -> float:
@@ -176,16 +181,16 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         model = make_model(arguments.model, getattr(torch, name), arguments.device)
         peer = None if arguments.without_peer else make_peer(arguments.model, model)
         images = make_images(model, arguments.images)
-        for beams in arguments.beams:
-            options = options_for(beams, arguments.tokens)
-            row: dict[str, Any] = {"dtype": name, "beams": beams}
+        for beams, groups in map(_beams_and_groups, arguments.beams):
+            options = options_for(beams, arguments.tokens, groups)
+            row: dict[str, Any] = {"dtype": name, "beams": beams, "groups": groups}
             row["seconds"] = seconds(lambda: caption(model, images, options), arguments.repeats)  # noqa: B023
             row["cpu_seconds"] = cpu_seconds(lambda: caption(model, images, options))  # noqa: B023
             row |= floor_of(model, images, options)
             row["over_floor"] = row["seconds"] / row["floor_s"]
             if peer is not None:
                 start, cpu_start = time.perf_counter(), time.process_time()
-                theirs = peer_caption(peer, images, beams, arguments.tokens)
+                theirs = peer_caption(peer, images, beams, arguments.tokens, groups)
                 synchronise()
                 row["open_clip_seconds"] = time.perf_counter() - start
                 row["open_clip_cpu_seconds"] = time.process_time() - cpu_start
@@ -200,14 +205,14 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for name in arguments.dtypes:
         model = make_model(arguments.model, getattr(torch, name), arguments.device)
-        for beams in arguments.beams:
-            options = options_for(beams, arguments.tokens)
+        for beams, groups in map(_beams_and_groups, arguments.beams):
+            options = options_for(beams, arguments.tokens, groups)
             for count in arguments.batches:
                 images = make_images(model, count)
                 if arguments.device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 taken = seconds(lambda: caption(model, images, options), arguments.repeats)  # noqa: B023
-                row = {"dtype": name, "beams": beams, "images": count, "seconds": taken}
+                row = {"dtype": name, "beams": beams, "groups": groups, "images": count, "seconds": taken}
                 row["captions_per_sec"] = count / taken
                 if arguments.device == "cuda":
                     row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -222,7 +227,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
         for beams in arguments.beams:
             row: dict[str, Any] = {"dtype": name, "beams": beams, "images": arguments.images}
             for whose in ("ours", "open_clip"):
-                command = [sys.executable, __file__, "peak", "--whose", whose, "--dtypes", name, "--beams", str(beams)]
+                command = [sys.executable, __file__, "peak", "--whose", whose, "--dtypes", name, "--beams", beams]
                 for option in ("images", "tokens", "model", "device"):
                     command += [f"--{option}", str(getattr(arguments, option))]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -240,7 +245,7 @@ def peak(arguments: argparse.Namespace) -> None:
     """Prints the bytes in use with the model built, and the most while captioning."""
     model: Any = make_model(arguments.model, getattr(torch, arguments.dtypes[0]), arguments.device)
     images = make_images(model, arguments.images)
-    beams, tokens = arguments.beams[0], arguments.tokens
+    (beams, groups), tokens = _beams_and_groups(arguments.beams[0]), arguments.tokens
     if arguments.whose == "open_clip":
         model = make_peer(arguments.model, model)
     on_cuda = arguments.device == "cuda"
@@ -252,9 +257,9 @@ def peak(arguments: argparse.Namespace) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
     before = torch.cuda.memory_allocated() if on_cuda else _resident("VmRSS")
     if arguments.whose == "open_clip":
-        peer_caption(model, images, beams, tokens)
+        peer_caption(model, images, beams, tokens, groups)
     else:
-        caption(model, images, options_for(beams, tokens))
+        caption(model, images, options_for(beams, tokens, groups))
     print(before, torch.cuda.max_memory_allocated() if on_cuda else _resident("VmHWM"))
 
 
@@ -277,7 +282,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=30, help="new tokens of every caption, all forced")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="float32, bfloat16, float16")
-    parser.add_argument("--beams", type=int, nargs="+", default=[1, 6])
+    parser.add_argument(
+        "--beams",
+        nargs="+",
+        default=["1", "6", "6/3"],
+        help="number of beams; 6/3 is 6 beams in 3 groups, what open_clip's generate() does unless told otherwise",
+    )
     parser.add_argument("--model", default="coca_ViT-B-32", help="a CoCa of open_clip's, by its name")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 512], help="images, for throughput")

@@ -209,6 +209,23 @@ def test_groups_without_penalty_find_the_same_and_with_one_differ(tokenizer):
     assert all(len(texts) >= 3 for texts in different)
 
 
+@pytest.mark.parametrize(("penalty", "texts_an_image"), [(0.0, 2), (0.5, 6)])
+def test_groups_that_find_the_same_are_searched_once(tokenizer, monkeypatch, penalty, texts_an_image):
+    model = make_model(tokenizer)
+    tokens = make_tokens(model)
+    rows = set()
+    step = type(model).decode_step
+    monkeypatch.setattr(type(model), "decode_step", lambda *args: rows.add(len(args[1])) or step(*args))
+    options = GenerationOptions(num_beams=6, num_groups=3, num_captions=6, diversity_penalty=penalty, min_new_tokens=4)
+    found = generate(model, tokens, tokenizer, options)
+    assert max(rows) == texts_an_image * len(tokens)
+    assert all(len(texts) == 6 for texts in found)
+    if not penalty:
+        one_group = generate(model, tokens, tokenizer, GenerationOptions(num_beams=2, num_captions=2, min_new_tokens=4))
+        for texts, (best, second) in zip(found, one_group, strict=True):
+            assert texts == (best,) * 3 + (second,) * 3
+
+
 def test_more_candidates_than_words_are_no_candidates():
     """Beams at -inf, as filters may leave them, are no result."""
     search = BeamSearch(GenerationOptions(num_beams=2), Limits(1, 3, 0), torch.tensor([[5]]), 5)

@@ -1,6 +1,7 @@
 """Cached, compacted generation against the plain definition: the whole text through the whole model for each token."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from captioner import (
 
 from opencoca.generation import GenerationOptions, generate
 from opencoca.model.coca import CoCa
+from opencoca.model.decoding import DecodingState
 from opencoca.tokenizer import Tokenizer
 
 TEXT_VARIANTS = {
@@ -133,6 +135,26 @@ def test_large_batches_in_parts_are_the_same(tokenizer, monkeypatch, at_a_time):
             patch.setattr("opencoca.generation.loop._TEXTS_AT_A_TIME_ON_CPU", at_a_time)
             parts = generate(model, tokens, tokenizer, options)
         assert [[c.token_ids for c in found] for found in parts] == [[c.token_ids for c in found] for found in whole]
+
+
+def test_a_part_is_forgotten_before_the_next_one_starts(tokenizer, monkeypatch):
+    model = make_model(tokenizer)
+    tokens = make_tokens(model)
+    states: list[weakref.ref[DecodingState]] = []
+    alive = []
+    start = type(model).start_decoding
+
+    def start_and_count(*args, **kwargs):
+        alive.append(sum(state() is not None for state in states))
+        state = start(*args, **kwargs)
+        states.append(weakref.ref(state))
+        return state
+
+    monkeypatch.setattr(type(model), "start_decoding", start_and_count)
+    monkeypatch.setattr("opencoca.generation.loop._TEXTS_AT_A_TIME_ON_CPU", 4)
+    generate(model, tokens, tokenizer, GenerationOptions(num_beams=2))
+    assert len(alive) > 1
+    assert set(alive) == {0}
 
 
 def test_finished_texts_are_not_computed_on(tokenizer, monkeypatch):

@@ -43,6 +43,21 @@ def test_same_products(calls, bias, num_rows, dtype, tolerance):
 
 
 @needs_mkldnn
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+def test_gelu_in_the_same_pass(calls, dtype, tolerance):
+    linear = Linear(70, 130).to(dtype)
+    x = torch.randn(9, 70).to(dtype)
+    with torch.no_grad():
+        before = linear.with_gelu(x)
+        torch.testing.assert_close(before, torch.nn.functional.gelu(linear(x)), rtol=0, atol=0)
+        pack_weights(linear)
+        after = linear.with_gelu(x)
+    if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert calls == [9]
+    torch.testing.assert_close(after, before, rtol=tolerance, atol=tolerance)
+
+
+@needs_mkldnn
 def test_only_few_rows_without_gradient_in_the_weights_type(calls):
     linear = Linear(8, 5)
     with torch.no_grad():

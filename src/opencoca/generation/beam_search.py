@@ -43,14 +43,17 @@ class _Candidates(NamedTuple):
 
 
 class BeamSearch:
-    """`num_beams` texts of each image, in groups; see `Search` for the methods."""
+    """`num_beams` texts of each image, in groups; see `Search` for the methods.
+
+    Of groups that no penalty keeps apart one is searched, and its texts are the result of all.
+    """
 
     shares_cache = True
 
     def __init__(self, options: GenerationOptions, limits: Limits, prompt: Tensor, num_entries: int):
         self.options, self.limits = options, limits
-        self.texts_per_image = options.num_beams
-        self.num_groups, self.group_size = options.num_groups, options.num_beams // options.num_groups
+        self.texts_per_image, self.num_groups = options.texts_in_work, options.groups_in_work
+        self.group_size = self.texts_per_image // self.num_groups
         self.token_ids = prompt
         num_images, device = prompt.shape[0], prompt.device
         self.scores = torch.zeros(num_images, device=device)
@@ -184,7 +187,8 @@ class BeamSearch:
             if score > -torch.inf:
                 length = self.limits.prompt_length + int(of_image.lengths[index])
                 ids = of_image.token_ids[index, :length].tolist()
-                found.append(Candidate(ids, float(of_image.log_probs[index]), score, image, of_image.visible[index]))
+                one = Candidate(ids, float(of_image.log_probs[index]), score, image, of_image.visible[index])
+                found += [one] * (self.options.num_groups // self.num_groups)
         return found
 
     def keep(self, images: Tensor) -> None:

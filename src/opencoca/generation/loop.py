@@ -5,6 +5,7 @@ Letters: I images, Q image tokens, D width, R texts in work, T tokens so far, V 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,18 +69,24 @@ def generate(
     seeds = torch.arange(num_images) if image_seeds is None else torch.tensor(image_seeds, dtype=torch.int64)
     at_a_time = max(1, num_images)
     if image_tokens.device.type == "cpu":
-        at_a_time = max(1, _TEXTS_AT_A_TIME_ON_CPU // max(options.num_beams, options.num_captions))
+        at_a_time = max(1, _TEXTS_AT_A_TIME_ON_CPU // options.texts_in_work)
     captions: list[tuple[GeneratedCaption, ...]] = []
     for start in range(0, num_images, at_a_time):
         part = slice(start, start + at_a_time)
-        work = _Work.start(model, image_tokens[part], options, limits, prompt, seeds[part], with_text_embed)
-        finished: dict[int, list[_Finished]] = {}
-        while work.images.numel():
-            finished.update(work.advance(filters))
+        arguments = (model, image_tokens[part], options, limits, prompt, seeds[part], with_text_embed)
         captions += [
-            tuple(_as_caption(text, tokenizer, len(prompt)) for text in found) for _, found in sorted(finished.items())
+            tuple(_as_caption(text, tokenizer, len(prompt)) for text in found) for found in _search(filters, *arguments)
         ]
     return captions
+
+
+def _search(filters: list[LogitFilter], *arguments: Any) -> list[list["_Finished"]]:
+    """What is found for each image; a function of its own, so that its caches are gone when the next ones are made."""
+    work = _Work.start(*arguments)
+    finished: dict[int, list[_Finished]] = {}
+    while work.images.numel():
+        finished.update(work.advance(filters))
+    return [found for _, found in sorted(finished.items())]
 
 
 @dataclass(frozen=True)
@@ -114,12 +121,13 @@ class _Work:
         device, num_images = image_tokens.device, image_tokens.shape[0]
         images = torch.arange(num_images, device=device)
         token_ids = torch.tensor(prompt, device=device).repeat(num_images, 1)
-        num_entries = limits.prompt_length + options.num_beams * (limits.max_length - limits.prompt_length)
+        texts_per_row = options.texts_in_work if options.num_beams > 1 else 1
+        num_entries = limits.prompt_length + texts_per_row * (limits.max_length - limits.prompt_length)
         if options.num_beams > 1:
             search: Search = BeamSearch(options, limits, token_ids, num_entries)
         else:
             search = SingleTexts(options, limits, token_ids, image_seeds)
-        if num_images * max(options.num_beams, options.num_captions) <= _PACK_FOR_TEXTS:
+        if num_images * options.texts_in_work <= _PACK_FOR_TEXTS:
             model.pack_decoder()
         state = model.start_decoding(image_tokens, capacity=limits.max_length, num_entries=num_entries)
         return cls(model, options, limits, state, search, images, with_text_embed)

@@ -79,6 +79,18 @@ class GenerationOptions:
             return False
         return self.temperature is not None or self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
+    @property
+    def groups_in_work(self) -> int:
+        """Groups of beams that are searched: without a penalty all find the same, and one stands for them."""
+        return self.num_groups if self.diversity_penalty > 0 else 1
+
+    @property
+    def texts_in_work(self) -> int:
+        """How many texts of each image are computed side by side."""
+        if self.num_beams == 1:
+            return self.num_captions
+        return self.num_beams // self.num_groups * self.groups_in_work
+
 
 @dataclass(frozen=True)
 class GeneratedCaption:

@@ -41,6 +41,13 @@ class Mlp(nn.Module):
         self.down_proj = Linear(config.mlp_width, config.width, bias=config.linear_bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if (
+            not torch.is_grad_enabled()
+            and self.activation is F.gelu
+            and not self.gated
+            and type(self.up_proj) is Linear
+        ):
+            return self.down_proj(self.up_proj.with_gelu(x))
         hidden = self.up_proj(x)
         makes_again = torch.is_grad_enabled() and hidden.requires_grad and not torch.compiler.is_compiling()
         if makes_again and type(self.down_proj) in (nn.Linear, Linear):

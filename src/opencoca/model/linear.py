@@ -11,6 +11,7 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Beyond it rearranging is a small part of the product.
@@ -34,11 +35,26 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (R, D), or (..., D) -> (R, F), or (..., F)."""
-        if x.dim() == 2 and x.shape[0] <= _MOST_ROWS and not torch.is_grad_enabled() and x.dtype == self.weight.dtype:
-            packed = _packed.get(self)
-            if packed is not None and packed.source == _source(self.weight) and not torch.is_autocast_enabled("cpu"):
-                return torch.ops.mkldnn._linear_pointwise(x, packed.weight, self.bias, "none", [], "")
-        return super().forward(x)
+        packed = self._packed_for(x)
+        if packed is None:
+            return super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
+
+    def with_gelu(self, x: Tensor) -> Tensor:
+        """gelu(self(x)); with rearranged weights in one pass."""
+        packed = self._packed_for(x)
+        if packed is None:
+            return F.gelu(self(x))
+        return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "gelu", [], "none")
+
+    def _packed_for(self, x: Tensor) -> Tensor | None:
+        """The rearranged weight, if there is one and it serves x."""
+        if x.dim() != 2 or x.shape[0] > _MOST_ROWS or torch.is_grad_enabled() or x.dtype != self.weight.dtype:
+            return None
+        packed = _packed.get(self)
+        if packed is None or packed.source != _source(self.weight) or torch.is_autocast_enabled("cpu"):
+            return None
+        return packed.weight
 
 
 @torch.no_grad()
