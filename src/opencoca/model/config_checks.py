@@ -1,0 +1,51 @@
+"""What the configurations of a model ask of their values; every failure is a `ValueError` that names the value."""
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+
+def as_pair(value: Any, name: str) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise ValueError(f"{name} {value!r} must be (height, width) in pixels, both positive")
+    return pair
+
+
+def check_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
+    if divisor < 1 or value % divisor:
+        raise ValueError(f"{divisor_name} {divisor} must divide the {name} {value}")
+
+
+def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} {value!r} is none of {', '.join(allowed)}")
+
+
+def check_counts(where: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"{where} {name} {value!r} must be a whole number of at least 1")
+
+
+def check_dropout(where: str, dropout: float) -> None:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{where} dropout {dropout} must be at least 0 and less than 1")
+
+
+def config_from_dict(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must be a mapping of fields, got {values!r}")
+    known = {f.name: f for f in fields(cls)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{where} has unknown fields {', '.join(unknown)}; known: {', '.join(known)}")
+    arguments = {}
+    for name, value in values.items():
+        default = known[name].default_factory
+        nested = default if isinstance(default, type) and is_dataclass(default) else None
+        arguments[name] = config_from_dict(nested, value, f"{where}.{name}") if nested else value
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{where} has a value of the wrong type: {error}") from error

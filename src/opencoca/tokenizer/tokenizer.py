@@ -1,0 +1,191 @@
+"""The tokenizer itself: token ids of texts, texts of token ids, and its file.
+
+Letters: B batch, T text positions.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import tokenizers
+import torch
+from tokenizers import normalizers
+from torch import Tensor
+
+from opencoca.files import atomic_write
+from opencoca.tokenizer.clip import CLIP_WORD_END, build_clip_backend, clean_as_clip
+from opencoca.tokenizer.texts import require_text
+
+FILE_NAME = "tokenizer.json"
+
+
+class TokenBatch(NamedTuple):
+    """Texts as one batch, padded on the right to the longest of them."""
+
+    token_ids: Tensor
+    """(B, T) int64: bos, the words, eos, padding."""
+    token_mask: Tensor
+    """(B, T) bool: True where there is a token, False on padding."""
+
+
+class Tokenizer:
+    """Turns texts into token ids and back; made by `clip`, `load` or `train_tokenizer`.
+
+    Attributes: `pad_id`, `bos_id`, `eos_id`, three different ids; `vocab_size`, the number of ids. In the CLIP
+    vocabulary the padding id 0 is a word too ("!" inside a run of punctuation), so tell padding by the mask alone.
+
+    A text may be any `str`; a lone surrogate, which is no character, is read as U+FFFD.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        """Wraps `backend`, which must have the form that this package's docstring describes, else `ValueError`."""
+        framing = backend.encode("").ids
+        if backend.padding is None or len(framing) != 2:
+            raise ValueError("no start, end and padding ids are declared in it")
+        self._json = backend.to_str()
+        self.pad_id: int = backend.padding["pad_id"]
+        self.bos_id, self.eos_id = framing
+        self.vocab_size: int = backend.get_vocab_size()
+        if sorted(backend.get_vocab().values()) != list(range(self.vocab_size)):
+            raise ValueError(f"its ids are not 0 to {self.vocab_size - 1}, each used once")
+        if len({self.pad_id, *framing}) != 3 or not 0 <= self.pad_id < self.vocab_size:
+            raise ValueError(f"its special ids {self.pad_id}, {framing} are not three different ids of its vocabulary")
+        if None in (backend.normalizer, backend.pre_tokenizer, backend.decoder):
+            raise ValueError("its normalizer, pre-tokenizer or decoder is missing")
+        if backend.get_added_tokens_decoder() or backend.truncation is not None:
+            raise ValueError("it has added tokens or truncation, which would change the meaning of a text")
+        self._is_clip = getattr(backend.model, "end_of_word_suffix", None) == CLIP_WORD_END
+        backend.no_padding()  # ids come out ragged; __call__ pads
+        self._normalizer = backend.normalizer
+        if self._is_clip:  # clean_as_clip does it all; what stands in the file is for other readers of it
+            backend.normalizer = normalizers.Sequence([])
+        self._backend = backend
+
+    @classmethod
+    def clip(cls) -> "Tokenizer":
+        """The CLIP vocabulary: 49,408 ids, bos 49406, eos 49407, pad 0 (Radford et al. 2021, section 2.4).
+
+        Text is cleaned as CLIP and open_clip do: mis-decoded and otherwise broken text repaired by ftfy, HTML
+        entities resolved, whitespace collapsed, lower case. Ids equal theirs but for the literal texts
+        "<start_of_text>" and "<end_of_text>", which are bos and eos there and plain words here, and for letters newer
+        than the Unicode tables of the tokenizers library (docs/equality.md).
+        Decoding puts a space after every word and punctuation mark: "it 's a dog ."
+        """
+        return cls(build_clip_backend())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """Reads a `tokenizer.json`, or the one in the folder `path`, as `save` wrote it.
+
+        Raises:
+            ValueError: the file is missing, damaged, or no tokenizer of this form.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file /= FILE_NAME
+        remedy = "give a file that Tokenizer.save or `opencoca tokenizer train` wrote"
+        if not file.is_file():
+            raise ValueError(f"there is no tokenizer at {file}; {remedy}")
+        try:
+            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        except OSError:
+            raise
+        except Exception as error:  # the library raises bare Exception for whatever it cannot read
+            raise ValueError(f"{file} is damaged or no tokenizer.json ({error}); {remedy}") from error
+        try:
+            return cls(backend)
+        except ValueError as error:
+            raise ValueError(f"{file} is no tokenizer of OpenCoCa's form: {error}; {remedy}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the tokenizer to `path` (a name ending in .json, or a folder, created if need be); returns the file.
+
+        The file appears whole or not at all: an older one stays as it was if writing fails (`WriteError`).
+        """
+        file = Path(path)
+        if file.suffix != ".json" or file.is_dir():
+            file /= FILE_NAME
+        with atomic_write(file) as partial:
+            partial.write_text(self.to_json(), encoding="utf-8", newline="\n")
+        return file
+
+    def to_json(self) -> str:
+        """The content of the file that `save` writes; equal for equal tokenizers."""
+        return self._json
+
+    def normalize(self, text: str) -> str:
+        """The text as the vocabulary sees it: what `decode(encode(text))` gives back for a trained tokenizer."""
+        readable = self._readable([text])[0]
+        # Less the space that marks the first word of a trained tokenizer.
+        return readable if self._is_clip else self._normalizer.normalize_str(readable)[1:]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of one text, of any length: bos, words, eos."""
+        return self._backend.encode(self._readable([text])[0]).ids
+
+    def encode_batch(self, texts: Sequence[str], context_length: int) -> list[list[int]]:
+        """Token ids of many texts, unpadded; one longer than `context_length` is cut and ends in eos.
+
+        Runs on all cores: meant for tokenising a whole data set at once.
+
+        Raises:
+            ValueError: `context_length` is under 2, or a text is not a string (the first such is named).
+        """
+        if context_length < 2:
+            raise ValueError(f"context_length is {context_length}, but start and end alone take 2 positions")
+        encodings = self._backend.encode_batch_fast(self._readable(texts))
+        return [self._cut(encoding.ids, context_length) for encoding in encodings]
+
+    def __call__(self, texts: str | Sequence[str], context_length: int) -> TokenBatch:
+        """One text or several as a batch; T is the longest one's length, `context_length` at most.
+
+        Raises:
+            ValueError: as `encode_batch`.
+        """
+        rows = self.encode_batch([texts] if isinstance(texts, str) else texts, context_length)
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        num_positions = max(map(len, rows), default=0)
+        token_mask = torch.arange(num_positions) < lengths[:, None]
+        token_ids = torch.full(token_mask.shape, self.pad_id, dtype=torch.int64)
+        token_ids[token_mask] = torch.tensor([token_id for row in rows for token_id in row], dtype=torch.int64)
+        return TokenBatch(token_ids, token_mask)
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """The text of token ids (T,): up to the first eos, without bos and padding.
+
+        Bytes that are not UTF-8, as a model may produce, become U+FFFD.
+
+        Raises:
+            ValueError: an id is outside of the vocabulary.
+        """
+        return self.decode_batch([ids])[0]
+
+    def decode_batch(self, batch: Sequence[Sequence[int] | Tensor] | Tensor) -> list[str]:
+        """`decode` for each row of (B, T) ids; rows of a list may differ in length."""
+        texts = self._backend.decode_batch([self._words(ids) for ids in batch], skip_special_tokens=False)
+        return [text.removesuffix(" ") for text in texts] if self._is_clip else texts
+
+    def _readable(self, texts: Sequence[str]) -> list[str]:
+        """The texts as the backend takes them."""
+        if isinstance(texts, str):
+            raise ValueError(f"expected a list of texts, not the single text {texts[:40]!r}; put it in a list")
+        texts = [require_text(text, position) for position, text in enumerate(texts)]
+        return [clean_as_clip(text) for text in texts] if self._is_clip else texts
+
+    def _cut(self, ids: list[int], context_length: int) -> list[int]:
+        return ids if len(ids) <= context_length else [*ids[: context_length - 1], self.eos_id]
+
+    def _words(self, ids: Sequence[int] | Tensor) -> list[int]:
+        """The ids that stand for text."""
+        ids = ids.tolist() if isinstance(ids, Tensor) else [int(token_id) for token_id in ids]
+        for token_id in ids:
+            if not 0 <= token_id < self.vocab_size:
+                raise ValueError(f"token id {token_id} is outside of the vocabulary of {self.vocab_size} ids")
+        if self.eos_id in ids:
+            ids = ids[: ids.index(self.eos_id)]
+        elif self._is_clip:  # padding is a word as well, but no text ends with it
+            while ids and ids[-1] == self.pad_id:
+                ids.pop()
+        dropped = {self.bos_id} if self._is_clip else {self.bos_id, self.pad_id}
+        return [token_id for token_id in ids if token_id not in dropped]

@@ -1,0 +1,80 @@
+"""A vocabulary trained on the user's own captions."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from opencoca.tokenizer.backend import SPECIAL_TOKENS, assemble
+from opencoca.tokenizer.texts import require_text
+from opencoca.tokenizer.tokenizer import Tokenizer
+
+MAX_VOCAB_SIZE = 65_536
+MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256  # every byte is a token: no text is out of vocabulary
+
+
+def train_tokenizer(
+    captions: Iterable[str],
+    vocab_size: int,
+    *,
+    lowercase: bool = True,
+    strip_final_period: bool = True,
+    min_frequency: int = 2,
+    show_progress: bool = False,
+) -> Tokenizer:
+    """Trains a byte-level BPE vocabulary on captions: pad 0, bos 1, eos 2, the 256 bytes, then merges by frequency.
+
+    Every text has ids, and `decode(encode(text)) == normalize(text)` for every text. The normalisation is part of the
+    tokenizer and of its file, so training and use agree. The same captions in the same order give the same file.
+
+    Args:
+        captions: read once, so a generator will do.
+        vocab_size: 259 to 65,536. Fewer ids result where the captions do not hold enough frequent pairs.
+        lowercase: whether upper and lower case are the same.
+        strip_final_period: whether full stops at the end ("a dog ." and "a dog." alike) and whitespace at either end
+            are dropped.
+        min_frequency: a pair seen less often is not merged.
+        show_progress: whether a progress bar is shown.
+
+    Raises:
+        ValueError: `vocab_size` or `min_frequency` is out of range, a caption is not a string, or there is no caption.
+    """
+    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(f"vocab_size is {vocab_size}; choose one from {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}")
+    if min_frequency < 1:
+        raise ValueError(f"min_frequency is {min_frequency}; it must be 1 or more")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.normalizer = _caption_normalizer(lowercase, strip_final_period)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(content=" ", left=1, right=0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        show_progress=show_progress,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    num_captions = len(captions) if isinstance(captions, Sequence) else None
+    backend.train_from_iterator(_checked(captions), trainer=trainer, length=num_captions)
+    # The model keeps the special ids; the list of added tokens, which the trainer filled, stays behind.
+    return Tokenizer(assemble(backend, SPECIAL_TOKENS))
+
+
+def _caption_normalizer(lowercase: bool, strip_final_period: bool) -> normalizers.Normalizer:
+    steps: list[normalizers.Normalizer] = [normalizers.Lowercase()] if lowercase else []
+    steps.append(normalizers.NFC())  # after lower-casing, which may leave pairs that compose
+    if strip_final_period:
+        # The look-behind keeps the search linear: a match starts only where a run of stops and spaces does.
+        final_stops = Regex(r"(?<![\p{White_Space}.])[\p{White_Space}.]++\z")
+        steps += [normalizers.Strip(), normalizers.Replace(final_stops, "")]
+    # A space before the first word makes it the same token as inside a sentence; decoding takes it off again.
+    return normalizers.Sequence([*steps, normalizers.Prepend(" ")])
+
+
+def _checked(captions: Iterable[str]) -> Iterator[str]:
+    """The captions one by one, each known to be text, at least one."""
+    position = -1
+    for position, caption in enumerate(captions):
+        yield require_text(caption, position)
+    if position < 0:
+        raise ValueError("there is no caption to train a tokenizer on; give a file or list that has some")
