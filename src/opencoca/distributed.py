@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from threading import Thread
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ Result = TypeVar("Result")
 # While one process works alone (a vocabulary, a feature cache, validation), the others wait as long as it takes.
 _PATIENCE = timedelta(days=7)
 _MISTAKE = 2
+_PARTING_S = 5.0
 _CPU = torch.device("cpu")
 _ALREADY_KNOWN = "_known_to_all_ranks"
 
@@ -181,9 +183,23 @@ def join_world(timeout_minutes: float = 10.0) -> Iterator[World]:
     else:
         dist.init_process_group(backend, timeout=timeout)
     host_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    yield World(dist.get_rank(), dist.get_world_size(), local_rank, device, host_group)
-    # Only after success: when one process fails, the others may be waiting for it, and torchrun ends them.
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), local_rank, device, host_group)
+    except BaseException:
+        _part_after_failure()
+        raise
     dist.destroy_process_group()
+
+
+def _part_after_failure() -> None:
+    """Leaves the others, if that can be done at once.
+
+    Exiting with a group that is still there aborts the process now and then. But when one process alone fails, parting
+    may wait for others that wait for it; torchrun then ends them.
+    """
+    parting = Thread(target=dist.destroy_process_group, daemon=True)
+    parting.start()
+    parting.join(_PARTING_S)
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -142,3 +142,27 @@ def most_kept(steps: int) -> int:
 
 def test_graphs_exist_of_one_sub_batch_at_a_time() -> None:
     assert most_kept(6) < most_kept(3) / 1.6 < most_kept(1) / 4
+
+
+@pytest.mark.parametrize("grad_cache_steps", [1, 3])
+def test_captions_of_one_image_are_positives_of_one_another(grad_cache_steps: int) -> None:
+    """Against the written-out formula in float64, also where the image stands in the batch twice."""
+    case = Case(captions_per_image=3, different_images=9, grad_cache_steps=grad_cache_steps, double=True)
+    recipe = make_recipe(case)
+    model, batch = make_model(case, recipe).eval(), make_batch(case, World())
+    found = BatchGradient(ParallelModel(model, CPU, recipe), recipe)(batch, 0).losses.contrastive
+    output = run_model(model, batch, recipe.loss)
+    assert output.image_embed is not None
+    assert output.text_embed is not None
+    logits = (output.logit_scale * output.image_embed @ output.text_embed.T).detach()
+    # Each image is encoded once, and has three texts in a row.
+    assert logits.shape == (len(batch.image_ids), 3 * len(batch.image_ids))
+    image_of_text = batch.image_ids.repeat_interleave(3)
+    losses = []
+    for row, column in (batch.image_ids[:, None] == image_of_text).nonzero().tolist():
+        pair = logits[row, column].exp()
+        other_texts = logits[row, image_of_text != batch.image_ids[row]].exp().sum()
+        other_images = logits[batch.image_ids != image_of_text[column], column].exp().sum()
+        losses += [((pair + other_texts) / pair).log(), ((pair + other_images) / pair).log()]
+    assert len(losses) > 2 * len(image_of_text)  # some images stand in the batch twice
+    assert torch.allclose(found, torch.stack(losses).mean(), rtol=1e-12)

@@ -16,6 +16,7 @@ from opencoca.train import train
 from opencoca.train.live_view import LiveView, duration, learning_figures, working_figures
 from opencoca.train.metrics_log import MetricsLog
 from opencoca.train.report import followed_pictures, report_runs
+from opencoca.train.report_charts import COLOURS
 from opencoca.train.report_html import write_html
 from opencoca.train.run_log import read_run
 from opencoca.train.validation import fixed_photographs
@@ -82,8 +83,9 @@ def test_several_runs_are_compared(run: Path, pairs: Pairs, tmp_path: Path) -> N
     output = tmp_path / "both.html"
     assert main(["report", str(run), str(second), "--output", str(output)]) == 0
     page = output.read_text(encoding="utf-8")
-    assert "first run: " in page
-    assert "second: " in page
+    for name, colour in zip(("first run", "second"), COLOURS, strict=False):
+        assert f'<span class="dot" style="background:{colour}"></span><b>{name}</b>: ' in page
+        assert f"stroke: {colour}" in page
     assert "<td>optimizer.learning_rate</td><td>0.002</td><td>0.001</td>" in page
     assert "batch_size" not in page
 

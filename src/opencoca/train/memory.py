@@ -1,9 +1,11 @@
-"""Keeping the CPU's memory allocator from giving large blocks back after every operation."""
+"""Memory of training on a CPU: freed blocks are kept for the next step, compiled kernels are not kept for ever."""
 
 import ctypes
 import os
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# oneDNN's own cache of kernels, and PyTorch's beside it; they read these when they compile their first kernel.
+_KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "32"}
 
 
 def keep_freed_memory() -> bool:
@@ -26,6 +28,17 @@ def release_freed_memory() -> bool:
     """
     libc = _glibc()
     return libc is not None and bool(libc.malloc_trim(0))
+
+
+def limit_kernel_caches() -> None:
+    """Bounds what is kept of kernels compiled for single shapes; it must be called before the first matrix product.
+
+    oneDNN compiles a kernel for every shape of a product in bf16, and batches of texts have ever new ones: a step of a
+    small model brings some sixty, each with most of a megabyte, and two caches keep the last 1,024. A step needs less
+    than 200, each of them several times. What the environment says already is left as it is.
+    """
+    for name, capacity in _KERNEL_CACHES.items():
+        os.environ.setdefault(name, capacity)
 
 
 def _glibc() -> ctypes.CDLL | None:

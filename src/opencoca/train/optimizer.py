@@ -1,5 +1,7 @@
 """The optimizer with the right parameter groups, what is frozen, and the moving average of the weights."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -8,6 +10,9 @@ from opencoca.model.coca import CoCa
 from opencoca.train.adafactor import Adafactor
 from opencoca.train.recipe import Recipe
 from opencoca.train.recipe_optimizer import PARTS
+
+MakeOptimizer = Callable[[CoCa, Recipe], torch.optim.Optimizer]
+"""What `build_optimizer` is; each group of what it makes has ``lr`` and ``peak_lr``."""
 
 
 def freeze_image_stages(model: CoCa, frozen_stages: int) -> int:

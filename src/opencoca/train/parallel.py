@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from opencoca.distributed import World, full_tensor, local_part
 from opencoca.model.blocks import TransformerBlock
 from opencoca.model.coca import CoCa, CoCaOutput
+from opencoca.train.deferred_init import fill_initial_values
 from opencoca.train.recipe import DistributedRecipe, Recipe
 
 
@@ -29,6 +30,7 @@ class ParallelModel:
     def __init__(self, model: CoCa, device: torch.device, recipe: Recipe, world: World | None = None):
         """Spreads the model, in place, over the processes as the recipe says, and moves it to ``device``.
 
+        One that is to be sharded may be on the meta device; it gets its initial values when that is done.
         world: None = this process alone, even if there are others.
         """
         self.model, self.device, self.world = model, device, world or World()
@@ -40,6 +42,8 @@ class ParallelModel:
             self._wrapped = _copied(model, device)
         elif self.strategy == "fsdp":
             _shard(model, device, recipe, self.world)
+            if model.log_logit_scale.is_meta:
+                fill_initial_values(model, device, recipe.seed)
         else:
             model.to(device)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -87,12 +91,18 @@ class ParallelModel:
                 local_part(parameter.grad).mul_(factor)
 
     @torch.no_grad()
-    def gathered(self) -> CoCa | None:
-        """The whole model in the main process (of a sharded one, a copy), None in the others; all must call."""
+    def gathered(self, everywhere: bool = False) -> CoCa | None:
+        """The whole model (of a sharded one, a copy) in the main process, None in the others; all must call.
+
+        everywhere: in the others, too. Buffers, which may differ, are the main process's.
+        """
+        wanted = everywhere or self.world.is_main
         if self.strategy != "fsdp":
-            return self.model if self.world.is_main else None
+            if everywhere:
+                self._share_buffers(self.model)
+            return self.model if wanted else None
         copy = None
-        if self.world.is_main:
+        if wanted:
             with torch.random.fork_rng(devices=[]):  # its initial values are not to cost random numbers
                 copy = CoCa(self.model.config).to(self.device, self.model.log_logit_scale.dtype).eval()
         targets = {} if copy is None else {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
@@ -100,7 +110,21 @@ class ParallelModel:
             whole = full_tensor(tensor.detach())
             if copy is not None:
                 targets[name].copy_(whole)
+        if everywhere and copy is not None:
+            self._share_buffers(copy)
         return copy
+
+    def _share_buffers(self, model: CoCa) -> None:
+        if self.world.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+
+def is_built_in_shards(recipe: Recipe) -> bool:
+    """Whether no process needs the whole model: it is sharded, and its initial values can be drawn after that."""
+    encoder = recipe.encoder
+    is_ours = recipe.model.image.name == "vit" and encoder.init == "none" and not encoder.cache_features
+    return recipe.distributed.strategy == "fsdp" and dist.is_initialized() and is_ours
 
 
 def check_processes(recipe: Recipe, world: World) -> None:
@@ -169,10 +193,12 @@ def _shard(model: CoCa, device: torch.device, recipe: Recipe, world: World) -> N
         for unit in units:
             if isinstance(unit, TransformerBlock):
                 register_fsdp_forward_method(unit, "self_attend")
-    scale = model.log_logit_scale
-    scale.data = scale.data.to(device)
+    scale, has_values = model.log_logit_scale, not model.log_logit_scale.is_meta
+    if has_values:
+        scale.data = scale.data.to(device)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params={scale})
-    model.to(device)
+    if has_values:
+        model.to(device)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

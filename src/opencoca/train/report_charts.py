@@ -7,11 +7,14 @@ from typing import NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from opencoca.train.run_log import RunLog
 
 # Okabe and Ito's colours, which people who see colours differently can tell apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_SOFT = "#55524c"
 _MOST_POINTS = 600
 
 
@@ -68,19 +71,26 @@ CHARTS = (
     ),
     Chart("model FLOP utilisation", "%", (Curve("train", "model_flops_utilisation", "utilisation", 100),)),
     Chart(
-        "time of a step", "ms", (Curve("train", "step_ms", "step"), Curve("train", "data_wait_ms", "waits for data"))
+        "time of a step",
+        "ms",
+        (Curve("train", "step_ms", "step"), Curve("train", "data_wait_ms", "waits for data")),
+        True,
     ),
     Chart("memory, the most so far", "GB", (Curve("train", "memory_bytes", "memory", 1e-9),)),
 )
 
 
 def chart_svg(chart: Chart, runs: Sequence[RunLog]) -> str | None:
-    """An <svg> element; None if no run has any of its figures. One colour a run, or, of one run, one a curve."""
-    figure = Figure(figsize=(5.4, 3.2), layout="constrained")
+    """An <svg> element; None if no run has any of its figures.
+
+    Of one run every curve has its colour; of several every run has, the page's `COLOURS`, and curves differ in style.
+    """
+    figure = Figure(figsize=(4.5, 3.2), layout="constrained")  # as wide as a page of three columns shows it
     axes = figure.add_subplot()
     _draw(axes, chart, runs)
     if not axes.lines:
         return None
+    _furnish(figure, axes, chart, many=len(runs) > 1)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": chart.title}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
@@ -95,29 +105,58 @@ def _draw(axes: Axes, chart: Chart, runs: Sequence[RunLog]) -> None:
             points = _thinned(run.points(curve.kind, curve.name, curve.factor))
             if not points:
                 continue
-            label = f"{run.name}: {curve.label}" if many else f"{curve.label} ({points[-1][1]:.4g})"
-            # Of validation, points; of several curves of one run in a comparison, other dashes.
-            style = "o--" if curve.kind == "validation" and chart.title == "losses" else "-"
-            style = "o-" if curve.kind == "validation" and style == "-" else style
-            colour = COLOURS[run_number % 7] if many else COLOURS[_colour(chart, number)]
+            shade = _colour(chart, number)
             axes.plot(
                 *zip(*points, strict=True),
-                style,
-                color=colour,
-                label=label.replace("$", r"\$"),
+                _style(chart, curve),
+                color=COLOURS[run_number % 7] if many else COLOURS[shade],
+                label=curve.label if many else f"{curve.label} ({_short(points[-1][1])})",
                 markersize=3,
                 linewidth=1.3,
-                alpha=1.0 if number % 2 == 0 or not many else 0.55,
+                alpha=0.5 if many and shade else 1.0,
             )
-    axes.set_title(chart.title, fontsize=10)
-    axes.set_xlabel("step", fontsize=8)
-    axes.set_ylabel(chart.unit, fontsize=8)
-    axes.tick_params(labelsize=8)
+
+
+def _style(chart: Chart, curve: Curve) -> str:
+    """Of validation, points; dashed between them where they share axes with the curves of training."""
+    if curve.kind != "validation":
+        return "-"
+    return "o--" if any(other.kind == "train" for other in chart.curves) else "o-"
+
+
+def _furnish(figure: Figure, axes: Axes, chart: Chart, *, many: bool) -> None:
+    axes.set_title(chart.title, fontsize=10.5, fontweight="bold", loc="left")
+    axes.set_xlabel("step", fontsize=9)
+    axes.set_ylabel(chart.unit, fontsize=9)
     axes.grid(alpha=0.25)
-    if chart.is_logarithmic and axes.lines:
-        axes.set_yscale("log")
-    if axes.lines and (many or len(chart.curves) > 1):
-        axes.legend(fontsize=7, framealpha=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if chart.is_logarithmic:
+        _logarithmic(axes)
+    axes.tick_params(which="both", labelsize=9)
+    if len(chart.curves) == 1:
+        return
+    by_label = {str(line.get_label()): line for line in axes.lines}  # of several runs, one for all their colours
+    keys = [
+        Line2D([], [], color=_SOFT if many else line.get_color(), linestyle=line.get_linestyle(), linewidth=1.3,
+               marker=line.get_marker(), markersize=3, alpha=line.get_alpha(), label=label)
+        for label, line in by_label.items()
+    ]  # fmt: skip
+    # Below the curves, of which it would hide some.
+    figure.legend(handles=keys, loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic scale with plain numbers, enough of them to read values off."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    digits = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0) if high > 4 * low else (1.0, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
+    axes.yaxis.set_major_locator(LogLocator(subs=digits))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:g}"))
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if abs(value) >= 1e-6 else "0"
 
 
 def _colour(chart: Chart, number: int) -> int:

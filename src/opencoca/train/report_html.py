@@ -39,7 +39,10 @@ h1 { font-size: 24px; margin: 0 0 2px } h2 { font-size: 17px; margin: 34px 0 10p
 table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 13.5px }
 th, td { padding: 6px 10px; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
 tr:last-child td { border-bottom: 0 } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
+table.captions { table-layout: fixed; min-width: 900px } .captions td { overflow-wrap: anywhere }
+.captions th:first-child { width: 182px }
 tr.best td { background: var(--best) } td img { display: block; border-radius: 6px; width: 160px; height: auto }
+details { margin-top: 34px } summary { cursor: pointer; margin-bottom: 10px } summary h2 { display: inline }
 .dot { display: inline-block; width: 11px; height: 11px; border-radius: 50%; margin-right: 6px }
 """
 
@@ -72,13 +75,14 @@ def write_html(
 
 def _summary(run: RunLog, number: int, many: bool) -> str:
     train = run.of("train")
-    facts = [f"{run.last_step:,} steps"]
+    facts = [f"{run.last_step:,} steps"] if many else []  # of one run, the title says it
     if train:
         last = train[-1]
         facts.append(f"epoch {last.get('epoch', 0):g}")
         facts.append(f"{_mean(train, 'images_per_sec'):,.0f} images/s, {_mean(train, 'tokens_per_sec'):,.0f} tokens/s")
         if "model_flops_utilisation" in last:
-            facts.append(f"{100 * _mean(train, 'model_flops_utilisation'):.0f} % model FLOP utilisation")
+            share = 100 * _mean(train, "model_flops_utilisation")
+            facts.append(f"{share:.{0 if share >= 10 else 2}f} % model FLOP utilisation")
         if "memory_bytes" in last:
             facts.append(f"{last['memory_bytes'] / 1e9:.1f} GB of memory at most")
     dot = (
@@ -153,7 +157,7 @@ def _captions(runs: Sequence[RunLog], pictures: dict[str, Image.Image]) -> str:
             body += f"<tr><td>{shown}</td>"
             body += "".join(f"<td>{escape(str(line['captions'].get(key, '')))}</td>" for line in lines) + "</tr>"
         name = f": {escape(run.name)}" if len(runs) > 1 else ""
-        table = f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+        table = f'<div class="scroll"><table class="captions"><tr>{head}</tr>{body}</table></div>'
         parts.append(f"<h2>Captions over time{name}</h2>{table}")
     return "".join(parts)
 
@@ -201,4 +205,4 @@ def _recipes(runs: Sequence[RunLog]) -> str:
     table = f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
     if len(runs) > 1:
         return f"<h2>What the recipes differ in</h2>{table}"
-    return f"<details><summary><h2 style='display:inline'>Recipe</h2></summary>{table}</details>"
+    return f"<details><summary><h2>Recipe</h2></summary>{table}</details>"

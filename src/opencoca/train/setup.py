@@ -15,15 +15,16 @@ from opencoca.interop.efficientnet_weights import load_imagenet_weights
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
 from opencoca.model.image_encoders.efficientnet_lite import EfficientNetLite
+from opencoca.model.init import without_values
 from opencoca.model_folder import load_model_folder
 from opencoca.tokenizer import Tokenizer, train_tokenizer
 from opencoca.train.batches import TrainBatches
 from opencoca.train.compute import prepare_compute
 from opencoca.train.data_sources import open_train_source, open_val_source
 from opencoca.train.feature_cache import CacheViews, FeatureCache, open_feature_cache
-from opencoca.train.memory import keep_freed_memory
+from opencoca.train.memory import keep_freed_memory, limit_kernel_caches
 from opencoca.train.optimizer import freeze_image_stages, freeze_parts, freeze_unused
-from opencoca.train.parallel import check_processes
+from opencoca.train.parallel import check_processes, is_built_in_shards
 from opencoca.train.recipe import Recipe
 from opencoca.train.run_folder import remember_recipe
 from opencoca.train.validation import Validator
@@ -54,6 +55,7 @@ def set_up(recipe: Recipe, folder: Path, continues: bool, world: World) -> RunSe
     """
     device = pick_device(recipe.device, world)
     if device.type == "cpu":
+        limit_kernel_caches()
         keep_freed_memory()
     check_processes(recipe, world)
     data = recipe.data
@@ -115,7 +117,13 @@ def make_tokenizer(recipe: Recipe, source: ImageTextSource, stored: Path, contin
 
 
 def make_model(recipe: Recipe, config: CoCaConfig) -> CoCa:
-    """A new model, with the image encoder's weights from where the recipe says."""
+    """A new model, with the image encoder's weights from where the recipe says.
+
+    One that will be sharded has no values yet, if it can do without them: see `ParallelModel`.
+    """
+    if is_built_in_shards(recipe):
+        with without_values():
+            return CoCa(config)
     model = CoCa(config)
     init = recipe.encoder.init
     if init == "imagenet":

@@ -23,7 +23,7 @@ from opencoca.train.checkpoints.random_state import random_state, seed_generator
 from opencoca.train.live_view import LiveView
 from opencoca.train.memory import release_freed_memory
 from opencoca.train.metrics_log import MetricsLog, MetricsWindow
-from opencoca.train.optimizer import WeightAverage, build_optimizer
+from opencoca.train.optimizer import MakeOptimizer, WeightAverage, build_optimizer
 from opencoca.train.parallel import ParallelModel
 from opencoca.train.recipe import Recipe
 from opencoca.train.report import write_report
@@ -31,7 +31,7 @@ from opencoca.train.setup import set_up
 from opencoca.train.step import NonFiniteLossError, StepMetrics, TrainStep
 from opencoca.train.stop_signal import StopSignal
 from opencoca.train.throughput import Throughput
-from opencoca.train.validation import ValidationScores
+from opencoca.train.validation import ValidationScores, shared_scores
 from opencoca.train.watchdog import Watchdog, is_restartable
 
 _RELEASE_EVERY_STEPS = 20
@@ -44,8 +44,8 @@ class TrainingInterrupted(Exception):
 class Trainer:
     """``Trainer(recipe).run()`` trains, or continues what an earlier call began in the same folder."""
 
-    def __init__(self, recipe: Recipe, world: World | None = None):
-        """world: the processes that train together; by default this one alone."""
+    def __init__(self, recipe: Recipe, world: World | None = None, make_optimizer: MakeOptimizer = build_optimizer):
+        """world: the processes that train together; by default this one alone. make_optimizer: makes the optimizer."""
         self.recipe = recipe
         self.world = world or World()
         self.folder = Path(recipe.output)
@@ -65,7 +65,7 @@ class Trainer:
         steps = recipe.epochs * self.batches.steps_per_epoch
         self.total_steps = min(steps, recipe.max_steps) if recipe.max_steps else steps
         progress = {"step": 0, "best": None, "best_step": 0, "seconds": 0.0, "window": {}}
-        self.state = TrainState(self.model, build_optimizer(self.model, recipe), self.average, progress)
+        self.state = TrainState(self.model, make_optimizer(self.model, recipe), self.average, progress)
         self.step = TrainStep(self.model, self.state.optimizer, self.average, recipe, self.parallel)
         self.throughput = Throughput(self.model.config, recipe, self.device, self.world.size)
         self.spikes = SpikeRule(recipe, progress)
@@ -238,25 +238,36 @@ class Trainer:
             if self.average is not None:
                 self.average.swap(self.model)
             try:
-                model = self.parallel.gathered()
-                if model is not None and log is not None:
-                    self._score(model, log, bar)
+                self._score(log, bar)
             finally:
                 if self.average is not None:
                     self.average.swap(self.model)
-            self.world.wait()
         self._set_train_mode()
         return True
 
-    def _score(self, model: CoCa, log: MetricsLog, bar: LiveView) -> None:
-        progress, result = self.state.progress, None
+    def _score(self, log: MetricsLog | None, bar: LiveView) -> None:
+        """Every process its share of the validation images; the main one puts the scores together and keeps them."""
+        progress, result, before = self.state.progress, None, random_state()
+        model = self.parallel.gathered(everywhere=self.validator is not None)
         if (validator := self.validator) is not None:
-            before = random_state()
-            result = self.stop.unless_asked(lambda: validator(model))
-            progress["owes_validation"] = result is None
-            if result is None:
-                set_random_state(before)
-                return
+            assert model is not None
+            result = self.world.together(lambda: shared_scores(validator, model, self.world, self.stop.unless_asked))
+        if not self.world.is_main:
+            result = None
+        given_up = self.world.on_main(lambda: validator is not None and result is None)
+        progress["owes_validation"] = given_up
+        if given_up:
+            set_random_state(before)
+            return
+        self.world.on_main(lambda: self._keep_scores(model, result, log, bar))
+
+    def _keep_scores(
+        self, model: CoCa | None, result: ValidationScores | None, log: MetricsLog | None, bar: LiveView
+    ) -> None:
+        """In the main process: logs the scores, and keeps the model if it is the best so far."""
+        assert model is not None
+        progress = self.state.progress
+        if result is not None and log is not None:
             log.write("validation", progress["step"], result.scores | {"epoch": self._epoch()})
             if result.shown:
                 log.write("captions", progress["step"], {"epoch": self._epoch(), "captions": result.shown})

@@ -1,9 +1,10 @@
 """Scores of the validation set while training: the metrics of `opencoca evaluate`, on cached features if there are.
 
+Several processes share the images out in whole batches, so that each computes what one process would, to the last bit.
 Letters: I images, B captions, E embed_dim.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opencoca.data import EvalTransform, ImageTextSource, collate_captions, iterate_images
+from opencoca.data import EvalTransform, ImageTextSource, Subset, collate_captions, iterate_images
+from opencoca.distributed import World
 from opencoca.evaluation.caption_metrics import caption_scores
 from opencoca.evaluation.retrieval_metrics import retrieval_scores
 from opencoca.generation import GenerationOptions, generate
@@ -49,6 +51,33 @@ class ValidationScores:
         return 100 * (scores.get("cider_d", 0.0) + sum(r1))
 
 
+@dataclass
+class ValidationPart:
+    """What one process found on its batches, on the CPU.
+
+    losses: of each batch, how many images it has and its losses by name. image_embeds and text_embeds: of each batch,
+    (I, E) and (B, E). image_of_text: of each batch, (B,) positions in the source. captions: by key.
+    """
+
+    losses: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    image_embeds: list[Tensor] = field(default_factory=list)
+    text_embeds: list[Tensor] = field(default_factory=list)
+    image_of_text: list[Tensor] = field(default_factory=list)
+    captions: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def joined(parts: "list[ValidationPart]") -> "ValidationPart":
+        """The parts one behind the other, as one process would have found them."""
+        whole = ValidationPart()
+        for part in parts:
+            whole.losses += part.losses
+            whole.image_embeds += part.image_embeds
+            whole.text_embeds += part.text_embeds
+            whole.image_of_text += part.image_of_text
+            whole.captions |= part.captions
+        return whole
+
+
 class Validator:
     """Scores a model on the validation source."""
 
@@ -70,21 +99,38 @@ class Validator:
         self.options = GenerationOptions(max_new_tokens=recipe.val_max_new_tokens)
         self.shown_keys = fixed_photographs(source, recipe.report_images)
 
-    @torch.no_grad()
     def __call__(self, model: CoCa) -> ValidationScores:
+        return self.scores([self.part(model)], model.log_logit_scale.device)
+
+    @torch.no_grad()
+    def part(self, model: CoCa, rank: int = 0, num_ranks: int = 1) -> ValidationPart:
+        """What this model makes of the batches of process ``rank``; those of all, in order, are the whole source's."""
         was_training = model.training
         model.eval()
         try:
-            return self._score(model)
+            return self._part(model, rank, num_ranks)
         finally:
             model.train(was_training)
 
-    def _score(self, model: CoCa) -> ValidationScores:
-        wants = self.recipe.loss
-        image_embeds, text_embeds, image_of_text, losses = [], [], [], []
-        captions: dict[str, str] = {}
+    def scores(self, parts: list[ValidationPart], device: torch.device) -> ValidationScores:
+        """The scores of what all processes found, by rank; device: where embeddings are compared."""
+        wants, found = self.recipe.loss, ValidationPart.joined(parts)
+        scores = _mean_losses(found.losses)
+        if wants.contrastive_weight:
+            texts = torch.unique(torch.cat(found.image_of_text), return_inverse=True)[1]
+            image_embed, text_embed = torch.cat(found.image_embeds).to(device), torch.cat(found.text_embeds).to(device)
+            scores |= _numbers(asdict(retrieval_scores(image_embed, text_embed, texts)))
+        captions = found.captions
+        if wants.caption_weight:
+            references = {self.source.key(i): self.source.captions(i) for i in range(len(self.source))}
+            references = {key: references[key] for key in captions}
+            scores |= _numbers(asdict(caption_scores(captions, references)))
+        return ValidationScores(scores, captions, {key: captions[key] for key in self.shown_keys if key in captions})
+
+    def _part(self, model: CoCa, rank: int, num_ranks: int) -> ValidationPart:
+        wants, found = self.recipe.loss, ValidationPart()
         device = next(model.parameters()).device
-        for batch in self._batches(model.config.text.context_length):
+        for batch in self._batches(model.config.text.context_length, rank, num_ranks):
             batch = batch.to(device)
             with autocast(device, self.recipe.precision):
                 features = model.image_encoder.run_stages(
@@ -92,56 +138,73 @@ class Validator:
                 )
                 image = model.pool_image(features)
                 batch = TrainBatch(features, model.image_encoder.num_stages, *_rest(batch))
-                losses.append((len(batch.image_ids), self._losses(model, batch)))
+                found.losses.append((len(batch.image_ids), self._losses(model, batch)))
                 if wants.contrastive_weight:
-                    image_embeds.append(image.embed)
-                    text_embeds.append(model.encode_text(batch.token_ids, batch.token_mask).embed)
+                    found.image_embeds.append(image.embed.cpu())
+                    found.text_embeds.append(model.encode_text(batch.token_ids, batch.token_mask).embed.cpu())
                 if wants.caption_weight:
                     written = generate(model, image.tokens, self.tokenizer, self.options)
                     keys = [self.source.key(int(i)) for i in batch.image_ids]
-                    captions.update(zip(keys, (found[0].text for found in written), strict=True))
+                    found.captions.update(zip(keys, (texts[0].text for texts in written), strict=True))
             texts_per_image = len(batch.token_ids) // len(batch.image_ids)
-            image_of_text.append(batch.image_ids.repeat_interleave(texts_per_image))
-        scores = _mean_losses(losses)
-        if wants.contrastive_weight:
-            texts = torch.cat(image_of_text)
-            texts = torch.unique(texts, return_inverse=True)[1]
-            scores |= _numbers(asdict(retrieval_scores(torch.cat(image_embeds), torch.cat(text_embeds), texts)))
-        if wants.caption_weight:
-            references = {self.source.key(i): self.source.captions(i) for i in range(len(self.source))}
-            references = {key: references[key] for key in captions}
-            scores |= _numbers(asdict(caption_scores(captions, references)))
-        return ValidationScores(scores, captions, {key: captions[key] for key in self.shown_keys if key in captions})
+            found.image_of_text.append(batch.image_ids.repeat_interleave(texts_per_image).cpu())
+        return found
 
     def _losses(self, model: CoCa, batch: TrainBatch) -> dict[str, float]:
         losses = compute_losses(model, batch, self.recipe.loss, label_smoothing=0.0)
         named = {"loss": losses.total, "contrastive_loss": losses.contrastive, "caption_loss": losses.caption}
         return {name: float(value) for name, value in named.items() if value is not None}
 
-    def _batches(self, context_length: int) -> Iterator[TrainBatch]:
+    def _batches(self, context_length: int, rank: int, num_ranks: int) -> Iterator[TrainBatch]:
         """Readable images that have captions, with the same number of captions each (extra ones would repeat)."""
         counts = [len(self.source.captions(i)) for i in range(len(self.source))]
         broken = self.cache.broken if self.cache is not None else {}
         images = [i for i, count in enumerate(counts) if count and i not in broken]
         texts_per_image = min(counts[i] for i in images)
-        for ids, inputs, stage in self._inputs(images):
+        for ids, inputs, stage in self._inputs(images, rank, num_ranks):
             texts = [caption for i in ids for caption in self.source.captions(i)[:texts_per_image]]
             token_ids, token_mask = collate_captions(
                 self.tokenizer.encode_batch(texts, context_length), self.tokenizer.pad_id
             )
             yield TrainBatch(inputs, stage, torch.tensor(ids), token_ids, token_mask)
 
-    def _inputs(self, images: list[int]) -> Iterator[tuple[list[int], Tensor, int]]:
+    def _inputs(self, images: list[int], rank: int, num_ranks: int) -> Iterator[tuple[list[int], Tensor, int]]:
         if self.cache is not None:
-            for start in range(0, len(images), _BATCH_IMAGES):
-                ids = images[start : start + _BATCH_IMAGES]
+            first, stop = _share(len(images), rank, num_ranks)
+            for start in range(first, stop, _BATCH_IMAGES):
+                ids = images[start : min(start + _BATCH_IMAGES, stop)]
                 yield ids, self.cache.read(np.zeros(len(ids), dtype=int), np.array(ids)), self.cached_stages
             return
         wanted = set(images)
-        for batch in iterate_images(self.source, self.transform, _BATCH_IMAGES, 2):
-            rows = [row for row, image in enumerate(batch.indices.tolist()) if image in wanted]
+        first, stop = _share(len(self.source), rank, num_ranks)
+        source = self.source if num_ranks == 1 else Subset(self.source, range(first, stop))
+        for batch in iterate_images(source, self.transform, _BATCH_IMAGES, 2):
+            indices = (batch.indices + first).tolist()
+            rows = [row for row, image in enumerate(indices) if image in wanted]
             if rows:
-                yield [int(batch.indices[row]) for row in rows], batch.pixels[rows], 0
+                yield [indices[row] for row in rows], batch.pixels[rows], 0
+
+
+def shared_scores(
+    validator: Validator, model: CoCa, world: World, unless_asked: Callable[[Callable[[], Any]], Any]
+) -> ValidationScores | None:
+    """The scores in the main process, None in the others; all must call, each with the whole model.
+
+    unless_asked: does work, or gives it up and returns None. If it does so in any process there are no scores.
+    """
+    if world.size == 1:
+        return unless_asked(lambda: validator(model))
+    parts = world.gather_results(unless_asked(lambda: validator.part(model, world.rank, world.size)))
+    if not world.is_main or any(part is None for part in parts):
+        return None
+    return unless_asked(lambda: validator.scores(parts, model.log_logit_scale.device))
+
+
+def _share(count: int, rank: int, num_ranks: int) -> tuple[int, int]:
+    """The first of ``count`` things that a process takes and the one after its last: whole batches in a row."""
+    batches = -(-count // _BATCH_IMAGES)
+    first, stop = (batches * number // num_ranks * _BATCH_IMAGES for number in (rank, rank + 1))
+    return min(count, first), min(count, stop)
 
 
 def fixed_photographs(source: ImageTextSource, count: int) -> list[str]:

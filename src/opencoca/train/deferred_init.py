@@ -1,0 +1,62 @@
+"""Initial values of a sharded model: those of one process, drawn a parameter at a time, of which each keeps its rows.
+
+A model of many billion bytes is built without values and sharded first; no process ever holds all of it. Each then
+draws every parameter as one process would, from the same seed and in the same order, and forgets what others hold.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+
+from opencoca.distributed import local_part, sharded_like
+from opencoca.model.coca import CoCa
+from opencoca.model.init import init_weights
+
+# Methods of tensors and functions of torch.nn.init.
+_DRAWS = {"normal_", "uniform_", "trunc_normal_"}
+_DRAWS |= {f"{rule}_{kind}_" for rule in ("kaiming", "xavier") for kind in ("normal", "uniform")}
+
+
+@torch.no_grad()
+def fill_initial_values(model: CoCa, device: torch.device, seed: int) -> None:
+    """Gives a model that was built and sharded on the meta device the values that ``CoCa(config)`` has after ``seed``.
+
+    All processes must call. The image encoder must be one that `init_weights` fills.
+    """
+    torch.manual_seed(seed)
+    with torch.device("meta"), _Draw(keep=False):  # what its constructors draw, and nobody keeps
+        CoCa(model.config)
+    model.to_empty(device=device)
+    if model.config.text.tie_embeddings:  # which `to_empty` has parted
+        model.lm_head.weight = model.unimodal_decoder.token_embed.weight
+    for parameter in model.parameters():
+        local_part(parameter).fill_(math.nan)
+    with _Draw(keep=True):
+        init_weights(model)
+    model.log_logit_scale.fill_(math.log(1 / model.config.initial_temperature))
+    missed = [name for name, parameter in model.named_parameters() if local_part(parameter).isnan().any()]
+    assert not missed, f"no initial value for {missed[0]}"
+
+
+class _Draw(TorchFunctionMode):
+    """Random values are drawn on the CPU for the whole tensor; keep: this process's rows of them become its values."""
+
+    def __init__(self, keep: bool):
+        super().__init__()
+        self.keep = keep
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if getattr(func, "__name__", "") not in _DRAWS:
+            return func(*args, **kwargs)
+        target: Tensor = args[0] if args else kwargs.pop("tensor")
+        whole = torch.empty(target.shape, dtype=target.dtype, device="cpu")
+        func(whole, *args[1:], **kwargs)
+        if self.keep:
+            drawn = sharded_like(whole, target)
+            local_part(target).copy_(drawn.to_local() if isinstance(drawn, DTensor) else drawn)
+        return target
