@@ -42,6 +42,11 @@ def test_explain_draws_and_stores(model: str, images: Path, tmp_path: Path, caps
         )  # resized to 21 x 16, cut to 16
 
 
+def test_explain_has_no_option_that_does_nothing(model: str, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", str(images / "red.png"), "--model", model, "--batch-size", "2"]) == 2
+    assert "--batch-size" in capsys.readouterr().err
+
+
 def test_explain_several_with_the_models_captions(
     model: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 
@@ -90,3 +91,58 @@ def test_a_block_that_writes_nothing_is_an_error(tmp_path):
     with pytest.raises(WriteError, match="cannot write"), atomic_write(tmp_path / "file.txt"):
         pass
     assert names(tmp_path) == []
+
+
+@pytest.fixture
+def umask():
+    """Sets the umask until the test ends."""
+    before = os.umask(0)
+    yield os.umask
+    os.umask(before)
+
+
+def replace_privately(partial):
+    """What safetensors does: the file is a temporary one's, made for nobody else to read."""
+    other = partial.with_suffix(".other")
+    os.close(os.open(other, os.O_CREAT | os.O_WRONLY, 0o600))
+    other.replace(partial)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of this kind exist on POSIX systems")
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002, 0o077])
+@pytest.mark.parametrize("write", [lambda partial: partial.write_text("new"), replace_privately])
+def test_a_new_file_has_the_permissions_of_the_umask(tmp_path, umask, mask, write):
+    umask(mask)
+    with atomic_write(tmp_path / "file") as partial:
+        write(partial)
+    (tmp_path / "plain").write_text("plain")
+    assert mode(tmp_path / "file") == mode(tmp_path / "plain") == 0o666 & ~mask
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of this kind exist on POSIX systems")
+@pytest.mark.parametrize("write", [lambda partial: partial.write_text("new"), replace_privately])
+def test_a_replaced_file_keeps_its_permissions(tmp_path, umask, write):
+    umask(0o022)
+    (tmp_path / "file").write_text("old")
+    for kept in (0o600, 0o664, 0o444):
+        (tmp_path / "file").chmod(kept)
+        with atomic_write(tmp_path / "file") as partial:
+            write(partial)
+        assert mode(tmp_path / "file") == kept
+
+
+def test_what_a_killed_process_of_the_same_number_left_does_no_harm(tmp_path):
+    with pytest.raises(RuntimeError), atomic_write(tmp_path / "file") as partial:
+        raise RuntimeError
+    partial.write_text("left")
+    partial.chmod(0o400)
+    with atomic_write(tmp_path / "file") as again:
+        assert again == partial
+        again.write_text("new")
+    (tmp_path / "plain").write_text("plain")
+    assert names(tmp_path) == ["file", "plain"]
+    assert mode(tmp_path / "file") == mode(tmp_path / "plain")
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)

@@ -1,6 +1,8 @@
 """Files that nobody vouches for: whatever is wrong with them is one sentence, found before the weights are read."""
 
 import json
+import os
+import stat
 import struct
 import time
 from collections.abc import Callable
@@ -12,7 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from cli_helpers import save_tiny_model
 from opencoca.model_folder import load_model_folder
-from opencoca.safetensors_file import MAX_HEADER_BYTES, TensorInfo, non_finite, read_tensor_infos, read_tensors
+from opencoca.safetensors_file import (
+    MAX_HEADER_BYTES,
+    TensorInfo,
+    non_finite,
+    read_tensor_infos,
+    read_tensors,
+    write_tensors,
+)
 
 TENSORS = {
     "a": torch.arange(6.0).view(2, 3),
@@ -182,3 +191,12 @@ def test_a_pickle_in_the_weights_place_is_not_run(folder: Path, tmp_path: Path) 
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
         load_model_folder(folder)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of this kind exist on POSIX systems")
+def test_others_may_read_what_is_written_where_they_may_read_other_files(folder: Path) -> None:
+    write_tensors(folder / "more.safetensors", TENSORS)
+    (folder / "plain").write_text("plain")
+    expected = stat.S_IMODE((folder / "plain").stat().st_mode)
+    for file in folder.iterdir():  # `more.safetensors`, and the whole of a saved model
+        assert stat.S_IMODE(file.stat().st_mode) == expected, file.name

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import glob
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary path to write to; when the block ends, what was written there becomes `path`.
 
     The temporary file stands in the same folder, which is created if need be; it reaches the disk before it replaces
-    the old file in one step. If anything fails it is removed, and the old file stays as it was.
+    the old file in one step. If anything fails it is removed, and the old file stays as it was. Whatever writes the
+    temporary file, its permissions become those that ordinary writing would leave: the old file's, or the umask's.
 
     Raises:
         WriteError: the file cannot be written: disk full, no permission, a folder is in its place.
@@ -35,8 +37,11 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     partial = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}{_PARTIAL_SUFFIX}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        mode = _ordinary_mode(target, partial)
         yield partial
         flush_to_disk(partial)
+        if stat.S_IMODE(partial.stat().st_mode) != mode:  # some writers make a temporary file of their own: 0600
+            partial.chmod(mode)
         partial.replace(target)
         flush_to_disk(target.parent)
     except WriteError:
@@ -75,6 +80,21 @@ def flush_to_disk(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _ordinary_mode(target: Path, partial: Path) -> int:
+    """The permissions that `target` has, or would have if it were simply opened and written."""
+    try:
+        return stat.S_IMODE(target.stat().st_mode)
+    except FileNotFoundError:
+        pass
+    # Tried out: the umask cannot be read without changing it for all threads, and folders may have rules of their own.
+    partial.unlink(missing_ok=True)  # left by a killed process of the same number
+    partial.touch()
+    try:
+        return stat.S_IMODE(partial.stat().st_mode)
+    finally:
+        partial.unlink()
 
 
 def _remedy(code: int | None) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -237,7 +238,7 @@ def test_preprocess_is_that_of_the_weights(variant: int):
 @pytest.mark.peers
 @pytest.mark.parametrize("variant", [0, 1, 2])
 def test_equal_to_the_reference_implementation(variant: int):
-    peer = pytest.importorskip("efficientnet_lite_pytorch")
+    peer = import_module("efficientnet_lite_pytorch")
     reference = peer.EfficientNet.from_pretrained(
         f"efficientnet-lite{variant}", weights_path=str(efficientnet_weights._find_weights(variant))
     ).eval()

@@ -47,8 +47,8 @@ def add_group(commands: Any, name: str, purpose: str) -> Any:
     return parser.add_subparsers(title="commands", metavar="COMMAND", dest=f"{name}_command", required=True)
 
 
-def add_model_options(parser: argparse.ArgumentParser, batch_size: int | None = 32) -> None:
-    """--model, --device, --dtype and --batch-size, whose default of None stands for what fits into the memory."""
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --device and --dtype: what `load_pipeline` reads."""
     parser.add_argument(
         "--model",
         metavar="M",
@@ -59,6 +59,11 @@ def add_model_options(parser: argparse.ArgumentParser, batch_size: int | None = 
     parser.add_argument(
         "--dtype", metavar="T", help="floating-point type: float32, bfloat16 or float16 (default: float32)"
     )
+
+
+def add_model_options(parser: argparse.ArgumentParser, batch_size: int | None = 32) -> None:
+    """Those of `add_load_options`, and --batch-size, whose default of None stands for what fits into the memory."""
+    add_load_options(parser)
     default = batch_size or "as many as fit into --memory"
     parser.add_argument(
         "--batch-size",

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opencoca.cli.common import CommandError, add_command, add_model_options, check_writable, load_pipeline
+from opencoca.cli.common import CommandError, add_command, add_load_options, check_writable, load_pipeline
 
 if TYPE_CHECKING:
     from opencoca.generation.explanation import Explanation
@@ -40,7 +40,7 @@ def add_commands(commands: Any) -> None:
         metavar="L,L",
         help="multimodal layers to average over, from 0; -1 is the last (default: all)",
     )
-    add_model_options(explain)
+    add_load_options(explain)
 
 
 def run_explain(arguments: argparse.Namespace) -> int:

@@ -44,15 +44,24 @@ def read_checkpoint(file: str | os.PathLike[str]) -> dict[str, Tensor]:
         start = stream.read(9)
     is_zip = start.startswith(_ZIP_START)
     if path.suffix == ".safetensors" or (start[8:9] == b"{" and not is_zip):
-        tensors = read_tensors(path)
+        content: Any = read_tensors(path)
     elif is_zip:
-        tensors = _find_state_dict(_load_zip(path), path)
+        content = _load_zip(path)
     else:
         raise ValueError(
             f"{path} is neither safetensors nor what torch.save of PyTorch 1.6 or newer writes; {_REMEDY}, or load it "
             "with the program it comes from and save it again"
         )
-    _check_tensors(tensors, path)
+    return named_tensors(content, str(path))
+
+
+def named_tensors(content: Any, label: str) -> dict[str, Tensor]:
+    """The named tensors of what a file held or a program handed over, by the rules of `read_checkpoint`.
+
+    Raises ValueError, whose sentence begins with ``label``, if it is no state dict.
+    """
+    tensors = _find_state_dict(content, label)
+    _check_tensors(tensors, label)
     return _drop_prefixes(tensors)
 
 
@@ -97,25 +106,25 @@ def _explain(path: Path, error: Exception) -> str:
     return f"{path} is damaged or cut short ({reason}); {_REMEDY}"
 
 
-def _find_state_dict(content: Any, path: Path) -> Mapping[str, Any]:
+def _find_state_dict(content: Any, label: str) -> Mapping[str, Any]:
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not named tensors; save the model's state_dict()")
+        raise ValueError(f"{label} holds a {type(content).__name__}, not named tensors; save the model's state_dict()")
     return content
 
 
-def _check_tensors(tensors: Mapping[str, Any], path: Path) -> None:
+def _check_tensors(tensors: Mapping[str, Any], label: str) -> None:
     if not tensors:
-        raise ValueError(f"{path} holds no tensors; save the model's state_dict()")
+        raise ValueError(f"{label} holds no tensors; save the model's state_dict()")
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(
-                f"{path} holds {name!r}, which is no tensor but a {type(tensor).__name__}; give a state dict, or a "
+                f"{label} holds {name!r}, which is no tensor but a {type(tensor).__name__}; give a state dict, or a "
                 "checkpoint that has one under 'state_dict'"
             )
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            raise ValueError(f"{path}: the tensor {name!r} is sparse, quantized or without values; give a dense one")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise ValueError(f"{label}: the tensor {name!r} is sparse, quantized or without values; give a dense one")
 
 
 def _drop_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

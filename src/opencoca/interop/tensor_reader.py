@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from opencoca.interop.checkpoint_files import read_checkpoint
+from opencoca.interop.checkpoint_files import named_tensors, read_checkpoint
 from opencoca.safetensors_file import non_finite
 
 StateDictSource = Mapping[str, Tensor] | str | os.PathLike[str]
@@ -17,16 +17,16 @@ class TensorReader:
     """Gives the tensors of a state dict by name, checks their shapes, and knows in the end which nobody asked for.
 
     Args:
-        source: a state dict, or a file that holds one (see `read_checkpoint`).
+        source: a state dict, or a file that holds one; what `read_checkpoint` accepts and drops holds for both.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or holds no state dict.
+        ValueError: the file is damaged, or source is no state dict and holds none.
     """
 
     def __init__(self, source: StateDictSource):
         if isinstance(source, Mapping):
-            self.label, self.tensors = "the state dict", _check_mapping(source)
+            self.label, self.tensors = "the state dict", named_tensors(source, "the state dict")
         else:
             self.label, self.tensors = os.fspath(source), read_checkpoint(source)
         self.taken: set[str] = set()
@@ -87,11 +87,3 @@ class TensorReader:
         if name not in self.tensors:
             raise ValueError(f"{self.label} has no tensor {name}")
         return self.tensors[name]
-
-
-def _check_mapping(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    wrong = [name for name, value in state_dict.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
-    if wrong or not state_dict:
-        found = f"its entry {wrong[0]!r} is no tensor" if wrong else "it is empty"
-        raise ValueError(f"the state dict is none: {found}; give what the model's state_dict() returns")
-    return dict(state_dict)
