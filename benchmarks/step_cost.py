@@ -97,7 +97,7 @@ def main() -> None:
     report(
         {
             "recipe": arguments.recipe,
-            "trained_million_parameters": sum(p.numel() for p in step.parameters) / 1e6,
+            "trained_million_parameters": sum(p.numel() for p in step.parallel.parameters) / 1e6,
             "million_parameters": sum(p.numel() for p in model.parameters()) / 1e6,
             "images": recipe.batch_size,
             "captions": len(batch.token_ids),
