@@ -149,6 +149,9 @@ class Run:
         except OSError:
             return ""
 
+    def latest_step(self) -> int:
+        return int(self.latest().removeprefix("step-") or 0)
+
 
 def children(pid: int) -> list[int]:
     try:
@@ -167,8 +170,11 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def torture(run: Run, kills: int, seed: int, targets: tuple[str, ...]) -> list[Kill]:
-    """Runs to the end, with kills on the way; each after the run has made a checkpoint since the last."""
+def torture(run: Run, kills: int, steps_apart: int, seed: int, targets: tuple[str, ...]) -> list[Kill]:
+    """Runs to the end, with kills on the way: at most ``steps_apart`` steps, and a random moment, after the last.
+
+    Counted in steps and not in seconds, so that a fast machine is not through before all kills are done.
+    """
     chooser, done = random.Random(seed), []
     deadline = time.monotonic() + _DEADLINE_S
     run.start()
@@ -176,13 +182,12 @@ def torture(run: Run, kills: int, seed: int, targets: tuple[str, ...]) -> list[K
         if len(done) == kills:
             time.sleep(0.05)
             continue
-        known, began = run.latest(), time.monotonic()
-        wants_writing = len(done) % 2 == 1
-        wait_until(lambda: run.has_ended() or run.latest() != known, deadline)  # noqa: B023
-        delay = chooser.uniform(0, 0.005 if wants_writing else 1.0)
+        began, wants_writing = time.monotonic(), len(done) % 2 == 1
+        step = run.latest_step() + chooser.randint(1, steps_apart)
+        wait_until(lambda: run.has_ended() or run.latest_step() >= step, deadline)  # noqa: B023
         if wants_writing:
             wait_until(lambda: run.has_ended() or run.writes_now(), deadline)
-        time.sleep(delay)
+        time.sleep(chooser.uniform(0, 0.005))
         if run.has_ended():
             break
         target = chooser.choice(targets)
@@ -220,9 +225,10 @@ def compare(
     outputs = [folder / f"{name}-{ranks}-{strategy}" for name in ("alone", "killed")]
     recipes = [write_recipe(folder, output, steps, strategy) for output in outputs]
     alone, killed = (Run(recipe, output, ranks) for recipe, output in zip(recipes, outputs, strict=True))
-    torture(alone, 0, seed, targets)
+    torture(alone, 0, 0, seed, targets)
     began = time.monotonic()
-    done = torture(killed, kills, seed, targets)
+    # Half of the steps are for the kills; the others for what is before the first, and for a killer that is late.
+    done = torture(killed, kills, max(1, steps // (2 * kills + 1)), seed, targets)
     (expected, expected_lines), (found, found_lines) = final_state(outputs[0]), final_state(outputs[1])
     differing = [key for key in expected if key not in found or not torch.equal(found[key], expected[key])]
     return {

@@ -117,10 +117,10 @@ def test_a_file_of_a_few_bytes_is_damaged(tmp_path: Path, length: int) -> None:
 def test_a_huge_header_is_not_read(tmp_path: Path, length: int) -> None:
     many = b'{"' + b"a" * 1000  # what it holds does not matter: it is refused by its length
     write(tmp_path / "x.safetensors", many, size=4_000_000_000, length=length)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ValueError, match="is damaged or"):
         read_tensor_infos(tmp_path / "x.safetensors")
-    assert time.perf_counter() - started < SECONDS / 10
+    assert time.process_time() - started < SECONDS / 10
 
 
 # The same in a model's folder
@@ -132,10 +132,10 @@ def test_a_large_file_of_wrong_shapes_is_refused_unread(folder: Path) -> None:
     size = 4_000_000_000 // len(names) // 4 * 4
     header = {name: entry(i * size, (i + 1) * size, (size // 4,)) for i, name in enumerate(names)}
     write(folder / "model.safetensors", header, size * len(names))
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ValueError, match=rf"{len(names)} of another shape"):
         load_model_folder(folder)
-    assert time.perf_counter() - started < SECONDS
+    assert time.process_time() - started < SECONDS
 
 
 def change_config(folder: Path, change: Callable[[dict], object]) -> None:
@@ -160,20 +160,20 @@ def test_a_configuration_that_would_take_long_or_reach_outside_is_refused(
     folder: Path, change: Callable[[dict], object], message: str
 ) -> None:
     change_config(folder, lambda config: change(config["model"]))
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ValueError, match=message):
         load_model_folder(folder)
-    assert time.perf_counter() - started < SECONDS
+    assert time.process_time() - started < SECONDS
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 def test_huge_texts_are_not_read(folder: Path, name: str) -> None:
     with open(folder / name, "wb") as stream:
         stream.truncate(10_000_000_000)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ValueError, match=f"{name} is damaged or no model's: it has 10,000,000,000 bytes"):
         load_model_folder(folder)
-    assert time.perf_counter() - started < SECONDS
+    assert time.process_time() - started < SECONDS
 
 
 def test_deeply_nested_texts_are_damaged(folder: Path) -> None:

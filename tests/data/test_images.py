@@ -195,10 +195,10 @@ def test_missing_file_folder_and_name(tmp_path):
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_decompression_bomb_is_refused_from_the_header():
     data = huge_png()
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(ImageError, match="pixels"):
         decode_image(data, name="bomb.png")
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 1.0
     with pytest.raises(ImageError, match="13000 x 13000 pixels are more than the 100,000,000 allowed"):
         decode_image(huge_png(13_000, 13_000), max_pixels=10**8)
     with pytest.raises(ImageError, match="48 x 32 pixels are more than the 1,000 allowed"):

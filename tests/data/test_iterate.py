@@ -71,8 +71,11 @@ def test_work_is_ahead_of_the_consumer_but_bounded():
     begun = []
     results = parallel_map(lambda item: begun.append(item) or item, range(100), num_threads=2, window=6)
     assert next(results) == 0
-    time.sleep(0.1)
-    assert 2 <= len(begun) <= 7
+    deadline = time.monotonic() + 60
+    while len(begun) < 6 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert len(begun) == 6
     threads = threading.active_count()
     results.close()
     assert threading.active_count() < threads

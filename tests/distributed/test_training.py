@@ -84,7 +84,7 @@ def test_a_run_stopped_by_one_rank_and_continued_sharded_is_the_run_of_one_proce
     recipe = write_recipe(pairs, tmp_path / "two", **changes)
     processes = start(recipe, 2)
     while len(metrics(tmp_path / "two")) < 2 and processes[1].poll() is None:
-        time.sleep(0.05)
+        time.sleep(0.005)
     processes[1].send_signal(signal.SIGTERM)
     codes, outputs = finish(processes)
     assert codes == [130, 130], "\n".join(outputs)

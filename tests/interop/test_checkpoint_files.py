@@ -147,10 +147,10 @@ def test_damaged_and_malicious_files_are_one_clear_error_at_once(tmp_path: Path,
         sentence = "is damaged or cut short|is damaged or no model's"  # whoever names it so means it
     file = tmp_path / f"weights.{ending}"
     file.write_bytes(content)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ValueError, match=sentence) as caught:
         read_checkpoint(file)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400 + len(str(file))

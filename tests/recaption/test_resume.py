@@ -94,6 +94,10 @@ def test_killed_at_every_step(pipeline: Pipeline, tmp_path: Path, suffix: str, b
     assert kills >= 10
 
 
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def test_killed_at_random_moments(pipeline: Pipeline, tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", 60)
     captioner = make_captioner(pipeline, top_p=0.9, num_captions=2)
@@ -102,19 +106,19 @@ def test_killed_at_random_moments(pipeline: Pipeline, tmp_path: Path) -> None:
         source = open_inputs(images)
         caption_to_files(captioner, source, Destination.of(source, tmp_path / name / "o.csv", False), batch_size=2)
 
-    started = time.perf_counter()
     run("whole")
-    seconds = time.perf_counter() - started
-    chance = random.Random(0)
-    kills = 0
+    journal, chance, kills = tmp_path / "killed" / "o.csv.journal", random.Random(0), 0
     while kills < 8 and not (tmp_path / "killed" / "o.csv").exists():
+        until = lines(journal) + chance.randint(0, 8)
         child = in_child(lambda: run("killed"))
-        child.join(chance.uniform(0, 0.4 * seconds))
+        while child.exitcode is None and lines(journal) < until:
+            time.sleep(0.0005)
+        child.join(chance.uniform(0, 0.005))
         if child.exitcode is None:
             os.kill(child.pid or 0, signal.SIGKILL)
             child.join()
             kills += 1
-    assert kills
+    assert kills >= 3
     run("killed")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     with open(tmp_path / "whole" / "o.csv", newline="") as file:
@@ -131,7 +135,7 @@ def test_the_command_goes_on_after_a_kill(model_folder: Path, tmp_path: Path) ->
     argv += ["--out", str(tmp_path / "killed" / "o.jsonl")]
     process = subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     journal = tmp_path / "killed" / "o.jsonl.journal"
-    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
+    while process.poll() is None and lines(journal) <= 5:
         time.sleep(0.002)
     process.kill()
     process.communicate()

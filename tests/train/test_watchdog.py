@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import opencoca.train.watchdog as watchdog_module
 from opencoca.distributed import World
 from opencoca.train.watchdog import EXIT_CODE, Watchdog
 
@@ -60,24 +63,49 @@ def test_a_disk_that_cannot_be_written_does_not_keep_it(tmp_path: Path) -> None:
     assert "in waits_for_another_process" in result.stderr
 
 
-def test_slow_is_not_hanging(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Watchdog(tmp_path, World(), limit_s=1.0, exits=False) as watchdog:
+class Clock:
+    """Time as a watchdog sees it, which passes only when told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now, self.looks = 0.0, threading.Semaphore(0)
+        monkeypatch.setattr(watchdog_module, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(watchdog_module, "_LOOKS_EVERY_S", 0.001)
+        monkeypatch.setattr(Watchdog, "_arm", lambda _: self.looks.release())
+
+    def forward(self, seconds: float) -> None:
+        """Returns when a look that began after this is over: the third to begin, as the first may have begun before."""
+        self.now += seconds
+        while self.looks.acquire(blocking=False):
+            pass
+        for _ in range(3):
+            assert self.looks.acquire(timeout=60)
+
+
+def test_slow_is_not_hanging(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    with Watchdog(tmp_path, World(), limit_s=100.0, exits=False) as watchdog:
         for step in range(6):
-            time.sleep(0.25)
+            clock.forward(90)
             watchdog.alive(step)
         with watchdog.paused():
-            time.sleep(1.5)
-        time.sleep(0.3)
+            clock.forward(150)
+        clock.forward(90)
     assert capsys.readouterr().err == ""
     assert list(tmp_path.iterdir()) == []
 
 
-def test_alone_it_only_tells_and_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Watchdog(tmp_path, World(), limit_s=0.3, exits=False) as watchdog:
-        time.sleep(1.2)
+def test_alone_it_only_tells_and_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    with Watchdog(tmp_path, World(), limit_s=100.0, exits=False) as watchdog:
+        for _ in range(3):
+            clock.forward(90)
         assert len(list(tmp_path.iterdir())) == 1
         watchdog.alive(1)
-        time.sleep(0.1)
+        clock.forward(90)
     assert capsys.readouterr().err.count("it may only be slow") == 1
 
 

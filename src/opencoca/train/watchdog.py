@@ -17,6 +17,7 @@ from pathlib import Path
 from opencoca.distributed import World
 
 EXIT_CODE = 75  # sysexits.h: a temporary failure, try again
+_LOOKS_EVERY_S = 1.0  # at least, and more often where the limit is short
 _GRACE_S = 10.0  # for the other processes' stacks, and for a disk that hangs, too
 
 
@@ -59,7 +60,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         told_at = None
-        while not self._over.wait(min(1.0, self.limit_s / 10)):
+        while not self._over.wait(min(_LOOKS_EVERY_S, self.limit_s / 10)):
             self._arm()
             if self._paused or time.monotonic() - self._beat < self.limit_s or told_at == self._beat:
                 continue
