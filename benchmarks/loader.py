@@ -9,7 +9,8 @@ measurement is a process of its own that loads in itself with one thread. Second
 so a busy machine disturbs little: images a second of it is what one core delivers. Ways take turns, `rounds` times.
 Pillow alone, on bytes in memory, is the bound: decode, crop and resize, and nothing else.
 
-webdataset and open_clip_torch (with torchvision) must be installed; --peers adds their site-packages.
+webdataset and open_clip_torch (with torchvision) must be installed, for example into what scripts/make_peers_env.sh
+makes; --peers adds the site-packages of another environment.
 """
 
 import argparse
@@ -54,7 +55,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.peers:
         sys.path.append(arguments.peers)
-        importlib.import_module("peers_shim") if (Path(arguments.peers) / "peers_shim.py").is_file() else None
     if arguments.measure:
         print(json.dumps(measure(arguments)))
     else:

@@ -40,7 +40,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.peers:
         sys.path.append(arguments.peers)
-        importlib.import_module("peers_shim") if (Path(arguments.peers) / "peers_shim.py").is_file() else None
     if arguments.measure == "prepare":
         prepare(arguments.work)
     elif arguments.measure:

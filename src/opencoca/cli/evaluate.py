@@ -30,7 +30,13 @@ _LEFT_OUT = "Images that cannot be read are left out, counted, and named on stde
 
 def add_commands(commands: Any) -> None:
     group = add_group(commands, "evaluate", "Score a model: retrieval, captioning, or zero-shot classification.")
-    retrieval = add_command(
+    _add_retrieval(group)
+    _add_captioning(group)
+    _add_zero_shot(group)
+
+
+def _add_retrieval(group: Any) -> None:
+    parser = add_command(
         group,
         "retrieval",
         run_retrieval,
@@ -38,7 +44,20 @@ def add_commands(commands: Any) -> None:
         example=f"opencoca evaluate retrieval {_CAPTIONS}",
         more=_LEFT_OUT,
     )
-    captioning = add_command(
+    _add_captioned_images(parser)
+    parser.add_argument(
+        "--rerank-top",
+        type=positive_int,
+        default=16,
+        metavar="K",
+        help="how many of each image and text the captioner orders again, unless --by similarity (default: 16)",
+    )
+    _add_by(parser)
+    _add_common(parser)
+
+
+def _add_captioning(group: Any) -> None:
+    parser = add_command(
         group,
         "captioning",
         run_captioning,
@@ -46,30 +65,19 @@ def add_commands(commands: Any) -> None:
         example=f"opencoca evaluate captioning {_CAPTIONS} --save-captions captions.jsonl",
         more=_LEFT_OUT,
     )
-    retrieval.add_argument(
-        "--rerank-top",
-        type=positive_int,
-        default=16,
-        metavar="K",
-        help="how many of each image and text the captioner orders again, unless --by similarity (default: 16)",
-    )
-    for parser in (retrieval, captioning):
-        parser.add_argument("--images", required=True, metavar="DIR", help="folder of images, or tar shards")
-        parser.add_argument(
-            "--captions",
-            metavar="CSV",
-            help="table (CSV, TSV, JSONL or Parquet) with the columns image and caption, one row a caption or a list; "
-            "tar shards bring their own",
-        )
-    captioning.add_argument("--save-captions", metavar="FILE", help="write JSON lines: image, caption, references")
-    captioning.add_argument(
+    _add_captioned_images(parser)
+    parser.add_argument("--save-captions", metavar="FILE", help="write JSON lines: image, caption, references")
+    parser.add_argument(
         "--coco", action="store_true", help="METEOR and SPICE too (extra coco-metrics; need Java, SPICE also a network)"
     )
-    captioning.add_argument(
+    parser.add_argument(
         "--max-new-tokens", type=positive_int, default=30, metavar="N", help="longest caption, in tokens (default: 30)"
     )
+    _add_common(parser)
 
-    zero_shot = add_command(
+
+def _add_zero_shot(group: Any) -> None:
+    parser = add_command(
         group,
         "zero-shot",
         run_zero_shot,
@@ -77,32 +85,48 @@ def add_commands(commands: Any) -> None:
         example="opencoca evaluate zero-shot --images DIR --labels labels.csv --out scores.json",
         more=_LEFT_OUT,
     )
-    zero_shot.add_argument("--images", required=True, metavar="DIR", help="folder of images")
-    zero_shot.add_argument(
+    parser.add_argument("--images", required=True, metavar="DIR", help="folder of images")
+    parser.add_argument(
         "--labels",
         metavar="CSV",
         help="table with the columns image and label (default: each sub-folder of DIR is a label)",
     )
-    zero_shot.add_argument(
+    parser.add_argument(
         "--class-names",
         metavar="CSV",
         help="table with the columns label and name: what a label is called in prompts (default: the label itself)",
     )
-    zero_shot.add_argument(
+    parser.add_argument(
         "--templates", default="clip", metavar="T", help="clip, simple, or a file with one a line (default: clip)"
     )
-    for parser in (retrieval, zero_shot):
-        parser.add_argument(
-            "--by",
-            choices=("similarity", "likelihood", "both"),
-            default="similarity",
-            help="compare embeddings, or ask the captioner how much more probable the image makes a text, or add the "
-            "two (default: similarity)",
-        )
-    for parser in (retrieval, captioning, zero_shot):
-        parser.add_argument("--out", metavar="FILE", help="write scores, counts and settings as JSON")
-        parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N images")
-        add_model_options(parser)
+    _add_by(parser)
+    _add_common(parser)
+
+
+def _add_captioned_images(parser: Any) -> None:
+    parser.add_argument("--images", required=True, metavar="DIR", help="folder of images, or tar shards")
+    parser.add_argument(
+        "--captions",
+        metavar="CSV",
+        help="table (CSV, TSV, JSONL or Parquet) with the columns image and caption, one row a caption or a list; "
+        "tar shards bring their own",
+    )
+
+
+def _add_by(parser: Any) -> None:
+    parser.add_argument(
+        "--by",
+        choices=("similarity", "likelihood", "both"),
+        default="similarity",
+        help="compare embeddings, or ask the captioner how much more probable the image makes a text, or add the "
+        "two (default: similarity)",
+    )
+
+
+def _add_common(parser: Any) -> None:
+    parser.add_argument("--out", metavar="FILE", help="write scores, counts and settings as JSON")
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N images")
+    add_model_options(parser)
 
 
 def run_retrieval(arguments: argparse.Namespace) -> int:

@@ -91,38 +91,20 @@ def make_plan(
         for each in strategies_of(recipe, cluster)
         for kind in ("none", "all")
     ]
-    usable = int(spec.memory_bytes * USABLE_SHARE)
-    shape = planner.shape(recipe)
     flops = planner.flops()
     again = planner.recomputed_flops(flops)
-    messages = exchanges(
-        planner.model,
-        shape,
-        recipe,
-        strategy,
-        cluster.devices,
-        planner.shard_size,
-        cluster.link_bytes_per_sec or link_bytes_per_sec(spec),
-        cluster.network_bytes_per_sec,
-        cluster.devices_per_node,
-    )
-    rate = cluster.devices * spec.peak(recipe.precision) * cluster.utilisation
-    compute = (flops.total + again) / rate
+    messages = _exchanges(planner, spec, recipe, cluster, strategy)
+    compute = (flops.total + again) / (cluster.devices * spec.peak(recipe.precision) * cluster.utilisation)
     talk = sum(message.seconds for message in messages)
-    problems, remedy = [], None
-    if chosen.peak_bytes > usable:
-        problems.append(
-            f"a step needs {chosen.peak_bytes / 2**30:.1f} GiB at {chosen.moment}, and {usable / 2**30:.1f} GiB of "
-            f"{spec.name}'s {spec.memory_bytes / 2**30:.1f} are usable"
-        )
-        remedy = planner.remedy(usable)
+    usable = int(spec.memory_bytes * USABLE_SHARE)
+    fits = chosen.peak_bytes <= usable
     return Plan(
         model_name=_name(recipe),
         device=spec,
         cluster=cluster,
         strategy=strategy,
         shard_size=planner.shard_size if strategy == "fsdp" else 1,
-        shape=shape,
+        shape=planner.shape(recipe),
         mean_words=float(planner.lengths.double().mean()),
         parameters=planner.parameters(),
         trained_parameters=planner.model.trained // 4,
@@ -135,8 +117,31 @@ def make_plan(
         compute_seconds=compute,
         step_seconds=(max(compute, talk), compute + talk),
         steps=_steps(recipe, num_images),
-        problems=problems,
-        remedy=remedy,
+        problems=[] if fits else [_too_large(chosen, usable, spec)],
+        remedy=None if fits else planner.remedy(usable),
+    )
+
+
+def _exchanges(
+    planner: Planner, spec: DeviceSpec, recipe: Recipe, cluster: Cluster, strategy: Strategy
+) -> list[Exchange]:
+    return exchanges(
+        planner.model,
+        planner.shape(recipe),
+        recipe,
+        strategy,
+        cluster.devices,
+        planner.shard_size,
+        cluster.link_bytes_per_sec or link_bytes_per_sec(spec),
+        cluster.network_bytes_per_sec,
+        cluster.devices_per_node,
+    )
+
+
+def _too_large(memory: Memory, usable: int, spec: DeviceSpec) -> str:
+    return (
+        f"a step needs {memory.peak_bytes / 2**30:.1f} GiB at {memory.moment}, and {usable / 2**30:.1f} GiB of "
+        f"{spec.name}'s {spec.memory_bytes / 2**30:.1f} are usable"
     )
 
 

@@ -1,23 +1,21 @@
 """A training run from recipe to report: loops over steps, validates, keeps checkpoints, survives interruption.
 
 What it is made of is prepared in setup.py; what a step computes is in step.py and gradient.py; where batches come from,
-in batches.py; what is scored, in validation.py; what is kept to continue from, in checkpoints/. Of several processes
-all run this loop, and the main one validates, writes and prints.
+in batches.py; what is scored, in validation.py; what is kept to continue from, in checkpoints/, and as the run's model,
+in best_model.py. Of several processes all run this loop and score their share; the main one writes and prints.
 """
 
-import json
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from opencoca.distributed import World
-from opencoca.files import WriteError, atomic_write
+from opencoca.files import WriteError
 from opencoca.model.coca import CoCa
-from opencoca.model_folder import save_model_folder
 from opencoca.train.bad_steps import SpikeRule, too_many_non_finite
 from opencoca.train.batches import TrainBatch
+from opencoca.train.best_model import BestModel
 from opencoca.train.checkpoints import Checkpoints, TrainState
 from opencoca.train.checkpoints.random_state import random_state, seed_generators, set_random_state
 from opencoca.train.live_view import LiveView
@@ -52,14 +50,10 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder, recipe.checkpoint, self.world)
         continues = self.checkpoints.exist()
         setup = self.world.together(lambda: set_up(recipe, self.folder, continues, self.world))
-        self.device, self.model, self.batches, self.validator = (
-            setup.device,
-            setup.model,
-            setup.batches,
-            setup.validator,
-        )
-        self.tokenizer, self.preprocess, self.val_source = setup.tokenizer, setup.preprocess, setup.val_source
-        self.frozen_stages, self.train_source = setup.frozen_stages, setup.train_source
+        self.device, self.model, self.frozen_stages = setup.device, setup.model, setup.frozen_stages
+        self.batches, self.train_source = setup.batches, setup.train_source
+        self.validator, self.val_source = setup.validator, setup.val_source
+        self.best = BestModel(recipe, self.folder, setup.tokenizer, setup.preprocess)
         self.parallel = ParallelModel(self.model, self.device, recipe, self.world)
         self.average = WeightAverage(self.model, recipe.optimizer.ema_decay) if recipe.optimizer.ema_decay else None
         steps = recipe.epochs * self.batches.steps_per_epoch
@@ -271,39 +265,14 @@ class Trainer:
             log.write("validation", progress["step"], result.scores | {"epoch": self._epoch()})
             if result.shown:
                 log.write("captions", progress["step"], {"epoch": self._epoch(), "captions": result.shown})
-            bar.write(_validation_line(self._epoch(), result))
-        score = result.selection(self.recipe.select_by) if result is not None else float(progress["step"])
-        if progress["best"] is None or score > progress["best"]:
-            self._keep_best(model, result)
-            progress["best"], progress["best_step"] = score, progress["step"]
-
-    def _keep_best(self, model: CoCa, result: ValidationScores | None) -> None:
-        info: dict[str, Any] = {"recipe": self.recipe.to_dict(), "step": self.state.progress["step"]}
-        if result is not None:
-            info["validation"] = result.scores
-            with atomic_write(self.folder / "val_captions.json") as partial:
-                partial.write_text(json.dumps(result.captions, indent=0), encoding="utf-8")
-        save_model_folder(self.folder, model, self.tokenizer, self.preprocess, info=info)
+            bar.write(result.line(self._epoch()))
+        self.best.consider(model, result, progress)
 
     def _finish(self) -> Path:
         if not self.world.is_main:
             return self.folder
-        captions_path = self.folder / "val_captions.json"
-        captions = json.loads(captions_path.read_text(encoding="utf-8")) if captions_path.is_file() else {}
         minutes = self.state.progress["seconds"] / 60
         best = f"best weights: step {self.state.progress['best_step']}"
         title = f"{self.folder.name}: {self.total_steps} steps in {minutes:.0f} minutes, {best}"
-        write_report(self.folder, self.val_source, captions, title)
+        write_report(self.folder, self.val_source, self.best.captions(), title)
         return self.folder
-
-
-def _validation_line(epoch: float, result: ValidationScores) -> str:
-    shown = {
-        "val loss": ("loss", 1),
-        "CIDEr-D": ("cider_d", 100),
-        "BLEU-4": ("bleu_4", 100),
-        "i2t R@1": ("image_to_text_r1", 100),
-        "t2i R@1": ("text_to_image_r1", 100),
-    }
-    parts = [f"{k} {f * result.scores[name]:.2f}" for k, (name, f) in shown.items() if name in result.scores]
-    return f"epoch {epoch:g}: " + "  ".join(parts)

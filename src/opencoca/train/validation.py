@@ -50,6 +50,18 @@ class ValidationScores:
             return float(np.mean(r1))
         return 100 * (scores.get("cider_d", 0.0) + sum(r1))
 
+    def line(self, epoch: float) -> str:
+        """The scores that a person follows, on one line."""
+        shown = {
+            "val loss": ("loss", 1),
+            "CIDEr-D": ("cider_d", 100),
+            "BLEU-4": ("bleu_4", 100),
+            "i2t R@1": ("image_to_text_r1", 100),
+            "t2i R@1": ("text_to_image_r1", 100),
+        }
+        parts = [f"{k} {f * self.scores[name]:.2f}" for k, (name, f) in shown.items() if name in self.scores]
+        return f"epoch {epoch:g}: " + "  ".join(parts)
+
 
 @dataclass
 class ValidationPart:
