@@ -1,5 +1,6 @@
-"""What the benchmarks share: the machine, the clock, the peak of memory."""
+"""What the benchmarks share: the machine, the clock, the peak of memory, the import of open_clip."""
 
+import importlib
 import json
 import os
 import platform
@@ -13,6 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+_TORCHVISION: list[torch.library.Library] = []
+
+
+def import_open_clip(module: str = "open_clip") -> Any:
+    """open_clip or a module of it. It imports torchvision, which PyPI has for CUDA alone; beside a CPU build of PyTorch
+    that lacks operators, which need only be declared."""
+    declare_torchvision()
+    return importlib.import_module(module)
+
+
+def declare_torchvision() -> None:
+    """Declares the operators that torchvision describes at its import, where its own do not load."""
+    if torch.version.cuda is None and not _TORCHVISION:
+        _TORCHVISION.append(torch.library.Library("torchvision", "DEF"))
+        for operator in ("nms", "qnms"):
+            _TORCHVISION[0].define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def median_seconds(function: Callable[[], Any], repeats: int, warmup: int = 1) -> float:

@@ -22,12 +22,11 @@ import sys
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, matmul_rate, report
+from common import import_open_clip, machine, matmul_rate, report
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,7 +38,6 @@ from opencoca.model.coca import CoCa
 from opencoca.tokenizer import Tokenizer
 
 _IMPROBABLE = 20.0
-_declared: list[torch.library.Library] = []
 
 
 @lru_cache
@@ -62,13 +60,7 @@ def make_model(name: str, dtype: torch.dtype, device: str) -> CoCa:
 
 def make_peer(name: str, model: CoCa) -> nn.Module:
     """open_clip's model with the same weights."""
-    if torch.version.cuda is None and not _declared:
-        # It imports torchvision, which PyPI has for CUDA alone: beside a CPU build of PyTorch operators are missing.
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _declared.append(library)
-    peer = import_module("open_clip").create_model(name)
+    peer = import_open_clip().create_model(name)
     peer.load_state_dict(export_open_clip(model).state_dict)
     parameter = next(model.parameters())
     return peer.to(parameter.device, parameter.dtype).eval()

@@ -14,7 +14,6 @@ makes; --peers adds the site-packages of another environment.
 """
 
 import argparse
-import importlib
 import io
 import json
 import os
@@ -131,9 +130,11 @@ def webdataset(shards: list[str]) -> Iterator[int]:
 
 
 def open_clip(shards: list[str]) -> Iterator[int]:
-    oc = importlib.import_module("open_clip")
-    data = importlib.import_module("open_clip_train.data")
-    transform = importlib.import_module("open_clip.transform").image_transform(
+    from common import import_open_clip
+
+    oc = import_open_clip()
+    data = import_open_clip("open_clip_train.data")
+    transform = import_open_clip("open_clip.transform").image_transform(
         SIZE, is_train=True, mean=MEAN, std=STD, aug_cfg={"scale": SCALE}
     )
     options = SimpleNamespace(

@@ -10,7 +10,6 @@ included. open_clip (the package open_clip_torch) must be installed, --peers PAT
 
 import argparse
 import gc
-import importlib
 import json
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import report
+from common import import_open_clip, report
 
 NAME = "coca_ViT-L-14"
 WAYS = {
@@ -80,7 +79,7 @@ def prepare(work: Path) -> None:
     from opencoca.interop.open_clip import load_open_clip
     from opencoca.model_folder import save_model_folder
 
-    open_clip = importlib.import_module("open_clip")
+    open_clip = import_open_clip()
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = open_clip.create_model(NAME)
@@ -105,7 +104,7 @@ def measure(way: str, work: Path) -> dict[str, float]:
         else:
             run = lambda: load(f"open_clip:{NAME}", "cpu", checkpoint=path)  # noqa: E731
     else:
-        open_clip = importlib.import_module("open_clip")
+        open_clip = import_open_clip()
         run = lambda: open_clip.create_model_and_transforms(NAME, pretrained=str(path))  # noqa: E731
     torch.zeros(8) @ torch.zeros(8)  # what PyTorch sets up when first used
     gc.collect()

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, matmul_rate, median_seconds, peak_bytes
+from common import declare_torchvision, import_open_clip, machine, matmul_rate, median_seconds, peak_bytes
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -49,7 +49,6 @@ from opencoca.train.step import TrainStep
 
 OPTIMIZER = OptimizerRecipe(learning_rate=1e-30, eps=1e-6, weight_decay=0.2, warmup_steps=0, decay="constant")
 NUM_BATCHES = 3
-_TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
 # What the profile adds up, by the beginning of the operation's name.
 GROUPS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn", "aten::convolution"),
@@ -106,8 +105,7 @@ def open_clip_weights(arguments: argparse.Namespace) -> CoCa:
 
 
 def open_clip_step(arguments: argparse.Namespace) -> Callable[[Samples], float]:
-    _declare_torchvision()
-    open_clip = import_module("open_clip")
+    open_clip = import_open_clip()
     peer = open_clip.create_model(arguments.model)
     peer.load_state_dict(export_open_clip(open_clip_weights(arguments)).state_dict)
     tokenize = open_clip.get_tokenizer(arguments.model)
@@ -119,16 +117,9 @@ def open_clip_step(arguments: argparse.Namespace) -> Callable[[Samples], float]:
     return peer_step(peer.train(), forward, arguments.precision)
 
 
-def _declare_torchvision() -> None:
-    """The peers import torchvision, which PyPI has for CUDA only: beside a CPU build of PyTorch it lacks operators."""
-    if torch.version.cuda is None:
-        for operator in ("nms", "qnms"):
-            _TORCHVISION.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
 def coca_pytorch_model() -> nn.Module:
     """As large as ViT-B-32's: 12 layers of width 768 in each of its three parts, but PaLM's blocks."""
-    _declare_torchvision()
+    declare_torchvision()
     torch.manual_seed(0)
     encoder = import_module("vit_pytorch").ViT(
         image_size=224, patch_size=32, num_classes=1, dim=768, depth=12, heads=12, mlp_dim=3072
