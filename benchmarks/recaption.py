@@ -1,17 +1,20 @@
 """A folder of many photographs through `opencoca caption`: how much decoding costs beside the model, and what kills do.
 
     python benchmarks/recaption.py --photos DIR --work DIR [--count 20000] [--kills 20] [--rounds 8] [--out FILE]
+        [--parts rates whole kills]
 
 The folder is made of the given photographs: each is cropped, mirrored, resized and stored as JPEG in as many ways as it
 takes. Three rates are measured in turn, so that other work on the machine meets them alike: decoding alone, the model
 alone, and a run with both; then a run over the whole folder. That run is then done again by the command, killed with
-SIGKILL at random moments and started again each time, and its files are compared byte by byte.
+SIGKILL at random moments and started again each time, and its files are compared byte by byte. --parts does some of
+this only; kills are compared with the whole run that --work holds.
 """
 
 import argparse
 import hashlib
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -31,6 +34,8 @@ from opencoca.data.files import parallel_map
 from opencoca.generation import GenerationOptions
 from opencoca.recaption import Captioner, Destination, caption_to_files, choose_batch_size, open_inputs
 
+PARTS = ("rates", "whole", "kills")
+WHOLE, KILLED = Path("whole/c.jsonl"), Path("killed/c.jsonl")
 _PER_ROUND = 256
 
 
@@ -145,28 +150,39 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out")
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
-    folder, whole, killed = arguments.work / "images", arguments.work / "whole", arguments.work / "killed"
+    work, folder = arguments.work, arguments.work / "images"
     make_folder(arguments.photos, folder, arguments.count)
     captioner = Captioner(opencoca.load(device="cpu"), GenerationOptions())
     paths = [str(path) for path in sorted(folder.rglob("*.jpg"))]
     size = choose_batch_size(captioner, len(paths))
-    result = measure_in_turn(captioner, paths, arguments.work, size, arguments.rounds)
-    result |= {"count": len(paths), "batch_size": size}
-    result["whole_run_images_per_sec"] = run_rate(captioner, [str(folder)], whole / "c.jsonl", size, progress=True)
-    if arguments.kills:
-        moments = sorted(random.Random(0).sample(range(1, len(paths)), arguments.kills))
-        command = [sys.executable, "-m", "opencoca", "caption", str(folder), "--device", "cpu"]
-        command += ["--out", str(killed / "c.jsonl")]
-        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-        result["kills"] = run_killed(command, killed / "c.jsonl.journal", moments)
-        result["identical_after_kills"] = digests(whole / "c.jsonl") == digests(killed / "c.jsonl")
-        result["sha256"] = digests(killed / "c.jsonl")
+    result: dict[str, Any] = {"count": len(paths), "batch_size": size}
+    if "rates" in arguments.parts:
+        result |= measure_in_turn(captioner, paths, work, size, arguments.rounds)
+    if "whole" in arguments.parts:
+        result["whole_run_images_per_sec"] = run_rate(captioner, [str(folder)], work / WHOLE, size, progress=True)
+    if "kills" in arguments.parts:
+        result |= compare_killed(work, folder, arguments.kills, arguments.threads, len(paths))
     report(result, arguments.out)
+
+
+def compare_killed(work: Path, folder: Path, kills: int, threads: int, count: int) -> dict[str, Any]:
+    """Does the folder by the command, killed and continued, and compares its files with the whole run's."""
+    killed = work / KILLED
+    shutil.rmtree(killed.parent, ignore_errors=True)
+    moments = sorted(random.Random(0).sample(range(1, count), kills))
+    command = [sys.executable, "-m", "opencoca", "caption", str(folder), "--device", "cpu", "--out", str(killed)]
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    return {
+        "kills": run_killed(command, killed.with_name(killed.name + ".journal"), moments),
+        "identical_after_kills": digests(work / WHOLE) == digests(killed),
+        "sha256": digests(killed),
+    }
 
 
 if __name__ == "__main__":

@@ -420,7 +420,7 @@ def test_files_give_what_the_state_dict_gives(tmp_path, ending: str):
     texts, mask, images = make_batch(sizes.num_tokens)
     stored = lucidrains.load_lucidrains(file, image_head_dim=sizes.vit_dim_head)
     expected = load(state_dict, sizes).logits(images, texts, mask)
-    assert torch.equal(stored.logits(images, texts, mask), expected)
+    assert relative(stored.logits(images, texts, mask), expected) < 1e-12
 
 
 def test_a_converted_model_can_be_stored_and_read_again(tmp_path):
@@ -430,7 +430,8 @@ def test_a_converted_model_can_be_stored_and_read_again(tmp_path):
     save_model_folder(tmp_path / "model", model, tokenizer, PreprocessConfig(image_size=(GRID * PATCH, GRID * PATCH)))
     again = load_model_folder(tmp_path / "model").model
     texts, mask, images = make_batch(sizes.num_tokens)
-    assert torch.equal(again.logits(images.float(), texts, mask), model.logits(images.float(), texts, mask))
+    assert all(tensor.equal(model.state_dict()[name]) for name, tensor in again.state_dict().items())
+    assert relative(again.logits(images.float(), texts, mask), model.logits(images.float(), texts, mask)) < 1e-5
 
 
 def test_the_model_has_memory_of_its_own():
