@@ -86,7 +86,8 @@ def normalize(pixels: np.ndarray, config: PreprocessConfig) -> torch.Tensor:
     mean = torch.tensor(config.mean, dtype=torch.float32).view(3, 1, 1)
     std = torch.tensor(config.std, dtype=torch.float32).view(3, 1, 1)
     planes = torch.from_numpy(pixels).movedim(-1, -3)
-    values = torch.empty(planes.shape, dtype=torch.float32)
+    # NumPy asks for large pages, PyTorch does not: memory that is new for every batch costs more than the arithmetic.
+    values = torch.from_numpy(np.empty(planes.shape, np.float32))
     images = (math.prod(planes.shape[:-3]), *planes.shape[-3:])
     # Image by image, so that each step finds the one's before in the processor's cache.
     for image, source in zip(values.view(images), planes.reshape(images), strict=True):
