@@ -9,8 +9,8 @@ measurement is a process of its own that loads in itself with one thread. Second
 so a busy machine disturbs little: images a second of it is what one core delivers. Ways take turns, `rounds` times.
 Pillow alone, on bytes in memory, is the bound: decode, crop and resize, and nothing else.
 
-webdataset and open_clip_torch (with torchvision) must be installed, for example into what scripts/make_peers_env.sh
-makes; --peers adds the site-packages of another environment.
+webdataset, pandas and open_clip_torch (with torchvision) must be installed, for example the first two into what
+scripts/make_peers_env.sh makes, which has the rest; --peers adds the site-packages of another environment.
 """
 
 import argparse
