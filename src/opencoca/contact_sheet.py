@@ -7,8 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from opencoca.drawing import ACCENT, CARD_FILL, INK, PAPER, SOFT, TRACK, font, framed, shortened, text_block
-from opencoca.files import atomic_write
+from opencoca.drawing import ACCENT, CARD_FILL, INK, PAPER, SOFT, TRACK, font, framed, save_sheet, shortened, text_block
 from opencoca.pipeline import LabelScore
 from opencoca.preprocess import ImageLike, as_pil
 
@@ -58,15 +57,7 @@ def write_contact_sheet(
     sections += _rows(cards)
     if found:
         sections += [text_block("Found by text", font(26, bold=True), INK, _WIDTH - 2 * _MARGIN), *_rows(found)]
-    height = 2 * _MARGIN + sum(section.height for section in sections) + _GAP * (len(sections) - 1)
-    sheet = Image.new("RGB", (_WIDTH, height), PAPER)
-    y = _MARGIN
-    for section in sections:
-        sheet.paste(section, (_MARGIN, y))
-        y += section.height + _GAP
-    with atomic_write(path) as partial:
-        sheet.save(partial, "PNG", optimize=True)
-    return Path(path)
+    return save_sheet(path, sections, _WIDTH, _MARGIN, _GAP)
 
 
 def _rows(cards: Sequence[Image.Image]) -> list[Image.Image]:

@@ -1,9 +1,13 @@
 """What the pictures that this project draws are made of: colours, fonts, blocks of text, cards with round corners."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
+
+from opencoca.files import atomic_write
 
 PAPER, CARD_FILL, BORDER = "#f3f1ec", "#ffffff", "#dedad1"
 INK, SOFT, ACCENT, TRACK = "#22211f", "#77736b", "#c2562d", "#efece5"
@@ -36,6 +40,21 @@ def text_block(
     for number, line in enumerate(lines):
         draw.text((0, number * step), line, colour, font, anchor="la")
     return block
+
+
+def save_sheet(
+    path: str | os.PathLike[str], sections: Sequence[Image.Image], width: int, margin: int, gap: int
+) -> Path:
+    """Writes the sections one below the other as a PNG. Returns its path."""
+    height = 2 * margin + sum(section.height for section in sections) + gap * (len(sections) - 1)
+    sheet = Image.new("RGB", (width, height), PAPER)
+    y = margin
+    for section in sections:
+        sheet.paste(section, (margin, y))
+        y += section.height + gap
+    with atomic_write(path) as partial:
+        sheet.save(partial, "PNG", optimize=True)
+    return Path(path)
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:

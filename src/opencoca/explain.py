@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from opencoca.drawing import INK, PAPER, SOFT, font, framed, text_block
-from opencoca.files import atomic_write
+from opencoca.drawing import INK, PAPER, SOFT, font, framed, save_sheet, text_block
 from opencoca.generation.explanation import Explanation
 
 _WIDTH, _MARGIN, _GAP, _CELL_GAP, _PADDING = 1600, 48, 40, 14, 14
@@ -47,15 +46,7 @@ def write_explanations(
     sections = [text_block(title, font(38, bold=True), INK, inner)] if title else []
     sections += [text_block(subtitle, font(20), SOFT, inner)] if subtitle else []
     sections += [_section(explanation, layers) for explanation in explanations]
-    height = 2 * _MARGIN + sum(section.height for section in sections) + _GAP * (len(sections) - 1)
-    sheet = Image.new("RGB", (_WIDTH, height), PAPER)
-    y = _MARGIN
-    for section in sections:
-        sheet.paste(section, (_MARGIN, y))
-        y += section.height + _GAP
-    with atomic_write(path) as partial:
-        sheet.save(partial, "PNG", optimize=True)
-    return Path(path)
+    return save_sheet(path, sections, _WIDTH, _MARGIN, _GAP)
 
 
 def overlay(photograph: Image.Image, heat: np.ndarray) -> Image.Image:
