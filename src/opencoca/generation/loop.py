@@ -129,7 +129,12 @@ class _Work:
             search = SingleTexts(options, limits, token_ids, image_seeds)
         if num_images * options.texts_in_work <= _PACK_FOR_TEXTS:
             model.pack_decoder()
-        state = model.start_decoding(image_tokens, capacity=limits.max_length, num_entries=num_entries)
+        state = model.start_decoding(
+            image_tokens,
+            capacity=limits.max_length,
+            num_entries=num_entries,
+            words_per_image=options.texts_in_work * limits.max_length,
+        )
         return cls(model, options, limits, state, search, images, with_text_embed)
 
     def advance(self, filters: list[LogitFilter]) -> dict[int, list[_Finished]]:

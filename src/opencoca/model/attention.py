@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from opencoca.model.config import BlockConfig
 from opencoca.model.dense_attention import dense_attention, is_best_written_out
 from opencoca.model.image_attention import SharedImages, attend_to_images
+from opencoca.model.image_memory import FoldedImages
 from opencoca.model.layout import TextLayout
 from opencoca.model.linear import Linear
 from opencoca.model.packed_attention import packed_cross_attention, packed_self_attention, split_keys_values
@@ -123,6 +124,12 @@ class Attention(nn.Module):
         """As `cross_attend` over ``project_context(norm(tokens))``, but without keys and values: (S, D) -> (S, D)."""
         queries = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         return self.out_proj(attend_to_images(queries, images, self.kv_proj, norm, self.num_kv_heads).flatten(1))
+
+    def attend_to_folded(self, x: Tensor, images: FoldedImages, layout: TextLayout) -> Tensor:
+        """As `cross_attend`, over what decoding keeps in place of keys and values: (S, D) -> (S, D)."""
+        group = layout.batch_size // images.tokens.shape[0]
+        (queries,) = layout.pad_heads(self.q_proj(x), 1, self.head_dim, group)
+        return self.out_proj(layout.pack_heads(images.attend(queries), group))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (B, T, D) over context (B, N, C), or over itself, nothing masked -> (B, T, D)."""

@@ -15,10 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from opencoca.model.attention import Attention, KeyValueCache
 from opencoca.model.config import BlockConfig
 from opencoca.model.image_attention import SharedImages
+from opencoca.model.image_memory import CrossKeysValues, FoldedImages
 from opencoca.model.layout import TextLayout
 from opencoca.model.linear import Linear
 
-CrossKeysValues = tuple[Tensor, Tensor]
+LookedAt = CrossKeysValues | FoldedImages | SharedImages
 
 
 def make_norm(config: BlockConfig, width: int | None = None) -> nn.LayerNorm:
@@ -206,9 +207,9 @@ class TransformerBlock(nn.Module):
         """x (S, D) packed words, causal."""
         return self._run(self._self_attend, x, layout, cache)
 
-    def cross_attend(self, x: Tensor, keys_values: CrossKeysValues | SharedImages, layout: TextLayout) -> Tensor:
+    def cross_attend(self, x: Tensor, images: LookedAt, layout: TextLayout) -> Tensor:
         """x (S, D) packed words over the keys and values of their images, or over the images themselves."""
-        return self._run(self._cross_attend, x, keys_values, layout)
+        return self._run(self._cross_attend, x, images, layout)
 
     def _run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         if self.recompute and self.training and torch.is_grad_enabled():
@@ -223,11 +224,13 @@ class TransformerBlock(nn.Module):
         normed = self.norm1(x)
         return self.add_mlp(x, normed, self.attn.self_attend(normed, layout, cache))
 
-    def _cross_attend(self, x: Tensor, keys_values: CrossKeysValues | SharedImages, layout: TextLayout) -> Tensor:
+    def _cross_attend(self, x: Tensor, images: LookedAt, layout: TextLayout) -> Tensor:
         normed = self.norm1(x)
-        if isinstance(keys_values, SharedImages):
-            return self.add_mlp(x, normed, self.attn.attend_to_images(normed, keys_values, self.norm_context))
-        return self.add_mlp(x, normed, self.attn.cross_attend(normed, *keys_values, layout))
+        if isinstance(images, SharedImages):
+            return self.add_mlp(x, normed, self.attn.attend_to_images(normed, images, self.norm_context))
+        if isinstance(images, FoldedImages):
+            return self.add_mlp(x, normed, self.attn.attend_to_folded(normed, images, layout))
+        return self.add_mlp(x, normed, self.attn.cross_attend(normed, *images, layout))
 
 
 class ParallelBlock(TransformerBlock):

@@ -19,6 +19,7 @@ from opencoca.model.attn_pool import ImagePooling
 from opencoca.model.config import BlockConfig, CoCaConfig
 from opencoca.model.decoding import DecodingState, decode_step
 from opencoca.model.image_encoders import build_image_encoder
+from opencoca.model.image_memory import cache_like
 from opencoca.model.init import init_weights
 from opencoca.model.layout import TextLayout, take_rows
 from opencoca.model.linear import Linear, pack_weights
@@ -155,11 +156,14 @@ class CoCa(nn.Module):
         texts_per_image: int = 1,
         capacity: int | None = None,
         num_entries: int | None = None,
+        words_per_image: int | None = None,
     ) -> DecodingState:
         """A state without words for I x texts_per_image texts; image_tokens (I, Q, D).
 
         capacity: the most words that a text will have (default: context_length); num_entries: how many the caches
-        hold, where texts will share their rows (default: capacity).
+        hold, where texts will share their rows (default: capacity); words_per_image: about how many words all texts
+        of an image will have together, by which the cheaper form of cross-attention is chosen (default: keys and
+        values).
         Raises ValueError if capacity is more than context_length.
         """
         batch_size = image_tokens.shape[0] * texts_per_image
@@ -173,14 +177,10 @@ class CoCa(nn.Module):
         def caches(depth: int, block: BlockConfig) -> list[KeyValueCache]:
             return [KeyValueCache(batch_size, block, entries, like) for _ in range(depth)]
 
-        # Side by side in memory, since every word reads them.
-        keys_values = [
-            (keys.contiguous(), values.contiguous())
-            for keys, values in self.multimodal_decoder.project_image(image_tokens)
-        ]
-        like = keys_values[0][0]
+        images = self.multimodal_decoder.remember(image_tokens, words_per_image)
+        like = cache_like(images)
         return DecodingState(
-            keys_values,
+            images,
             caches(text.unimodal_depth, text.block_config()),
             caches(text.multimodal_depth, text.multimodal_block_config()),
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from opencoca.model.attention import KeyValueCache
-from opencoca.model.blocks import CrossKeysValues
+from opencoca.model.image_memory import CrossKeysValues, FoldedImages, num_images, select_images
 from opencoca.model.layout import TextLayout
 from opencoca.model.text_decoder import UnimodalDecoder, Words
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class DecodingState:
-    """What cached decoding carries from word to word: the image's keys and values and the words' caches.
+    """What cached decoding carries from word to word: what it keeps of the images, and the words' caches.
 
     num_words: how many words of each text there are; texts_per_row: P.
     seen (C, P, capacity): the entries that hold each text's words, where P > 1.
@@ -34,7 +34,7 @@ class DecodingState:
     last_ids (R, 1): the last word of each text.
     """
 
-    image_keys_values: list[CrossKeysValues]
+    images: list[CrossKeysValues] | list[FoldedImages]
     unimodal: list[KeyValueCache]
     multimodal: list[KeyValueCache]
     num_words: int = 0
@@ -51,7 +51,7 @@ class DecodingState:
     @property
     def rows_per_image(self) -> int:
         """How many cache rows belong to each image."""
-        return self.unimodal[0].keys.shape[0] // self.image_keys_values[0][0].shape[0]
+        return self.unimodal[0].keys.shape[0] // num_images(self.images)
 
     def entries_of_texts(self) -> Tensor:
         """(R, capacity): which cache entries hold the words of each text."""
@@ -72,10 +72,7 @@ class DecodingState:
         if self.hidden is not None:
             self.hidden = self.hidden[rows]
         if images is not None:
-            self.image_keys_values = [
-                (keys.index_select(0, images), values.index_select(0, images))
-                for keys, values in self.image_keys_values
-            ]
+            self.images = select_images(self.images, images)
 
     def share_rows(self, texts_per_row: int) -> None:
         """From now on this many texts go on from what each cache row holds, and write into it side by side."""
@@ -124,7 +121,7 @@ def decode_step(model: "CoCa", token_ids: Tensor, state: DecodingState) -> Tenso
     words = model.unimodal_decoder.step(token_ids, state.unimodal, state.num_words, unimodal_sees)
     state.num_words += token_ids.shape[1]
     words = Words(words.states, replace(words.layout, visible=multimodal_sees))
-    hidden = model.multimodal_decoder(words, state.image_keys_values, state.multimodal)
+    hidden = model.multimodal_decoder(words, state.images, state.multimodal)
     return model.lm_head(words.layout.pad(hidden)[:, -1])
 
 

@@ -71,23 +71,32 @@ def attend_to_images(
     """queries (S, H, d) -> what they mixed (S, H, d): cross-attention over keys and values kv_proj(norm(tokens))."""
     num_words, num_heads, head_dim = queries.shape
     groups, width = num_heads // num_kv_heads, kv_proj.in_features
-    weight = kv_proj.weight.view(2, num_kv_heads, head_dim, width)
-    scaled = weight * norm.weight if isinstance(norm, nn.LayerNorm) else weight
+    scaled, constants = fold(kv_proj, norm, num_kv_heads)
     scaled = scaled.to(images.tokens.dtype)
     by_head = queries.permute(1, 0, 2).reshape(num_kv_heads, groups * num_words, head_dim).to(scaled.dtype)
     absorbed = torch.bmm(by_head, scaled[0] * head_dim**-0.5).view(num_heads * num_words, width)
     mixed = _MixTokens.apply(absorbed, images.tokens, images)
     values = torch.bmm(mixed.view(num_kv_heads, groups * num_words, width), scaled[1].transpose(1, 2))
     values = values.view(num_heads, num_words, head_dim).transpose(0, 1)
-    # Weights sum to 1: what is added to every value is added to every mixture, and no key's constant matters.
+    for constant in constants:
+        values = values + constant.to(values.dtype).repeat_interleave(groups, dim=0)
+    return values
+
+
+def fold(kv_proj: nn.Linear, norm: nn.Module, num_kv_heads: int) -> tuple[Tensor, list[Tensor]]:
+    """``kv_proj`` for tokens that ``norm`` has normalised, but not scaled or shifted: (2, K, d, C).
+
+    Also what is to be added to everything that is mixed, (K, d) each: weights sum to 1, so what is added to every value
+    is added to every mixture, and no key's constant matters.
+    """
+    weight = kv_proj.weight.view(2, num_kv_heads, -1, kv_proj.in_features)
+    scaled = weight * norm.weight if isinstance(norm, nn.LayerNorm) else weight
     constants = []
     if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
         constants.append(weight[1] @ norm.bias)
     if kv_proj.bias is not None:
-        constants.append(kv_proj.bias.view(2, num_kv_heads, head_dim)[1])
-    for constant in constants:
-        values = values + constant.to(values.dtype).repeat_interleave(groups, dim=0)
-    return values
+        constants.append(kv_proj.bias.view(2, num_kv_heads, -1)[1])
+    return scaled, constants
 
 
 class _MixTokens(torch.autograd.Function):

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from opencoca.model.attention import KeyValueCache, trains_on_cpu
-from opencoca.model.blocks import CrossKeysValues, Dropout, TransformerBlock, make_block, make_norm
+from opencoca.model.blocks import Dropout, LookedAt, TransformerBlock, make_block, make_norm
 from opencoca.model.config import TextConfig
 from opencoca.model.image_attention import SharedImages, pays
+from opencoca.model.image_memory import CrossKeysValues, FoldedImages, num_images, remember
 from opencoca.model.layout import TextLayout, put_rows, take_rows
 
 # Stands for [CLS] among token ids; no word has it.
@@ -178,12 +179,12 @@ class MultimodalLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        keys_values: CrossKeysValues | SharedImages,
+        images: LookedAt,
         layout: TextLayout,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         x = self.self_block.self_attend(x, layout, cache)
-        return self.cross_block.cross_attend(x, keys_values, layout)
+        return self.cross_block.cross_attend(x, images, layout)
 
 
 class MultimodalDecoder(nn.Module):
@@ -195,9 +196,18 @@ class MultimodalDecoder(nn.Module):
         self.norm = make_norm(config.multimodal_block_config())
 
     def project_image(self, image_tokens: Tensor) -> list[CrossKeysValues]:
-        """image_tokens (I, Q, D) -> keys and values of every layer, computed once for all words to come."""
-        blocks: list[TransformerBlock] = [layer.cross_block for layer in self.layers]  # pyright: ignore
-        return [block.project_context(image_tokens) for block in blocks]
+        """image_tokens (I, Q, D) -> keys and values of every layer."""
+        return [block.project_context(image_tokens) for block in self._cross_blocks()]
+
+    def remember(self, image_tokens: Tensor, words_per_image: int | None) -> list[CrossKeysValues] | list[FoldedImages]:
+        """image_tokens (I, Q, D) -> what every layer needs of them, computed once for all words to come.
+
+        words_per_image: about how many; None: whatever their number, keys and values.
+        """
+        return remember(image_tokens, self._cross_blocks(), words_per_image)
+
+    def _cross_blocks(self) -> list[TransformerBlock]:
+        return [layer.cross_block for layer in self.layers]  # pyright: ignore[reportReturnType]
 
     def look_at(self, words: Words, image_tokens: Tensor) -> Tensor:
         """words of B texts, image_tokens (I, Q, D) -> hidden (S, D): `forward` over the images, in the cheaper form."""
@@ -217,19 +227,19 @@ class MultimodalDecoder(nn.Module):
     def forward(
         self,
         words: Words,
-        image_keys_values: list[CrossKeysValues],
+        images: list[CrossKeysValues] | list[FoldedImages],
         caches: list[KeyValueCache] | None = None,
     ) -> Tensor:
         """words of B texts over I images (text row r looks at image r // (B / I)) -> hidden (S, D), packed.
 
         Raises ValueError if B is not a multiple of I.
         """
-        num_texts, num_images = words.layout.batch_size, image_keys_values[0][0].shape[0]
-        if num_texts % num_images:
-            raise ValueError(f"{num_texts} texts cannot be shared out evenly among {num_images} images")
+        num_texts = words.layout.batch_size
+        if num_texts % num_images(images):
+            raise ValueError(f"{num_texts} texts cannot be shared out evenly among {num_images(images)} images")
         x = words.states
-        for index, (layer, keys_values) in enumerate(zip(self.layers, image_keys_values, strict=True)):
-            x = layer(x, keys_values, words.layout, caches[index] if caches is not None else None)
+        for index, (layer, looked_at) in enumerate(zip(self.layers, images, strict=True)):
+            x = layer(x, looked_at, words.layout, caches[index] if caches is not None else None)
         return self.norm(x)
 
 

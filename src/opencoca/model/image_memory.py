@@ -1,0 +1,109 @@
+"""What decoding keeps of an image: keys and values of every layer, or the tokens themselves with projections folded.
+
+Keys and values cost the same however few words look at them: for 255 tokens and twelve layers a fifth of a caption.
+On a CPU, where few words will come, queries are taken into the space of the tokens instead (see `image_attention`):
+nothing is projected beforehand, and every layer reads the same tokens.
+
+Letters: I images, N image tokens, C their width, H heads, K key-value heads, d head width, T query positions.
+"""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opencoca.model.image_attention import fold, pays
+
+if TYPE_CHECKING:
+    from opencoca.model.blocks import TransformerBlock
+
+CrossKeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class FoldedImages:
+    """Images as one layer looks at them: tokens (I, N, C), one tensor for all layers, normalised if the layers do so.
+
+    key_weight, value_weight (K, d, C); constant (H, 1, d): what is added to everything mixed.
+    """
+
+    tokens: Tensor
+    key_weight: Tensor
+    value_weight: Tensor
+    constant: Tensor | None
+
+    def attend(self, queries: Tensor) -> Tensor:
+        """queries (I, H, T, d) -> what they mixed (I, H, T, d)."""
+        images, _, _, head_dim = queries.shape
+        kv_heads = self.key_weight.shape[0]
+        by_head = queries.unflatten(1, (kv_heads, -1)).transpose(0, 1).reshape(kv_heads, -1, head_dim)
+        absorbed = torch.bmm(by_head * head_dim**-0.5, self.key_weight).unflatten(1, (images, -1))
+        absorbed = absorbed.transpose(0, 1).flatten(1, 2)
+        weights = torch.bmm(absorbed, self.tokens.transpose(1, 2)).softmax(dim=-1)
+        mixed = torch.bmm(weights, self.tokens).unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+        values = torch.bmm(mixed, self.value_weight.transpose(1, 2)).unflatten(1, (images, -1))
+        values = values.transpose(0, 1).reshape(queries.shape)
+        return values if self.constant is None else values + self.constant
+
+
+def remember(
+    image_tokens: Tensor, blocks: "list[TransformerBlock]", words_per_image: int | None
+) -> list[CrossKeysValues] | list[FoldedImages]:
+    """What the cross-attention of each block needs of image_tokens (I, N, C), computed once for all words to come.
+
+    words_per_image: about how many words will look at each image; None: keys and values, whatever is cheaper.
+    """
+    if words_per_image is not None and _folds(image_tokens, blocks, words_per_image):
+        return _fold_all(image_tokens, blocks)
+    keys_values = (block.project_context(image_tokens) for block in blocks)
+    # Side by side in memory, since every word reads them.
+    return [(keys.contiguous(), values.contiguous()) for keys, values in keys_values]
+
+
+def num_images(memories: list[CrossKeysValues] | list[FoldedImages]) -> int:
+    """I."""
+    return cache_like(memories).shape[0]
+
+
+def cache_like(memories: list[CrossKeysValues] | list[FoldedImages]) -> Tensor:
+    """A tensor of the type and on the device that the words' keys and values will have."""
+    first = memories[0]
+    return first.tokens if isinstance(first, FoldedImages) else first[0]
+
+
+def select_images(
+    memories: list[CrossKeysValues] | list[FoldedImages], images: Tensor
+) -> list[CrossKeysValues] | list[FoldedImages]:
+    """Keeps these images (I',), in this order."""
+    if isinstance(memories[0], FoldedImages):
+        tokens = memories[0].tokens.index_select(0, images)
+        return [replace(memory, tokens=tokens) for memory in memories]  # pyright: ignore
+    return [tuple(part.index_select(0, images) for part in memory) for memory in memories]  # pyright: ignore
+
+
+def _folds(image_tokens: Tensor, blocks: "list[TransformerBlock]", words_per_image: int) -> bool:
+    if image_tokens.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    for attn in (block.attn for block in blocks):
+        sizes = image_tokens.shape[1], attn.num_heads * attn.head_dim, attn.num_heads
+        if attn.kv_proj.weight.dtype != image_tokens.dtype or not pays(words_per_image, *sizes, attn.kv_proj):
+            return False
+    return True
+
+
+def _fold_all(image_tokens: Tensor, blocks: "list[TransformerBlock]") -> list[FoldedImages]:
+    norm = blocks[0].norm_context
+    if isinstance(norm, nn.LayerNorm):
+        image_tokens = F.layer_norm(image_tokens, image_tokens.shape[-1:], eps=norm.eps)
+    folded = []
+    for block in blocks:
+        attn = block.attn
+        (key_weight, value_weight), constants = fold(attn.kv_proj, block.norm_context, attn.num_kv_heads)
+        constant = None
+        if constants:
+            groups = attn.num_heads // attn.num_kv_heads
+            constant = torch.stack(constants).sum(0).repeat_interleave(groups, dim=0).unsqueeze(1)
+        folded.append(FoldedImages(image_tokens, key_weight, value_weight, constant))
+    return folded
