@@ -35,6 +35,13 @@ def test_mlp_formulas():
     hidden = swiglu.up_proj(x)
     value, gate = hidden[:, :12], hidden[:, 12:]
     torch.testing.assert_close(swiglu(x), swiglu.down_proj(value * gate / (1 + torch.exp(-gate))))
+    quick = jitter(Mlp(block_config(activation="quick_gelu")))
+    hidden = quick.up_proj(x)
+    expected = quick.down_proj(hidden / (1 + torch.exp(-1.702 * hidden)))
+    torch.testing.assert_close(quick(x), expected)
+    with torch.no_grad():  # where the activation can be part of the product
+        torch.testing.assert_close(gelu(x), gelu.down_proj(activated))
+        torch.testing.assert_close(quick(x), expected)
 
 
 def test_serial_and_parallel_blocks_follow_their_formulas():
