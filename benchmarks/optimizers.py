@@ -7,7 +7,7 @@
 Trains the recipe with every optimizer at every learning rate on the first seed, and with the best of each (by the
 recipe's selection: CIDEr-D x 100 + both R@1, in percent) on the other seeds. Prints validation scores and losses of all
 runs, mean, lowest and highest of the best over the seeds, and how the others differ from AdamW (Welch). adafactor has
-the betas of the paper, muon is benchmarks/muon.py; all else is the recipe's: schedule, weight decay, clipping, average.
+the betas of the paper; all else is the recipe's: schedule, weight decay, clipping, average.
 Started again, it continues: complete runs are read and not trained again.
 """
 
@@ -15,7 +15,6 @@ import argparse
 from typing import Any
 
 from common import report
-from muon import build_muon
 from runs import (
     RunResult,
     add_run_arguments,
@@ -27,16 +26,14 @@ from runs import (
     train_once,
 )
 
-from opencoca.train.optimizer import MakeOptimizer, build_optimizer
 from opencoca.train.trainer import Trainer
 from opencoca.train.validation import ValidationScores
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "adafactor": {"optimizer.name": "adafactor", "optimizer.betas": [0.9, 0.999]},
-    "muon": {},
+    "muon": {"optimizer.name": "muon"},
 }
-MAKERS: dict[str, MakeOptimizer] = {"adamw": build_optimizer, "adafactor": build_optimizer, "muon": build_muon}
 
 
 def main() -> None:
@@ -82,7 +79,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace, name: str, learning_rate: float, seed: int) -> RunResult:
     settings = SETTINGS[name] | {"optimizer.learning_rate": learning_rate}
     recipe = recipe_of_run(arguments, f"{name}_{learning_rate:g}", seed, settings)
-    return train_once(lambda recipe: Trainer(recipe, make_optimizer=MAKERS[name]), recipe)
+    return train_once(Trainer, recipe)
 
 
 def selection(result: RunResult) -> float:

@@ -29,7 +29,7 @@ def with_strategy(recipe: Recipe, strategy: str) -> Recipe:
     return replace(recipe, distributed=replace(recipe.distributed, strategy=strategy))
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_weights_gradients_and_optimizer_are_those_of_the_real_ones(name: str) -> None:
     recipe = replace(TINY, optimizer=OptimizerRecipe(name=name, ema_decay=0.99))  # pyright: ignore
     model = CoCa(recipe.model)

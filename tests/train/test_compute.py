@@ -12,6 +12,7 @@ from opencoca.model.blocks import TransformerBlock
 from opencoca.model.coca import CoCa
 from opencoca.train import train
 from opencoca.train.adafactor import Adafactor
+from opencoca.train.muon import Muon
 from opencoca.train.optimizer import layers_behind, parameter_groups
 from opencoca.train.recipe_optimizer import PARTS
 from opencoca.train.trainer import Trainer
@@ -133,6 +134,7 @@ class TestParts:
                 "both set that of the image encoder",
             ),
             ({"optimizer__name": "adafactor", "distributed__strategy": "fsdp"}, "adafactor does not work with"),
+            ({"optimizer__name": "muon", "distributed__strategy": "fsdp"}, "muon does not work with"),
             ({"optimizer__layer_decay": 1.5}, "layer_decay 1.5 must be more than 0 and at most 1"),
             ({"encoder__patch_dropout": 1.0}, "patch_dropout 1.0 must be at least 0 and less than 1"),
             ({"compute__recompute_every": 0}, "recompute_every 0 must be at least 1"),
@@ -199,11 +201,12 @@ class TestPatchDropout:
             Trainer(recipe)
 
 
-class TestAdafactorRun:
-    def test_trains_and_resumes_bit_for_bit(self, pairs: Pairs, tmp_path: Path) -> None:
-        changes: dict[str, Any] = {"optimizer__name": "adafactor", "optimizer__betas": [0.9, 0.999], "epochs": 3}
+class TestOtherOptimizers:
+    @pytest.mark.parametrize("kind", [Adafactor, Muon])
+    def test_trains_and_resumes_bit_for_bit(self, pairs: Pairs, tmp_path: Path, kind: type) -> None:
+        changes: dict[str, Any] = {"optimizer__name": kind.__name__.lower(), "epochs": 3}
         whole = Trainer(tiny_recipe(pairs, tmp_path / "whole", **changes))
-        assert isinstance(whole.state.optimizer, Adafactor)
+        assert isinstance(whole.state.optimizer, kind)
         whole.run()
         recipe = tiny_recipe(pairs, tmp_path / "halves", **changes)
         run_until_stopped(recipe, steps=2)

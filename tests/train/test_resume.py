@@ -248,7 +248,7 @@ def test_a_damaged_record_of_the_recipe_is_an_error(pairs: Pairs, tmp_path: Path
 def test_a_start_that_left_no_checkpoint_binds_nobody(pairs: Pairs, tmp_path: Path) -> None:
     first = Trainer(tiny_recipe(pairs, tmp_path / "run", tokenizer__vocab_size=330))
     second = Trainer(tiny_recipe(pairs, tmp_path / "run", tokenizer__vocab_size=280))
-    assert second.tokenizer.vocab_size == 280 < first.tokenizer.vocab_size
+    assert second.best.tokenizer.vocab_size == 280 < first.best.tokenizer.vocab_size
 
 
 def test_settings_that_are_newer_than_the_run_have_their_defaults(pairs: Pairs, tmp_path: Path) -> None:

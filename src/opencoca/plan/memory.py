@@ -14,6 +14,7 @@ from opencoca.losses.contrastive import CHUNK_SIMILARITIES
 from opencoca.model.coca import CoCa
 from opencoca.plan.trace import Kept, Trace
 from opencoca.train.adafactor import Adafactor
+from opencoca.train.muon import hidden_matrices
 from opencoca.train.optimizer import parameter_groups
 from opencoca.train.recipe import Recipe
 
@@ -120,6 +121,9 @@ def _optimizer_bytes(model: CoCa, recipe: Recipe) -> int:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if recipe.optimizer.name == "adamw":
         return sum(8 * parameter.numel() for parameter in trained)
+    if recipe.optimizer.name == "muon":
+        hidden = hidden_matrices(model)
+        return sum((4 if parameter in hidden else 8) * parameter.numel() for parameter in trained)
     optimizer = Adafactor(parameter_groups(model, recipe), recipe.optimizer.learning_rate, recipe.optimizer.betas)
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
@@ -160,7 +164,7 @@ def forecast_memory(
     total_kept = sum(kept.values())
     forward_end = held + early + total_kept + copies + logits + gathered
     backward, working = _backward_peak(trace, kept, model, shards, early, head_grads, chosen)
-    update = held + gradients + (3 * _largest(model) // shards if recipe.optimizer.name == "adafactor" else 0)
+    update = held + gradients + (0 if recipe.optimizer.name == "adamw" else 3 * _largest(model) // shards)
     moments = {
         "the end of the forward pass": forward_end,
         "the backward pass": held + copies + backward,

@@ -24,6 +24,7 @@ from opencoca.tokenizer import Tokenizer
 from opencoca.train.flops import ModelFlops, StepFlops, freeze, recipe_stages
 from opencoca.train.memory_use import resident_bytes
 from opencoca.train.recipe import Recipe
+from opencoca.train.recipe_optimizer import SHARDABLE
 
 # Of a process on a CPU: kernels made for the shapes it meets, threads, gaps between tensors (results/plan_memory.md).
 _KERNEL_BYTES = 160 << 20
@@ -59,7 +60,7 @@ def strategies_of(recipe: Recipe, cluster: Cluster) -> tuple[Strategy, ...]:
     """Those that the recipe could have on so many devices."""
     if cluster.devices == 1:
         return ("none",)
-    return STRATEGIES[:2] if recipe.optimizer.name == "adafactor" else STRATEGIES
+    return STRATEGIES if recipe.optimizer.name in SHARDABLE else STRATEGIES[:2]
 
 
 class Planner:

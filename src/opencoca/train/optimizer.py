@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from opencoca.distributed import sharded_like
 from opencoca.model.coca import CoCa
 from opencoca.train.adafactor import Adafactor
+from opencoca.train.muon import Muon, divide_groups
 from opencoca.train.recipe import Recipe
 from opencoca.train.recipe_optimizer import PARTS
 
@@ -109,6 +110,8 @@ def build_optimizer(model: CoCa, recipe: Recipe) -> torch.optim.Optimizer:
     options, groups = recipe.optimizer, parameter_groups(model, recipe)
     if options.name == "adafactor":
         return Adafactor(groups, options.learning_rate, options.betas)
+    if options.name == "muon":
+        return Muon(divide_groups(model, groups), options.learning_rate, betas=options.betas, eps=options.eps)
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=True)
 
 

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from opencoca.model.config import NAMED_SIZES, CoCaConfig
 from opencoca.train.recipe_data import DataRecipe
-from opencoca.train.recipe_optimizer import ComputeRecipe, OptimizerRecipe
+from opencoca.train.recipe_optimizer import SHARDABLE, ComputeRecipe, OptimizerRecipe
 from opencoca.train.recipe_safety import CheckpointRecipe, SafetyRecipe
 
 
@@ -179,8 +179,9 @@ class Recipe:
             raise ValueError("loss.contrastive_weight and loss.caption_weight are both 0: nothing would be learned")
         if self.encoder.cache_features and self.encoder.frozen_stages == 0:
             raise ValueError("encoder.cache_features needs frozen stages: set encoder.frozen_stages (-1 = all)")
-        if self.optimizer.name == "adafactor" and self.distributed.strategy == "fsdp":
-            raise ValueError("optimizer.name adafactor does not work with distributed.strategy fsdp; use adamw or ddp")
+        name = self.optimizer.name
+        if name not in SHARDABLE and self.distributed.strategy == "fsdp":
+            raise ValueError(f"optimizer.name {name} does not work with distributed.strategy fsdp; use adamw or ddp")
         if self.encoder.learning_rate is not None and "image_encoder" in self.optimizer.learning_rates:
             raise ValueError("encoder.learning_rate and optimizer.learning_rates both set that of the image encoder")
         needs = {"cider_d": "caption_weight", "mean_r1": "contrastive_weight"}.get(self.select_by)

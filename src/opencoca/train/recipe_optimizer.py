@@ -13,20 +13,26 @@ PARTS: dict[str, tuple[str, ...]] = {
 """The model's parts, as recipes call them, and how their parameters' names begin."""
 
 
+SHARDABLE = ("adamw",)
+"""Optimizers whose update of a weight needs nothing but that weight's numbers, so that fsdp can divide it."""
+
+
 @dataclass(frozen=True)
 class OptimizerRecipe:
     """The optimizer and its schedule.
 
     Args:
         name: adamw, or adafactor (arXiv 1804.04235) as the paper trained: second moments of matrices factored into
-            rows and columns, first moments in bf16, which is a quarter of AdamW's memory.
+            rows and columns, first moments in bf16, which is a quarter of AdamW's memory; or muon (arXiv 2502.16982):
+            orthogonalised updates of the hidden matrices, AdamW for the rest, three quarters of its memory or less.
         learning_rate: at the peak.
         learning_rates: of single parts of the model, by name: image_encoder, image_pooling, unimodal_decoder,
             multimodal_decoder, heads.
         layer_decay: the peak is multiplied by this for every layer further from the outputs, in the image encoder and
             in the text decoder (arXiv 2106.08254); 1 = the same for all.
         frozen: names of parts that are not trained (image_encoder: as in LiT, arXiv 2111.07991).
-        betas: of the running means of gradient and squared gradient; the paper's adafactor: 0.9 and 0.999.
+        betas: of the running means of gradient and squared gradient; the paper's adafactor: 0.9 and 0.999. Of muon:
+            those of its AdamW.
         eps: of adamw, added to the root of the latter.
         weight_decay: decoupled; not on norms, biases, positions, queries and the temperature.
         grad_clip: largest norm of the whole gradient; 0 = no clipping.
@@ -38,7 +44,7 @@ class OptimizerRecipe:
         ema_decay: of the exponential moving average of the weights that is validated and kept; 0 = none.
     """
 
-    name: Literal["adamw", "adafactor"] = "adamw"
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
     learning_rate: float = 1e-3
     learning_rates: dict[str, float] = field(default_factory=dict)
     layer_decay: float = 1.0

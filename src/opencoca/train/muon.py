@@ -1,4 +1,4 @@
-"""Muon for the hidden matrices, AdamW for the rest: what benchmarks/optimizers.py compares with the package's own.
+"""Muon for the hidden matrices, AdamW for the rest.
 
 Keller Jordan et al., kellerjordan.github.io/posts/muon: the running mean of a matrix's gradient, orthogonalised, is its
 update. Scaled as Liu et al., arXiv 2502.16982, section 2.2, so that AdamW's learning rate and weight decay carry over.
@@ -19,8 +19,6 @@ from opencoca.model.attention import Attention
 from opencoca.model.attn_pool import FeatureProjection
 from opencoca.model.blocks import Mlp
 from opencoca.model.coca import CoCa
-from opencoca.train.optimizer import parameter_groups
-from opencoca.train.recipe import Recipe
 
 # The odd polynomial a x + b x^3 + c x^5 that each step of the iteration applies to all singular values (the post).
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -104,17 +102,17 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     return x.mT if is_tall else x
 
 
-def build_muon(model: CoCa, recipe: Recipe) -> Muon:
-    """As `build_optimizer`: the recipe's groups, the hidden matrices among them for Muon and the others for AdamW."""
-    options, maps = recipe.optimizer, hidden_matrices(model)
-    groups: list[dict[str, Any]] = []
-    for group in parameter_groups(model, recipe):
-        by_maps: dict[int, list[nn.Parameter]] = {}
+def divide_groups(model: CoCa, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups with their hidden matrices in groups of their own, by how many maps each holds (``maps``)."""
+    maps = hidden_matrices(model)
+    divided: list[dict[str, Any]] = []
+    for group in groups:
+        by_maps: dict[int, list[Tensor]] = {}
         for parameter in group["params"]:
             by_maps.setdefault(maps.get(parameter, 0), []).append(parameter)
         for count, parameters in by_maps.items():
-            groups.append(group | {"params": parameters} | ({"maps": count} if count else {}))
-    return Muon(groups, options.learning_rate, betas=options.betas, eps=options.eps)
+            divided.append(group | {"params": parameters} | ({"maps": count} if count else {}))
+    return divided
 
 
 def hidden_matrices(model: CoCa) -> dict[Tensor, int]:
