@@ -151,7 +151,7 @@ def test_an_opened_photo_is_turned_upright_as_its_file_is(pipeline, arrays, tmp_
         (17, "number 1 .*give a path"),
         (None, "number 1 .*give a path"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_an_unusable_image_is_named(pipeline, arrays, image, reason):
     with pytest.raises(ImageError, match=reason):
