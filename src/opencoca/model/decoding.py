@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from opencoca.model.attention import KeyValueCache
-from opencoca.model.image_memory import CrossKeysValues, FoldedImages, num_images, select_images
+from opencoca.model.image_memory import ImageMemories, num_images, select_images
 from opencoca.model.layout import TextLayout
 from opencoca.model.text_decoder import UnimodalDecoder, Words
 
@@ -34,7 +34,7 @@ class DecodingState:
     last_ids (R, 1): the last word of each text.
     """
 
-    images: list[CrossKeysValues] | list[FoldedImages]
+    images: ImageMemories
     unimodal: list[KeyValueCache]
     multimodal: list[KeyValueCache]
     num_words: int = 0

@@ -48,9 +48,11 @@ class FoldedImages:
         return values if self.constant is None else values + self.constant
 
 
-def remember(
-    image_tokens: Tensor, blocks: "list[TransformerBlock]", words_per_image: int | None
-) -> list[CrossKeysValues] | list[FoldedImages]:
+ImageMemories = list[CrossKeysValues] | list[FoldedImages]
+"""Of every layer, in their order; all of one kind."""
+
+
+def remember(image_tokens: Tensor, blocks: "list[TransformerBlock]", words_per_image: int | None) -> ImageMemories:
     """What the cross-attention of each block needs of image_tokens (I, N, C), computed once for all words to come.
 
     words_per_image: about how many words will look at each image; None: keys and values, whatever is cheaper.
@@ -62,20 +64,18 @@ def remember(
     return [(keys.contiguous(), values.contiguous()) for keys, values in keys_values]
 
 
-def num_images(memories: list[CrossKeysValues] | list[FoldedImages]) -> int:
+def num_images(memories: ImageMemories) -> int:
     """I."""
     return cache_like(memories).shape[0]
 
 
-def cache_like(memories: list[CrossKeysValues] | list[FoldedImages]) -> Tensor:
+def cache_like(memories: ImageMemories) -> Tensor:
     """A tensor of the type and on the device that the words' keys and values will have."""
     first = memories[0]
     return first.tokens if isinstance(first, FoldedImages) else first[0]
 
 
-def select_images(
-    memories: list[CrossKeysValues] | list[FoldedImages], images: Tensor
-) -> list[CrossKeysValues] | list[FoldedImages]:
+def select_images(memories: ImageMemories, images: Tensor) -> ImageMemories:
     """Keeps these images (I',), in this order."""
     if isinstance(memories[0], FoldedImages):
         tokens = memories[0].tokens.index_select(0, images)

@@ -15,7 +15,7 @@ from opencoca.model.attention import KeyValueCache, trains_on_cpu
 from opencoca.model.blocks import Dropout, LookedAt, TransformerBlock, make_block, make_norm
 from opencoca.model.config import TextConfig
 from opencoca.model.image_attention import SharedImages, pays
-from opencoca.model.image_memory import CrossKeysValues, FoldedImages, num_images, remember
+from opencoca.model.image_memory import CrossKeysValues, ImageMemories, num_images, remember
 from opencoca.model.layout import TextLayout, put_rows, take_rows
 
 # Stands for [CLS] among token ids; no word has it.
@@ -199,7 +199,7 @@ class MultimodalDecoder(nn.Module):
         """image_tokens (I, Q, D) -> keys and values of every layer."""
         return [block.project_context(image_tokens) for block in self._cross_blocks()]
 
-    def remember(self, image_tokens: Tensor, words_per_image: int | None) -> list[CrossKeysValues] | list[FoldedImages]:
+    def remember(self, image_tokens: Tensor, words_per_image: int | None) -> ImageMemories:
         """image_tokens (I, Q, D) -> what every layer needs of them, computed once for all words to come.
 
         words_per_image: about how many; None: whatever their number, keys and values.
@@ -227,7 +227,7 @@ class MultimodalDecoder(nn.Module):
     def forward(
         self,
         words: Words,
-        images: list[CrossKeysValues] | list[FoldedImages],
+        images: ImageMemories,
         caches: list[KeyValueCache] | None = None,
     ) -> Tensor:
         """words of B texts over I images (text row r looks at image r // (B / I)) -> hidden (S, D), packed.

@@ -19,6 +19,7 @@ from opencoca.model.attention import Attention
 from opencoca.model.attn_pool import FeatureProjection
 from opencoca.model.blocks import Mlp
 from opencoca.model.coca import CoCa
+from opencoca.train.parameterwise import ParameterwiseOptimizer
 
 # The odd polynomial a x + b x^3 + c x^5 that each step of the iteration applies to all singular values (the post).
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -27,7 +28,7 @@ _ITERATIONS = 5
 _ADAMW_RMS = 0.2
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(ParameterwiseOptimizer):
     """Muon for groups that have ``maps``, how many maps are stacked in each of their parameters; AdamW for the others.
 
     groups: of both kinds, each with params, lr and weight_decay. momentum (with Nesterov's look ahead) is Muon's; betas
@@ -61,21 +62,15 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Updates every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            if "maps" in group:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._update(parameter, parameter.grad, group)
+        """Updates every parameter that has a gradient; returns the closure's loss."""
+        loss = super().step(closure)
         if self._adamw:
             self._adamw.step()
         return loss
 
     def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        if "maps" not in group:  # AdamW's
+            return
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(grad)
