@@ -17,6 +17,7 @@ from captioner import (
 )
 
 from opencoca.generation import GenerationOptions, generate
+from opencoca.model import image_memory
 from opencoca.model.coca import CoCa
 from opencoca.model.decoding import DecodingState
 from opencoca.tokenizer import Tokenizer
@@ -200,3 +201,26 @@ def test_a_prefix_without_room_is_refused(tokenizer):
 def test_impossible_counts_are_refused(counts):
     with pytest.raises(ValueError, match="new_tokens"):
         GenerationOptions(*counts)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({}, 8), ({"num_beams": 3}, 24), ({"num_captions": 2, "temperature": 1.0}, 16)]
+)
+def test_looking_at_the_images_tokens_changes_no_caption(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, options: dict, words: int
+) -> None:
+    """Where few words will come; how many is known before the first: of every text, the start token and seven more."""
+    model = make_model(tokenizer)
+    tokens, options = make_tokens(model), GenerationOptions(max_new_tokens=7, **options)
+    expected = generate(model, tokens, tokenizer, options)
+    asked: list[float] = []
+
+    def pays(words_per_image: float, *_: object) -> bool:
+        asked.append(words_per_image)
+        return True
+
+    monkeypatch.setattr(image_memory, "pays", pays)
+    found = generate(model, tokens, tokenizer, options)
+    assert set(asked) == {words}
+    ids = [[[text.token_ids for text in texts] for texts in captions] for captions in (expected, found)]
+    assert ids[0] == ids[1]

@@ -45,6 +45,12 @@ def test_weights_gradients_and_optimizer_are_those_of_the_real_ones(name: str) -
     assert sum(plan_of(recipe).parameters.values()) * 4 == weights
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_strategies_are_those_that_the_optimizer_works_with(name: str) -> None:
+    plan = plan_of(replace(TINY, optimizer=OptimizerRecipe(name=name)))  # pyright: ignore
+    assert {memory.strategy for memory in plan.memory} == {"none", "ddp"} | ({"fsdp"} if name == "adamw" else set())
+
+
 def test_sharding_divides_what_is_held() -> None:
     by_strategy = {(m.strategy, m.recompute): m for m in plan_of().memory}
     ddp, fsdp = by_strategy["ddp", "none"], by_strategy["fsdp", "none"]

@@ -95,7 +95,8 @@ class TestBestWeights:
         kept, _ = read_tensors(output / "model.safetensors")
         assert torch.equal(kept["image_proj.weight"], weights[1])
         assert json.loads((output / "val_captions.json").read_text(encoding="utf-8")) == {"image0.png": "number 2"}
-        assert json.loads((output / "config.json").read_text(encoding="utf-8"))["info"]["step"] == 4
+        info = json.loads((output / "config.json").read_text(encoding="utf-8"))["info"]
+        assert (info["step"], info["validation"]) == (4, {"cider_d": 0.4, "loss": 1.0})
 
     def test_the_average_is_what_is_validated_and_kept(self, pairs: Pairs, output: Path) -> None:
         trainer = Trainer(tiny_recipe(pairs, output, epochs=1, optimizer__ema_decay=0.9))
