@@ -5,7 +5,7 @@ PEERS_VENV ?= .peers-venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-slow test-java test-peers lint types imports check
+.PHONY: help setup demo test test-slow test-java test-gpu test-peers lint types imports check
 
 help:
 	@echo "make setup    install into $(VENV) (choose another with VENV=DIR, another Python with SYSTEM_PYTHON=PATH)"
@@ -29,11 +29,15 @@ demo: setup
 	$(PYTHON) demo/demo.py
 
 test: setup
-	$(PYTHON) -m pytest -m "not java and not peers and not gpu and not slow"
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not java and not peers and not gpu and not slow"
 
 # Minutes each: full-size networks, many kills, a simulated object store.
 test-slow: setup
 	$(PYTHON) -m pytest -m "slow and not java and not peers and not gpu"
+
+# What only a CUDA device can show.
+test-gpu: setup
+	$(PYTHON) -m pytest -m "gpu"
 
 # METEOR, and our caption metrics against pycocoevalcap's.
 test-java: setup

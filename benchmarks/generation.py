@@ -222,6 +222,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
                 command = [sys.executable, __file__, "peak", "--whose", whose, "--dtypes", name, "--beams", beams]
                 for option in ("images", "tokens", "model", "device"):
                     command += [f"--{option}", str(getattr(arguments, option))]
+                command += ["--without-graphs"] * arguments.without_graphs
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 before, peak = map(int, done.stdout.split()[-2:])
                 row |= {f"{whose}_model_gib": before / 2**30, f"{whose}_peak_gib": peak / 2**30}
@@ -285,9 +286,11 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 512], help="images, for throughput")
     parser.add_argument("--repeats", type=int, default=3, help="runs of ours, of which the fastest counts")
     parser.add_argument("--without-peer", action="store_true", help="compare: time ours alone")
+    parser.add_argument("--without-graphs", action="store_true", help="decode without CUDA graphs")
     parser.add_argument("--whose", choices=("ours", "open_clip"), default="ours", help="peak: of which")
     parser.add_argument("--out", help="JSON file")
     arguments = parser.parse_args()
+    CoCa.records_steps = not arguments.without_graphs
     if arguments.what == "peak":
         peak(arguments)
         return

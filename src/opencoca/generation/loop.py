@@ -16,6 +16,7 @@ from opencoca.generation.options import GeneratedCaption, GenerationOptions
 from opencoca.generation.search import Candidate, Limits, Search, SingleTexts
 from opencoca.model.coca import CoCa
 from opencoca.model.decoding import DecodingState, embed_decoded
+from opencoca.model.decoding_graphs import DecodingGraphs, borrow_graphs
 from opencoca.tokenizer import Tokenizer
 
 # Texts at a time on a CPU: more of them are no faster, and their keys and values take memory.
@@ -26,6 +27,8 @@ _PACK_FOR_TEXTS = 64
 
 # Dropping finished images copies the caches of the others; below this share of them, computing on is cheaper.
 _DROP_FROM_SHARE = 1 / 8
+# Recorded steps are of a power of two of images.
+_DROP_FROM_SHARE_OF_GRAPHS = 1 / 2
 
 
 @torch.inference_mode()
@@ -80,13 +83,28 @@ def generate(
     return captions
 
 
-def _search(filters: list[LogitFilter], *arguments: Any) -> list[list["_Finished"]]:
+def _search(
+    filters: list[LogitFilter],
+    model: CoCa,
+    image_tokens: Tensor,
+    options: GenerationOptions,
+    limits: Limits,
+    *arguments: Any,
+) -> list[list["_Finished"]]:
     """What is found for each image; a function of its own, so that its caches are gone when the next ones are made."""
-    work = _Work.start(*arguments)
     finished: dict[int, list[_Finished]] = {}
-    while work.images.numel():
-        finished.update(work.advance(filters))
+    entries, texts = _num_entries(options, limits), options.texts_in_work
+    with borrow_graphs(model, image_tokens, 1 if options.num_beams > 1 else texts, entries, texts) as graphs:
+        work = _Work.start(graphs, model, image_tokens, options, limits, *arguments)
+        while work.images.numel():
+            finished.update(work.advance(filters))
     return [found for _, found in sorted(finished.items())]
+
+
+def _num_entries(options: GenerationOptions, limits: Limits) -> int:
+    """Of a cache row, which beams of an image share."""
+    texts_per_row = options.texts_in_work if options.num_beams > 1 else 1
+    return limits.prompt_length + texts_per_row * (limits.max_length - limits.prompt_length)
 
 
 @dataclass(frozen=True)
@@ -99,6 +117,7 @@ class _Finished:
 class _Work:
     """The images in work (I,), by their numbers, the search over their texts and the caches it reads."""
 
+    graphs: DecodingGraphs | None
     model: CoCa
     options: GenerationOptions
     limits: Limits
@@ -110,6 +129,7 @@ class _Work:
     @classmethod
     def start(
         cls,
+        graphs: DecodingGraphs | None,
         model: CoCa,
         image_tokens: Tensor,
         options: GenerationOptions,
@@ -121,8 +141,7 @@ class _Work:
         device, num_images = image_tokens.device, image_tokens.shape[0]
         images = torch.arange(num_images, device=device)
         token_ids = torch.tensor(prompt, device=device).repeat(num_images, 1)
-        texts_per_row = options.texts_in_work if options.num_beams > 1 else 1
-        num_entries = limits.prompt_length + texts_per_row * (limits.max_length - limits.prompt_length)
+        num_entries = _num_entries(options, limits)
         if options.num_beams > 1:
             search: Search = BeamSearch(options, limits, token_ids, num_entries)
         else:
@@ -134,31 +153,48 @@ class _Work:
             capacity=limits.max_length,
             num_entries=num_entries,
             words_per_image=options.texts_in_work * limits.max_length,
+            arena=graphs.arena if graphs else None,
         )
-        return cls(model, options, limits, state, search, images, with_text_embed)
+        return cls(graphs, model, options, limits, state, search, images, with_text_embed)
 
     def advance(self, filters: list[LogitFilter]) -> dict[int, list[_Finished]]:
         """Makes every text one token longer; returns the texts of images that leave the work, by image."""
         search, state = self.search, self.state
         starts = state.num_words == 0
-        logits = self.model.decode_step(search.token_ids if starts else search.token_ids[:, -1:], state)
-        log_probs = next_log_probs(logits)
+        log_probs = next_log_probs(self._next_logits())
         allowed = log_probs if all(one.only_forbids for one in filters) else log_probs.clone()
         for logit_filter in filters:
             logit_filter.apply(allowed, search.token_ids)
         parents = search.extend(allowed, log_probs, state.entries_of_texts())
-        if starts and search.shares_cache:
-            state.share_rows(search.texts_per_image)
-        elif starts and search.texts_per_image > 1:
-            state.select(parents)
+        if starts:
+            self._take_up(parents)
         elif search.shares_cache:
             state.reorder(parents)
         return self._drop_finished(is_last=search.token_ids.shape[1] >= self.limits.max_length)
 
+    def _next_logits(self) -> Tensor:
+        token_ids, state = self.search.token_ids, self.state
+        if state.num_words == 0:
+            return self.model.decode_step(token_ids, state)
+        if self.graphs:
+            return self.graphs.step(self.model, token_ids[:, -1:], state)
+        return self.model.decode_step(token_ids[:, -1:], state)
+
+    def _take_up(self, parents: Tensor) -> None:
+        """Makes rows for the texts (R,) that go on from the prompts."""
+        if self.search.shares_cache:
+            self.state.share_rows(self.search.texts_per_image)
+            return
+        if self.search.texts_per_image > 1:
+            self.state.select(parents)
+        if self.graphs:
+            self.state.share_rows(1)
+
     def _drop_finished(self, is_last: bool) -> dict[int, list[_Finished]]:
         done = self.search.done() | is_last
         num_done = int(done.sum())
-        if num_done == 0 or num_done < _DROP_FROM_SHARE * done.numel():
+        least = _DROP_FROM_SHARE_OF_GRAPHS if self.graphs else _DROP_FROM_SHARE
+        if num_done == 0 or num_done < least * done.numel():
             return {}
         leaving, staying = done.nonzero().squeeze(1), (~done).nonzero().squeeze(1)
         visible = self.state.entries_of_texts()

@@ -3,6 +3,8 @@
 Letters: B batch, T query positions, N key positions, D width, H heads, K key-value heads, d head width.
 """
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,14 @@ from opencoca.model.image_memory import FoldedImages
 from opencoca.model.layout import TextLayout
 from opencoca.model.linear import Linear
 from opencoca.model.packed_attention import packed_cross_attention, packed_self_attention, split_keys_values
+
+
+class WordCache(Protocol):
+    """What self-attention needs of a cache: see `KeyValueCache`."""
+
+    texts_per_row: int
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class KeyValueCache:
@@ -83,7 +93,7 @@ class Attention(nn.Module):
         keys, values = keys_values.unbind(-3)
         return keys.transpose(1, 2), values.transpose(1, 2)
 
-    def self_attend(self, x: Tensor, layout: TextLayout, cache: KeyValueCache | None = None) -> Tensor:
+    def self_attend(self, x: Tensor, layout: TextLayout, cache: WordCache | None = None) -> Tensor:
         """x (S, D) packed words -> (S, D): every word sees itself and the words before it, cached ones included.
 
         What the layout hides is seen by no word.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from opencoca.model.attention import Attention, KeyValueCache
+from opencoca.model.attention import Attention, WordCache
 from opencoca.model.config import BlockConfig
 from opencoca.model.image_attention import SharedImages
 from opencoca.model.image_memory import CrossKeysValues, FoldedImages
@@ -203,7 +203,7 @@ class TransformerBlock(nn.Module):
         """x (B, N, D), everything sees everything (image encoders)."""
         return self._run(self._attend, x)
 
-    def self_attend(self, x: Tensor, layout: TextLayout, cache: KeyValueCache | None = None) -> Tensor:
+    def self_attend(self, x: Tensor, layout: TextLayout, cache: WordCache | None = None) -> Tensor:
         """x (S, D) packed words, causal."""
         return self._run(self._self_attend, x, layout, cache)
 
@@ -220,7 +220,7 @@ class TransformerBlock(nn.Module):
         normed = self.norm1(x)
         return self.add_mlp(x, normed, self.attn(normed))
 
-    def _self_attend(self, x: Tensor, layout: TextLayout, cache: KeyValueCache | None) -> Tensor:
+    def _self_attend(self, x: Tensor, layout: TextLayout, cache: WordCache | None) -> Tensor:
         normed = self.norm1(x)
         return self.add_mlp(x, normed, self.attn.self_attend(normed, layout, cache))
 

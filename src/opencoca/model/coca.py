@@ -18,6 +18,7 @@ from opencoca.model.attention import KeyValueCache
 from opencoca.model.attn_pool import ImagePooling
 from opencoca.model.config import BlockConfig, CoCaConfig
 from opencoca.model.decoding import DecodingState, decode_step
+from opencoca.model.decoding_arena import DecodingArena
 from opencoca.model.image_encoders import build_image_encoder
 from opencoca.model.image_memory import cache_like
 from opencoca.model.init import init_weights
@@ -56,7 +57,12 @@ class CoCaOutput(NamedTuple):
 
 
 class CoCa(nn.Module):
-    """The model. ``CoCa(CoCaConfig.named("base"))`` is the paper's Base, randomly initialised."""
+    """The model. ``CoCa(CoCaConfig.named("base"))`` is the paper's Base, randomly initialised.
+
+    records_steps: whether captions on a GPU are decoded by CUDA graphs: see `decoding_graphs`.
+    """
+
+    records_steps = True
 
     def __init__(self, config: CoCaConfig, image_encoder: nn.Module | None = None):
         """image_encoder: images (B, 3, height, width) -> features (B, N, D), for an encoder named ``custom``."""
@@ -157,27 +163,30 @@ class CoCa(nn.Module):
         capacity: int | None = None,
         num_entries: int | None = None,
         words_per_image: int | None = None,
+        arena: DecodingArena | None = None,
     ) -> DecodingState:
         """A state without words for I x texts_per_image texts; image_tokens (I, Q, D).
 
         capacity: the most words that a text will have (default: context_length); num_entries: how many the caches
         hold, where texts will share their rows (default: capacity); words_per_image: about how many words all texts
         of an image will have together, by which the cheaper form of cross-attention is chosen (default: keys and
-        values).
+        values); arena: where it is to lie, if it has a place.
         Raises ValueError if capacity is more than context_length.
         """
-        batch_size = image_tokens.shape[0] * texts_per_image
+        num_rows = image_tokens.shape[0] * texts_per_image
         text = self.config.text
         capacity = text.context_length if capacity is None else capacity
         if not 0 < capacity <= text.context_length:
             # Beyond it a learned position is missing, and the row after the last belongs to [CLS].
             raise ValueError(f"capacity {capacity} must be from 1 to context_length {text.context_length}")
         entries = num_entries or capacity
+        images = self.multimodal_decoder.remember(image_tokens, words_per_image, arena)
+        if arena is not None:
+            return DecodingState(images, *arena.new_caches(num_rows, entries), arena=arena)
 
         def caches(depth: int, block: BlockConfig) -> list[KeyValueCache]:
-            return [KeyValueCache(batch_size, block, entries, like) for _ in range(depth)]
+            return [KeyValueCache(num_rows, block, entries, like) for _ in range(depth)]
 
-        images = self.multimodal_decoder.remember(image_tokens, words_per_image)
         like = cache_like(images)
         return DecodingState(
             images,

@@ -15,13 +15,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from opencoca.model.attention import KeyValueCache
+from opencoca.model.attention import KeyValueCache, WordCache
 from opencoca.model.image_memory import ImageMemories, num_images, select_images
 from opencoca.model.layout import TextLayout
 from opencoca.model.text_decoder import UnimodalDecoder, Words
 
 if TYPE_CHECKING:
     from opencoca.model.coca import CoCa
+    from opencoca.model.decoding_arena import DecodingArena
+
+
+Sight = tuple[Tensor | None, Tensor | None]
+"""What the new words see of the cache entries in the unimodal and in the multimodal half; None = all."""
 
 
 @dataclass
@@ -31,7 +36,7 @@ class DecodingState:
     num_words: how many words of each text there are; texts_per_row: P.
     seen (C, P, capacity): the entries that hold each text's words, where P > 1.
     hidden (C, capacity): entries that unimodal attention does not see, where P > 1 (`TextConfig.hidden_id`).
-    last_ids (R, 1): the last word of each text.
+    last_ids (R, 1): the last word of each text. arena: where images and caches lie, if they have a place.
     """
 
     images: ImageMemories
@@ -42,6 +47,7 @@ class DecodingState:
     seen: Tensor | None = None
     hidden: Tensor | None = None
     last_ids: Tensor | None = None
+    arena: "DecodingArena | None" = None
 
     @property
     def num_entries(self) -> int:
@@ -71,7 +77,9 @@ class DecodingState:
             self.seen = self.seen[rows]
         if self.hidden is not None:
             self.hidden = self.hidden[rows]
-        if images is not None:
+        if images is not None and self.arena is not None:
+            self.images = self.arena.select_images(images, num_images(self.images))
+        elif images is not None:
             self.images = select_images(self.images, images)
 
     def share_rows(self, texts_per_row: int) -> None:
@@ -97,32 +105,49 @@ class DecodingState:
         self.seen = self.seen.flatten(0, 1).index_select(0, parents).view_as(self.seen)
         self.last_ids = self.last_ids.index_select(0, parents)
 
-    def begin_words(self, token_ids: Tensor, unimodal_decoder: UnimodalDecoder) -> tuple[Tensor | None, Tensor | None]:
-        """Makes room for the next word (R, 1) of each text: the masks (C, P, N) of the unimodal and multimodal half."""
+    def begin_words(self, token_ids: Tensor, decoder: UnimodalDecoder, width: int | None = None) -> Sight:
+        """Makes room for the next words (R, T) of each text; returns what they see.
+
+        width: of how many entries, where texts share rows: (C, P, width) each; default: of those that are filled then.
+        """
         if self.seen is None:
             self.last_ids = token_ids[:, -1:]
-            return None, None
+            return decoder.visible_in_cache(token_ids, self.unimodal[0]), None
         assert token_ids.shape[1] == 1, "texts that share rows go on word by word"
         assert self.last_ids is not None, "there is no prompt"
         start, end = self.num_entries, self.num_entries + self.texts_per_row
         self.seen[:, :, start:end] = torch.eye(self.texts_per_row, dtype=torch.bool, device=self.seen.device)
-        visible = self.seen[:, :, :end]
-        hides = unimodal_decoder.hides(token_ids, self.last_ids)
+        visible = self.seen[:, :, : width or end]
+        hides = decoder.hides(token_ids, self.last_ids)
         self.last_ids = token_ids
         if self.hidden is None or hides is None:
             return visible, visible
         self.hidden[:, start:end] = hides.view(-1, self.texts_per_row)
-        return visible & ~self.hidden[:, None, :end], visible
+        return visible & ~self.hidden[:, None, : width or end], visible
 
 
 def decode_step(model: "CoCa", token_ids: Tensor, state: DecodingState) -> Tensor:
     """token_ids (R, T): the next words of each text -> logits (R, V) after the last of them; extends the state."""
-    unimodal_sees, multimodal_sees = state.begin_words(token_ids, model.unimodal_decoder)
-    words = model.unimodal_decoder.step(token_ids, state.unimodal, state.num_words, unimodal_sees)
-    state.num_words += token_ids.shape[1]
-    words = Words(words.states, replace(words.layout, visible=multimodal_sees))
-    hidden = model.multimodal_decoder(words, state.images, state.multimodal)
-    return model.lm_head(words.layout.pad(hidden)[:, -1])
+    sight = state.begin_words(token_ids, model.unimodal_decoder)
+    num_texts, num_words = token_ids.shape
+    layout = TextLayout.dense(num_texts, num_words, token_ids.device, state.num_words)
+    logits = next_logits(model, token_ids, layout, sight, state.images, (state.unimodal, state.multimodal))
+    state.num_words += num_words
+    return logits
+
+
+def next_logits(
+    model: "CoCa",
+    token_ids: Tensor,
+    layout: TextLayout,
+    sight: Sight,
+    images: ImageMemories,
+    caches: tuple[Sequence[WordCache], Sequence[WordCache]],
+) -> Tensor:
+    """token_ids (R, T) -> logits (R, V) after the last of them; extends the caches of both halves."""
+    states = model.unimodal_decoder.step(token_ids, caches[0], replace(layout, visible=sight[0]))
+    hidden = model.multimodal_decoder(Words(states, replace(layout, visible=sight[1])), images, caches[1])
+    return model.lm_head(layout.pad(hidden)[:, -1])
 
 
 def embed_decoded(

@@ -18,6 +18,7 @@ from opencoca.model.image_attention import fold, pays
 
 if TYPE_CHECKING:
     from opencoca.model.blocks import TransformerBlock
+    from opencoca.model.decoding_arena import DecodingArena
 
 CrossKeysValues = tuple[Tensor, Tensor]
 
@@ -52,11 +53,20 @@ ImageMemories = list[CrossKeysValues] | list[FoldedImages]
 """Of every layer, in their order; all of one kind."""
 
 
-def remember(image_tokens: Tensor, blocks: "list[TransformerBlock]", words_per_image: int | None) -> ImageMemories:
+def remember(
+    image_tokens: Tensor,
+    blocks: "list[TransformerBlock]",
+    words_per_image: int | None = None,
+    arena: "DecodingArena | None" = None,
+) -> ImageMemories:
     """What the cross-attention of each block needs of image_tokens (I, N, C), computed once for all words to come.
 
     words_per_image: about how many words will look at each image; None: keys and values, whatever is cheaper.
+    arena: where keys and values are to lie.
     """
+    if arena is not None:
+        keys_values = (block.project_context(image_tokens) for block in blocks)
+        return [arena.place_image(layer, *pair) for layer, pair in enumerate(keys_values)]
     if words_per_image is not None and _folds(image_tokens, blocks, words_per_image):
         return _fold_all(image_tokens, blocks)
     keys_values = (block.project_context(image_tokens) for block in blocks)

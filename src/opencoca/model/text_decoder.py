@@ -5,18 +5,22 @@ right view: it sees every real word and itself, and no word sees it.
 Letters: B batch, T text positions, S real positions of the batch, D width, V vocabulary, I images.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from opencoca.model.attention import KeyValueCache, trains_on_cpu
+from opencoca.model.attention import KeyValueCache, WordCache, trains_on_cpu
 from opencoca.model.blocks import Dropout, LookedAt, TransformerBlock, make_block, make_norm
 from opencoca.model.config import TextConfig
 from opencoca.model.image_attention import SharedImages, pays
 from opencoca.model.image_memory import CrossKeysValues, ImageMemories, num_images, remember
 from opencoca.model.layout import TextLayout, put_rows, take_rows
+
+if TYPE_CHECKING:
+    from opencoca.model.decoding_arena import DecodingArena
 
 # Stands for [CLS] among token ids; no word has it.
 _CLS_ID = -1
@@ -103,20 +107,12 @@ class UnimodalDecoder(nn.Module):
         x = self._run(x, with_cls_layout)
         return UnimodalOutput(Words(take_rows(x, word_rows), layout), self.norm(take_rows(x, cls_rows)))
 
-    def step(self, token_ids: Tensor, caches: list[KeyValueCache], start: int, visible: Tensor | None = None) -> Words:
-        """token_ids (B, T): the next T words of each text, all real -> their states; extends the caches.
-
-        start: how many words there are already. visible: what texts that share cache rows see, as in `TextLayout`.
-        """
-        batch_size, length = token_ids.shape
-        layout = TextLayout.dense(batch_size, length, token_ids.device, start)
+    def step(self, token_ids: Tensor, caches: Sequence[WordCache], layout: TextLayout) -> Tensor:
+        """token_ids (B, T): the next T words of each text, all real -> their states (B x T, D); extends the caches."""
         x = self._embed(token_ids.flatten(), layout.positions)
-        if visible is None:
-            visible = self._visible_in_cache(token_ids, caches[0])
-        masked_layout = replace(layout, visible=visible)
         for block, cache in zip(self.blocks, caches, strict=True):
-            x = block.self_attend(x, masked_layout, cache)  # pyright: ignore[reportCallIssue]
-        return Words(x, layout)
+            x = block.self_attend(x, layout, cache)  # pyright: ignore[reportCallIssue]
+        return x
 
     def hides(self, token_ids: Tensor, previous_ids: Tensor) -> Tensor | None:
         """Whether attention does not see these words, given the words before them; None = it sees all."""
@@ -142,7 +138,7 @@ class UnimodalDecoder(nn.Module):
         visible[:, 0] = True
         return replace(layout, visible=visible)
 
-    def _visible_in_cache(self, token_ids: Tensor, cache: KeyValueCache) -> Tensor | None:
+    def visible_in_cache(self, token_ids: Tensor, cache: KeyValueCache) -> Tensor | None:
         """(B, N) what the next words token_ids (B, T) may see of themselves and of those before them; None = all."""
         if self.hidden_id is None:
             return None
@@ -181,7 +177,7 @@ class MultimodalLayer(nn.Module):
         x: Tensor,
         images: LookedAt,
         layout: TextLayout,
-        cache: KeyValueCache | None = None,
+        cache: WordCache | None = None,
     ) -> Tensor:
         x = self.self_block.self_attend(x, layout, cache)
         return self.cross_block.cross_attend(x, images, layout)
@@ -199,12 +195,11 @@ class MultimodalDecoder(nn.Module):
         """image_tokens (I, Q, D) -> keys and values of every layer."""
         return [block.project_context(image_tokens) for block in self._cross_blocks()]
 
-    def remember(self, image_tokens: Tensor, words_per_image: int | None) -> ImageMemories:
-        """image_tokens (I, Q, D) -> what every layer needs of them, computed once for all words to come.
-
-        words_per_image: about how many; None: whatever their number, keys and values.
-        """
-        return remember(image_tokens, self._cross_blocks(), words_per_image)
+    def remember(
+        self, image_tokens: Tensor, words_per_image: int | None = None, arena: "DecodingArena | None" = None
+    ) -> ImageMemories:
+        """image_tokens (I, Q, D) -> what every layer needs of them: see `image_memory.remember`."""
+        return remember(image_tokens, self._cross_blocks(), words_per_image, arena)
 
     def _cross_blocks(self) -> list[TransformerBlock]:
         return [layer.cross_block for layer in self.layers]  # pyright: ignore[reportReturnType]
@@ -228,7 +223,7 @@ class MultimodalDecoder(nn.Module):
         self,
         words: Words,
         images: ImageMemories,
-        caches: list[KeyValueCache] | None = None,
+        caches: Sequence[WordCache] | None = None,
     ) -> Tensor:
         """words of B texts over I images (text row r looks at image r // (B / I)) -> hidden (S, D), packed.
 
