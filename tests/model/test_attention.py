@@ -171,3 +171,21 @@ def test_forward_over_itself_ignores_order():
     order = torch.randperm(5)
     torch.testing.assert_close(module(x)[:, order], module(x[:, order]))
     torch.testing.assert_close(module(x), module(x, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_cache_in_half_precision_attends_in_float32(dtype):
+    module = attention().to(dtype)
+    x = torch.randn(12, 12, dtype=dtype)
+    cache = KeyValueCache(3, block_config(), capacity=4, like=x)
+    with torch.inference_mode():
+        whole = module.self_attend(x, TextLayout.dense(3, 4, "cpu"))
+        steps = [
+            module.self_attend(word, TextLayout.dense(3, 1, "cpu", start=position), cache)
+            for position, word in enumerate(x.view(3, 4, 12).unbind(1))
+        ]
+    assert cache.keys.dtype == cache.values.dtype == torch.float32
+    assert torch.equal(cache.keys.to(dtype).float(), cache.keys)  # the keys themselves are as they were made
+    found = torch.stack(steps, dim=1).flatten(0, 1)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, whole, atol=2e-2, rtol=2e-2)

@@ -232,8 +232,15 @@ class _Work:
 
 
 def next_log_probs(logits: Tensor) -> Tensor:
-    """logits (R, V) -> log-probabilities (R, V), in float32 at least: half precision would round a caption's sum."""
-    return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    """logits (R, V) -> log-probabilities (R, V), in float32 at least: half precision would round a caption's sum.
+
+    The logits may be overwritten.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if wide.device.type != "cpu":
+        return wide.log_softmax(dim=-1)
+    # In place: getting memory of this size anew in every step takes longer than the softmax.
+    return torch.log_softmax(wide, -1, out=wide)
 
 
 def _encode_prompt(tokenizer: Tokenizer, prefix: str, context_length: int) -> list[int]:

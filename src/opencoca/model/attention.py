@@ -29,15 +29,17 @@ class WordCache(Protocol):
 class KeyValueCache:
     """Keys and values of one self-attention layer, of the positions that have been decoded so far.
 
-    keys, values: (B, K, capacity, d), allocated once; ``length`` positions of them are filled.
+    keys, values: (B, K, capacity, d), allocated once; ``length`` positions of them are filled. On a CPU they are
+        float32 at least: attention of few words in half precision takes up to three times as long there.
     visible: (B, capacity) which positions attention may see; None = all of them.
     texts_per_row: how many texts write into each row, side by side, and see what a mask lets them see.
     """
 
     def __init__(self, batch_size: int, config: BlockConfig, capacity: int, like: Tensor):
         shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
-        self.keys = like.new_empty(shape)
-        self.values = like.new_empty(shape)
+        on_cpu = like.device.type == "cpu"
+        dtype = torch.promote_types(like.dtype, torch.float32) if on_cpu else like.dtype
+        self.keys, self.values = like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=dtype)
         self.visible: Tensor | None = None
         self.texts_per_row = 1
         self.length = 0
@@ -112,7 +114,8 @@ class Attention(nn.Module):
         keys, values = layout.pad_heads(keys_values.flatten(1), 2, self.head_dim, group)
         if cache is not None:
             keys, values = cache.append(keys, values)
-        return self.out_proj(layout.pack_heads(attend(queries, keys, values, group == 1, layout.visible), group))
+        mixed = attend(queries.to(keys.dtype), keys, values, group == 1, layout.visible).to(x.dtype)
+        return self.out_proj(layout.pack_heads(mixed, group))
 
     def cross_attend(self, x: Tensor, keys: Tensor, values: Tensor, layout: TextLayout) -> Tensor:
         """x (S, D) packed words, keys and values (I, K, N, d) of I images -> (S, D).
