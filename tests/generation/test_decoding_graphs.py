@@ -249,6 +249,16 @@ def test_they_go_with_their_model(tokenizer, device, recorder):
     assert graphs() is None
 
 
+def test_a_model_that_leaves_the_device_gives_its_memory_back(tokenizer, recorder, device, monkeypatch):
+    model, tokens = model_and_tokens(tokenizer, device)
+    generate(model, tokens, tokenizer)
+    arena = weakref.ref(decoding_graphs._graphs[model].arena)
+    monkeypatch.delitem(decoding_graphs._RECORDERS, "cpu", raising=False)
+    generate(model.cpu(), tokens.cpu(), tokenizer)
+    gc.collect()
+    assert arena() is None
+
+
 def test_the_size_that_is_counted_is_the_arenas(tokenizer):
     model = make_model(tokenizer, {"num_kv_heads": 2, "unimodal_depth": 3})
     size = ArenaSize(images=3, rows=6, entries=14, image_tokens=5)

@@ -99,8 +99,12 @@ def borrow_graphs(
     while another thread uses them.
     """
     device, count = image_tokens.device, image_tokens.shape[0]
-    recordable = model.records_steps and count > 0 and count * texts_per_image <= _MOST_TEXTS
-    if not recordable or device.type not in _RECORDERS or torch.is_autocast_enabled(device.type) or _has_hooks(model):
+    if device.type not in _RECORDERS:
+        _graphs.pop(model, None)  # whoever takes a model off a GPU wants its memory back
+        yield None
+        return
+    recordable = model.records_steps and 0 < count * texts_per_image <= _MOST_TEXTS
+    if not recordable or torch.is_autocast_enabled(device.type) or _has_hooks(model):
         yield None
         return
     graphs = _graphs.setdefault(model, DecodingGraphs())
