@@ -1,11 +1,13 @@
-"""Rearranged weights: the same products, for as long as the weights are those that were rearranged."""
+"""Rearranged weights and products of oneDNN: the same products, for as long as the weights are those they were."""
 
 import copy
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from opencoca.model import linear as linear_module
 from opencoca.model.linear import Linear, _packed, pack_weights
 
 
@@ -86,6 +88,63 @@ def test_changed_weights_are_noticed(calls):
         torch.testing.assert_close(linear(x), linear.bias.expand(3, -1))
         linear.double()
         assert linear(x.double()).dtype == torch.float64
+
+
+@pytest.fixture
+def on_another_makers_processor(monkeypatch) -> None:
+    monkeypatch.setattr(linear_module, "_leaves_mkl", lambda: True)
+    monkeypatch.setattr(linear_module, "_FEWEST_PRODUCTS", 300 * 70 * 130)
+
+
+@needs_mkldnn
+@pytest.mark.usefixtures("on_another_makers_processor")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(300, 70), (3, 100, 70), (2, 3, 50, 70)], ids=str)
+def test_large_products_by_onednn(calls, bias, shape):
+    linear, x = Linear(70, 130, bias=bias), torch.randn(*shape)
+    expected = torch.nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x).double(), expected, rtol=1e-5, atol=1e-5)
+        gelu = torch.nn.functional.gelu(expected)
+        torch.testing.assert_close(linear.with_gelu(x).double(), gelu, rtol=1e-5, atol=1e-5)
+    assert calls == [shape[0], shape[0]]
+
+
+@needs_mkldnn
+@pytest.mark.usefixtures("on_another_makers_processor")
+def test_what_is_left_to_the_other_library(calls):
+    linear, x = Linear(70, 130), torch.randn(300, 70)
+    assert linear(x).requires_grad
+    with torch.no_grad():
+        linear(x[:299])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(x).dtype == torch.bfloat16
+        with FlopCounterMode(display=False) as counter:
+            linear(x)
+        assert counter.get_total_flops() == 2 * 300 * 70 * 130
+        linear.double()(x.double())
+        linear.bfloat16()(x.bfloat16())
+    assert calls == []
+    with torch.no_grad():
+        exported = torch.export.export(linear.float(), (x,))
+    assert "mkldnn" not in str(exported.graph)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("text", "vendor"),
+    [("processor\t: 0\nvendor_id\t: AuthenticAMD\nvendor_id\t: X\n", "AuthenticAMD"), ("Features : neon\n", "")],
+)
+def test_the_processors_maker(tmp_path, monkeypatch, text, vendor):
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(linear_module, "_CPU_INFO", tmp_path / "cpuinfo")
+    assert linear_module._vendor() == vendor
+    (tmp_path / "cpuinfo").unlink()
+    assert linear_module._vendor() == ""
+    identifier = "AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD"
+    monkeypatch.setenv("PROCESSOR_IDENTIFIER", identifier)
+    monkeypatch.setattr(linear_module, "_IS_WINDOWS", True)
+    assert linear_module._vendor() == "AuthenticAMD"
 
 
 def test_packing_is_no_part_of_the_module():
