@@ -234,7 +234,7 @@ def test_more_candidates_than_words_are_no_candidates():
     visible = torch.ones(1, 5, dtype=torch.bool)
     search.extend(allowed, allowed, visible)
     search.extend(allowed.expand(2, -1), allowed.expand(2, -1), visible.expand(2, -1))
-    found = search.result(0, visible)
+    (found,) = search.results(torch.tensor([0]), visible)
     assert [candidate.token_ids for candidate in found] == [[5, 3, 3]]
     assert found[0].score == pytest.approx(-1.0)
 

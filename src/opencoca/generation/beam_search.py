@@ -179,16 +179,19 @@ class BeamSearch:
     def done(self) -> Tensor:
         return self.group_done.all(dim=1)
 
-    def result(self, image: int, visible: Tensor) -> list[Candidate]:
-        of_image = _Finished(*(x[image].flatten(0, 1) for x in self.finished))
-        found = []
-        for index in of_image.scores.argsort(descending=True, stable=True).tolist():
-            score = float(of_image.scores[index])
-            if score > -torch.inf:
-                length = self.limits.prompt_length + int(of_image.lengths[index])
-                ids = of_image.token_ids[index, :length].tolist()
-                one = Candidate(ids, float(of_image.log_probs[index]), score, image, of_image.visible[index])
-                found += [one] * (self.options.num_groups // self.num_groups)
+    def results(self, images: Tensor, visible: Tensor) -> list[list[Candidate]]:
+        finished = _Finished(*(x[images].flatten(1, 2) for x in self.finished))
+        orders = finished.scores.argsort(dim=1, descending=True, stable=True).tolist()
+        # Each way from a GPU's memory takes as long as several kernels.
+        scores, log_probs, lengths, token_ids = (x.tolist() for x in finished[:4])
+        found: list[list[Candidate]] = [[] for _ in orders]
+        for row, image in enumerate(images.tolist()):
+            for index in orders[row]:
+                if scores[row][index] > -torch.inf:
+                    ids = token_ids[row][index][: self.limits.prompt_length + lengths[row][index]]
+                    seen = finished.visible[row, index]
+                    one = Candidate(ids, log_probs[row][index], scores[row][index], image, seen)
+                    found[row] += [one] * (self.options.num_groups // self.num_groups)
         return found
 
     def keep(self, images: Tensor) -> None:

@@ -198,7 +198,7 @@ class _Work:
             return {}
         leaving, staying = done.nonzero().squeeze(1), (~done).nonzero().squeeze(1)
         visible = self.state.entries_of_texts()
-        results = [self.search.result(place, visible)[: self.options.num_captions] for place in leaving.tolist()]
+        results = [found[: self.options.num_captions] for found in self.search.results(leaving, visible)]
         embeds = self._embed(leaving, results) if self.with_text_embed else [[None] * len(found) for found in results]
         finished = {
             image: [_Finished(*pair) for pair in zip(found, vectors, strict=True)]

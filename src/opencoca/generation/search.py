@@ -60,8 +60,8 @@ class Search(Protocol):
         """(I,) whether nothing can change an image's result any more."""
         ...
 
-    def result(self, image: int, visible: Tensor) -> list[Candidate]:
-        """Candidates of this image in work, the best first; visible (R, N), as in `extend`."""
+    def results(self, images: Tensor, visible: Tensor) -> list[list[Candidate]]:
+        """Candidates of each of these images in work (I',), the best first; visible (R, N), as in `extend`."""
         ...
 
     def keep(self, images: Tensor) -> None:
@@ -112,18 +112,21 @@ class SingleTexts:
     def done(self) -> Tensor:
         return self.ended.view(-1, self.texts_per_image).all(dim=1)
 
-    def result(self, image: int, visible: Tensor) -> list[Candidate]:
-        first = image * self.texts_per_image
-        rows = slice(first, first + self.texts_per_image)
-        entries = torch.arange(visible.shape[1], device=visible.device)
-        found = []
-        for row, (ids, total) in enumerate(zip(self.token_ids[rows].tolist(), self.totals[rows].tolist(), strict=True)):
-            start = self.limits.prompt_length
-            if self.limits.eos_id in ids[start:]:
-                ids = ids[: ids.index(self.limits.eos_id, start) + 1]
+    def results(self, images: Tensor, visible: Tensor) -> list[list[Candidate]]:
+        per_image, start = self.texts_per_image, self.limits.prompt_length
+        rows = (images[:, None] * per_image + torch.arange(per_image, device=images.device)).flatten()
+        texts = [self._until_end(ids) for ids in self.token_ids[rows].tolist()]
+        num_cached = torch.tensor([len(ids) - 1 for ids in texts], device=visible.device)
+        seen = torch.arange(visible.shape[1], device=visible.device) < num_cached[:, None]
+        found: list[list[Candidate]] = [[] for _ in range(images.shape[0])]
+        for place, (ids, total, row) in enumerate(zip(texts, self.totals[rows].tolist(), rows.tolist(), strict=True)):
             score = total / (len(ids) - start) ** self.options.length_penalty
-            found.append(Candidate(ids, total, score, first + row, entries < len(ids) - 1))
-        return sorted(found, key=lambda candidate: -candidate.score)
+            found[place // per_image].append(Candidate(ids, total, score, row, seen[place]))
+        return [sorted(of_image, key=lambda candidate: -candidate.score) for of_image in found]
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        start = self.limits.prompt_length
+        return ids[: ids.index(self.limits.eos_id, start) + 1] if self.limits.eos_id in ids[start:] else ids
 
     def keep(self, images: Tensor) -> None:
         self.token_ids, self.totals, self.ended, self.uniforms = (
