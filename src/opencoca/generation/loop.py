@@ -236,10 +236,11 @@ def next_log_probs(logits: Tensor) -> Tensor:
 
     The logits may be overwritten.
     """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if wide.device.type != "cpu":
-        return wide.log_softmax(dim=-1)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if not logits.is_cpu:
+        return logits.log_softmax(dim=-1, dtype=dtype)
     # In place: getting memory of this size anew in every step takes longer than the softmax.
+    wide = logits.to(dtype)
     return torch.log_softmax(wide, -1, out=wide)
 
 
