@@ -147,6 +147,23 @@ def test_the_processors_maker(tmp_path, monkeypatch, text, vendor):
     assert linear_module._vendor() == "AuthenticAMD"
 
 
+@needs_mkldnn
+@pytest.mark.parametrize(
+    ("capability", "vendor", "leaves"),
+    [
+        ("AVX512", "AuthenticAMD", True),
+        ("AVX2", "AuthenticAMD", False),
+        ("AVX512", "GenuineIntel", False),
+        ("DEFAULT", "", False),
+    ],
+)
+def test_which_processors_leave_mkl(monkeypatch, capability, vendor, leaves):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(linear_module, "_vendor", lambda: vendor)
+    assert linear_module._leaves_mkl.__wrapped__() == leaves
+
+
 def test_packing_is_no_part_of_the_module():
     linear = Linear(8, 5)
     pack_weights(nn.Sequential(linear, nn.LayerNorm(5)))

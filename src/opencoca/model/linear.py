@@ -106,8 +106,9 @@ def _is_observed(x: Tensor) -> bool:
 
 @cache
 def _leaves_mkl() -> bool:
-    """Whether float32 products are MKL's, oneDNN is there, and the processor is not Intel's."""
-    return _has_onednn() and torch.backends.mkl.is_available() and _vendor() in ("AuthenticAMD", "HygonGenuine")
+    """Whether float32 products are MKL's, and the processor has 512-bit units that MKL does not use."""
+    has_wide_units = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return has_wide_units and torch.backends.mkl.is_available() and _has_onednn() and _vendor() == "AuthenticAMD"
 
 
 def _vendor() -> str:
