@@ -31,7 +31,7 @@ A small CoCa ({parameters:.1f}M parameters) that captions, classifies, embeds an
 
 Recipe `recipes/flickr8k.yaml`: {epochs} epochs of {batch} images with five captions each ({steps} steps),
 contrastive and captioning loss together, bf16, {minutes:.0f} minutes on {cores} CPU cores after the features of the
-frozen stages had been stored (9 minutes). Best of the epochs' weights by CIDEr-D and R@1 on the validation images,
+frozen stages had been stored (6 minutes). Best of the epochs' weights by CIDEr-D and R@1 on the validation images,
 so that the scores below are those of the set it was chosen on.
 
 ## Data and licences
