@@ -285,3 +285,13 @@ def test_a_replay_that_differs_is_refused():
     x = torch.zeros(8, device="cuda")
     with pytest.raises(RuntimeError, match="differ"):
         recorder(lambda: x.add_(1).clone())
+
+
+@pytest.mark.gpu
+def test_after_a_failed_recording_work_goes_on():
+    recorder = decoding_graphs.CudaRecorder(torch.device("cuda"))
+    x, stream = torch.zeros(8, device="cuda"), torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        recorder(lambda: x + float(x.sum()))  # waits for the device
+    assert torch.cuda.current_stream() == stream
+    assert float(recorder(lambda: x + 1)().sum()) == 8

@@ -63,25 +63,28 @@ class CudaRecorder:
     def __call__(self, function: Callable[[], Tensor]) -> Replay:
         """Raises RuntimeError if the function cannot be recorded, or its replay gives something else."""
         with torch.cuda.device(self.device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
+            stream, usual_stream = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(usual_stream)
             with torch.cuda.stream(stream):
                 expected = function().clone()  # and whatever libraries do in their first call only
-            torch.cuda.current_stream().wait_stream(stream)
+            usual_stream.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # Other threads may go on using the device: they read images ahead.
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                output = function()
+            try:
+                # Other threads may go on using the device: they read images ahead.
+                with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                    output = function()
+            finally:
+                torch.cuda.set_stream(usual_stream)  # which a recording that fails does not do
 
-            def replay() -> Tensor:
-                with torch.cuda.device(self.device):
-                    graph.replay()
-                return output
+        def replay() -> Tensor:
+            with torch.cuda.device(self.device):
+                graph.replay()
+            return output
 
-            difference = (replay() - expected).abs().amax()
-            if bool(difference > _TOLERANCE * expected.abs().amax()):
-                raise RuntimeError(f"a replayed step's logits differ by {float(difference):.3g}")
-            return replay
+        difference = (replay() - expected).abs().amax()
+        if bool(difference > _TOLERANCE * expected.abs().amax()):
+            raise RuntimeError(f"a replayed step's logits differ by {float(difference):.3g}")
+        return replay
 
 
 _RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
