@@ -552,3 +552,12 @@ def test_names_that_are_no_unicode(model: str, tmp_path: Path, capsys: pytest.Ca
     result = run_python("-m", "opencoca", "caption", str(tmp_path), "--model", model)
     assert (result.returncode, result.stderr) == (0, "")
     assert "caf\\udce9.png\t" in result.stdout
+
+
+def test_commands_that_load_a_model_keep_freed_memory(monkeypatch):
+    told = []
+    monkeypatch.setattr("opencoca.train.memory.keep_freed_memory", lambda: told.append(True))
+    assert main(["models"]) == 0
+    assert told == []
+    assert main(["caption", str(Path(__file__).parents[1] / "demo" / "photos" / "cat.jpg")]) == 0
+    assert told == [True]

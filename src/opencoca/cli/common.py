@@ -75,9 +75,11 @@ def add_model_options(parser: argparse.ArgumentParser, batch_size: int | None = 
 
 
 def load_pipeline(arguments: argparse.Namespace) -> "Pipeline":
-    """The model that --model, --device and --dtype name."""
+    """The model that --model, --device and --dtype name; the command keeps the memory of one batch for the next."""
     from opencoca.loading import load
+    from opencoca.train.memory import keep_freed_memory
 
+    keep_freed_memory()
     return load(arguments.model, arguments.device, arguments.dtype)
 
 

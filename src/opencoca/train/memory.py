@@ -1,4 +1,4 @@
-"""Memory of training on a CPU: freed blocks are kept for the next step, compiled kernels are not kept for ever."""
+"""Memory of long work on a CPU: freed blocks are kept for the next batch, compiled kernels not for ever."""
 
 import ctypes
 import os
