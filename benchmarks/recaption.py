@@ -33,6 +33,7 @@ from opencoca.data import EvalTransform, iterate_images
 from opencoca.data.files import parallel_map
 from opencoca.generation import GenerationOptions
 from opencoca.recaption import Captioner, Destination, caption_to_files, choose_batch_size, open_inputs
+from opencoca.train.memory import keep_freed_memory
 
 PARTS = ("rates", "whole", "kills")
 WHOLE, KILLED = Path("whole/c.jsonl"), Path("killed/c.jsonl")
@@ -154,6 +155,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out")
     arguments = parser.parse_args()
+    keep_freed_memory()  # as the command does
 
     torch.set_num_threads(arguments.threads)
     work, folder = arguments.work, arguments.work / "images"
