@@ -39,10 +39,10 @@ from runs import (
 from torch._dynamo.utils import counters
 
 from opencoca.losses import captioning, contrastive
-from opencoca.model.blocks import TransformerBlock
 from opencoca.model.coca import CoCa, CoCaOutput
+from opencoca.model.layers.blocks import TransformerBlock
 from opencoca.train import Recipe
-from opencoca.train.optimizer import build_optimizer, parameter_groups
+from opencoca.train.optim.optimizer import build_optimizer, parameter_groups
 from opencoca.train.trainer import Trainer
 
 PLAIN: dict[str, Any] = {

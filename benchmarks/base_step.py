@@ -13,10 +13,10 @@ from common import peak_bytes, report
 
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
+from opencoca.system.allocator import keep_freed_memory
 from opencoca.train.batches import TrainBatch
-from opencoca.train.memory import keep_freed_memory
-from opencoca.train.optimizer import build_optimizer
-from opencoca.train.recipe import OptimizerRecipe, Recipe
+from opencoca.train.optim.optimizer import build_optimizer
+from opencoca.train.recipe.recipe import OptimizerRecipe, Recipe
 from opencoca.train.step import TrainStep
 
 

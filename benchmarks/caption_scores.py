@@ -25,9 +25,9 @@ from opencoca.data import open_source
 from opencoca.evaluation.caption_metrics import caption_scores
 from opencoca.evaluation.encoding import encode_images
 from opencoca.evaluation.retrieval import with_captions
-from opencoca.files import atomic_write
 from opencoca.generation import GeneratedCaption, GenerationOptions, generate
 from opencoca.generation.rerank import DEFAULT_RERANK_WEIGHT, mixed_scores
+from opencoca.system.files import atomic_write
 
 SEARCHES = {
     "greedy": GenerationOptions(),

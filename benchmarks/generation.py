@@ -32,9 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opencoca.generation import GeneratedCaption, GenerationOptions, generate
 from opencoca.generation import loop as generation_loop
-from opencoca.interop.open_clip import config_from_open_clip, export_open_clip, read_config
-from opencoca.model import linear
 from opencoca.model.coca import CoCa
+from opencoca.model.kernels import linear
+from opencoca.store.interop.open_clip import config_from_open_clip, export_open_clip, read_config
 from opencoca.tokenizer import Tokenizer
 
 _IMPROBABLE = 20.0

@@ -76,8 +76,8 @@ def prepare(work: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from opencoca.interop.open_clip import load_open_clip
-    from opencoca.model_folder import save_model_folder
+    from opencoca.store.interop.open_clip import load_open_clip
+    from opencoca.store.model_folder import save_model_folder
 
     open_clip = import_open_clip()
     work.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def measure(way: str, work: Path) -> dict[str, float]:
 
     path = work / WAYS[way]
     if way.startswith("OpenCoCa"):
-        from opencoca.loading import load
+        from opencoca.inference.loading import load
 
         if path.is_dir():
             run = lambda: load(path, "cpu")  # noqa: E731

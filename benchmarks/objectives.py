@@ -13,7 +13,7 @@ from pathlib import Path
 from common import report
 
 from opencoca.train import load_recipe, train
-from opencoca.train.metrics_log import read_metrics
+from opencoca.train.report.metrics_log import read_metrics
 
 OBJECTIVES = {"both": (1.0, 2.0), "contrastive alone": (1.0, 0.0), "captioning alone": (0.0, 2.0)}
 SCORES = ("image_to_text_r1", "text_to_image_r1", "cider_d", "bleu_4")

@@ -116,11 +116,11 @@ def _measure(case: Case) -> dict:
     from opencoca.model.coca import CoCa
     from opencoca.plan.lengths import batch_of, likely_lengths
     from opencoca.plan.planner import vocabulary_size
+    from opencoca.system.allocator import keep_freed_memory
+    from opencoca.system.memory_use import peak_bytes, resident_bytes
     from opencoca.train.batches import TrainBatch
     from opencoca.train.compute import prepare_compute
-    from opencoca.train.memory import keep_freed_memory
-    from opencoca.train.memory_use import peak_bytes, resident_bytes
-    from opencoca.train.optimizer import WeightAverage, build_optimizer
+    from opencoca.train.optim.optimizer import WeightAverage, build_optimizer
     from opencoca.train.step import TrainStep
 
     recipe, device = _recipe(case), torch.device("cpu")

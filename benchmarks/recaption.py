@@ -33,7 +33,7 @@ from opencoca.data import EvalTransform, iterate_images
 from opencoca.data.files import parallel_map
 from opencoca.generation import GenerationOptions
 from opencoca.recaption import Captioner, Destination, caption_to_files, choose_batch_size, open_inputs
-from opencoca.train.memory import keep_freed_memory
+from opencoca.system.allocator import keep_freed_memory
 
 PARTS = ("rates", "whole", "kills")
 WHOLE, KILLED = Path("whole/c.jsonl"), Path("killed/c.jsonl")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from opencoca.train import Recipe, load_recipe
-from opencoca.train.metrics_log import read_metrics
+from opencoca.train.report.metrics_log import read_metrics
 from opencoca.train.run_folder import remember_recipe
 from opencoca.train.trainer import Trainer, TrainingInterrupted
 

@@ -18,11 +18,11 @@ from common import matmul_rate, median_seconds, report
 from torch.utils.flop_counter import FlopCounterMode
 
 from opencoca.model.coca import CoCa
+from opencoca.system.allocator import keep_freed_memory
 from opencoca.train import load_recipe
 from opencoca.train.batches import TrainBatch
-from opencoca.train.memory import keep_freed_memory
 from opencoca.train.objective import autocast, compute_losses
-from opencoca.train.optimizer import WeightAverage, build_optimizer, freeze_image_stages
+from opencoca.train.optim.optimizer import WeightAverage, build_optimizer, freeze_image_stages
 from opencoca.train.step import TrainStep
 
 # Token counts of Flickr8k's training captions in the recipe's vocabulary: mean 13.3, 99th percentile 26.

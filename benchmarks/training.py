@@ -35,16 +35,21 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from opencoca.data import open_source
-from opencoca.interop.lucidrains import load_lucidrains
-from opencoca.interop.open_clip import config_from_open_clip, export_open_clip, preprocess_from_open_clip, read_config
+from opencoca.inference.preprocess import Preprocess
 from opencoca.model.coca import CoCa
-from opencoca.preprocess import Preprocess
+from opencoca.store.interop.lucidrains import load_lucidrains
+from opencoca.store.interop.open_clip import (
+    config_from_open_clip,
+    export_open_clip,
+    preprocess_from_open_clip,
+    read_config,
+)
+from opencoca.system.allocator import keep_freed_memory
 from opencoca.tokenizer import Tokenizer
 from opencoca.train.batches import TrainBatch
-from opencoca.train.memory import keep_freed_memory
 from opencoca.train.objective import autocast, compute_losses
-from opencoca.train.optimizer import build_optimizer
-from opencoca.train.recipe import OptimizerRecipe, Recipe
+from opencoca.train.optim.optimizer import build_optimizer
+from opencoca.train.recipe.recipe import OptimizerRecipe, Recipe
 from opencoca.train.step import TrainStep
 
 OPTIMIZER = OptimizerRecipe(learning_rate=1e-30, eps=1e-6, weight_decay=0.2, warmup_steps=0, decay="constant")

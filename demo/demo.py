@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import opencoca
-from opencoca.contact_sheet import Finding, Photograph, write_contact_sheet
 from opencoca.data import list_images
+from opencoca.pictures.contact_sheet import Finding, Photograph, write_contact_sheet
 
 HERE = Path(__file__).parent
 LABELS = [

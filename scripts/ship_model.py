@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from opencoca.model_folder import load_model_folder, save_model_folder
-from opencoca.train.metrics_log import read_metrics
+from opencoca.store.model_folder import load_model_folder, save_model_folder
+from opencoca.train.report.metrics_log import read_metrics
 
 CARD = """# coca-flickr8k
 

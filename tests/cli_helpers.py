@@ -14,7 +14,7 @@ from PIL import Image
 from opencoca.data import PreprocessConfig
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
-from opencoca.model_folder import save_model_folder
+from opencoca.store.model_folder import save_model_folder
 from opencoca.tokenizer import train_tokenizer
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}

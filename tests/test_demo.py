@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from cli_helpers import save_tiny_model
-from opencoca.loading import load
+from opencoca.inference.loading import load
 
 DEMO = Path(__file__).parents[1] / "demo"
 PHOTOS = sorted((DEMO / "photos").glob("*.jpg"))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from open_clip_cases import IMAGE_SIZE, encoded_images, texts
 from opencoca.data import EvalTransform, PreprocessConfig, iterate_images
-from opencoca.preprocess import Preprocess
+from opencoca.inference.preprocess import Preprocess
 from opencoca.tokenizer import Tokenizer
 
 FACTS = json.loads(Path(__file__).with_name("open_clip_facts.json").read_text())

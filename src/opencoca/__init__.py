@@ -8,10 +8,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opencoca.loading import load
+    from opencoca.inference.loading import load
+    from opencoca.inference.pipeline import Pipeline
     from opencoca.model.coca import CoCa
     from opencoca.model.config import CoCaConfig
-    from opencoca.pipeline import Pipeline
     from opencoca.tokenizer import Tokenizer
 
     __version__: str
@@ -21,9 +21,9 @@ __all__ = ["CoCa", "CoCaConfig", "Pipeline", "Tokenizer", "__version__", "load"]
 _MODULES = {
     "CoCa": "opencoca.model.coca",
     "CoCaConfig": "opencoca.model.config",
-    "Pipeline": "opencoca.pipeline",
+    "Pipeline": "opencoca.inference.pipeline",
     "Tokenizer": "opencoca.tokenizer",
-    "load": "opencoca.loading",
+    "load": "opencoca.inference.loading",
 }
 
 

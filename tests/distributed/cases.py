@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from opencoca.data import EpochOrder
-from opencoca.distributed import World, full_tensor, join_world
+from opencoca.distributed.world import World, full_tensor, join_world
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
 from opencoca.train.batches import TrainBatch
-from opencoca.train.optimizer import WeightAverage, build_optimizer, freeze_unused
+from opencoca.train.optim.optimizer import WeightAverage, build_optimizer, freeze_unused
 from opencoca.train.parallel import ParallelModel
-from opencoca.train.recipe import DistributedRecipe, LossRecipe, OptimizerRecipe, Recipe
+from opencoca.train.recipe.recipe import DistributedRecipe, LossRecipe, OptimizerRecipe, Recipe
 from opencoca.train.step import NonFiniteLossError, TrainStep
 
 BATCH_SIZE = 12

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opencoca.distributed import World, full_tensor, join_world, local_part
+from opencoca.distributed.world import World, full_tensor, join_world, local_part
 from opencoca.losses import contrastive_loss
 from opencoca.model.coca import CoCa
 from opencoca.train import Recipe, load_recipe

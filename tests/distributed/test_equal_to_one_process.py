@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opencoca.distributed import World
+from opencoca.distributed.world import World
 from opencoca.train.parallel import check_processes
 
 from .cases import CASES, DECAY_OF_FIRST_UPDATE, make_batch, make_recipe, take_step

@@ -6,8 +6,8 @@ import time
 import pytest
 import torch.distributed as dist
 
-from opencoca import distributed
-from opencoca.distributed import join_world
+from opencoca.distributed import world as distributed
+from opencoca.distributed.world import join_world
 
 from .conftest import free_port
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from opencoca.distributed import World
+from opencoca.distributed.world import World
 from opencoca.train import load_recipe
 from train.helpers import tiny_recipe, write_pairs
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from opencoca.model_folder import load_model_folder
+from opencoca.store.model_folder import load_model_folder
 from opencoca.train import load_recipe, train
 from train.helpers import Pairs, merged, tiny_values, write_pairs
 

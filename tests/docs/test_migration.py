@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from opencoca.cli import main
-from opencoca.interop import lucidrains, open_clip
-from opencoca.interop.open_clip_options import CONFIGS
 from opencoca.model.coca import CoCa
+from opencoca.store.interop import lucidrains, open_clip
+from opencoca.store.interop.open_clip_options import CONFIGS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")

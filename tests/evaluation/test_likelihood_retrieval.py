@@ -10,7 +10,7 @@ from opencoca.data import ImageFolder
 from opencoca.evaluation.likelihood_retrieval import less_prior, reranked_scores, score_shortlist, shortlist
 from opencoca.evaluation.retrieval import evaluate_retrieval
 from opencoca.evaluation.retrieval_metrics import retrieval_scores
-from opencoca.loading import load
+from opencoca.inference.loading import load
 
 
 def by_hand(cosines: torch.Tensor, scores: torch.Tensor, right: torch.Tensor, top: int) -> list[int]:

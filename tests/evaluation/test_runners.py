@@ -14,8 +14,8 @@ from opencoca.evaluation.retrieval import evaluate_retrieval
 from opencoca.evaluation.retrieval_metrics import retrieval_scores
 from opencoca.evaluation.zero_shot import evaluate_zero_shot, open_labelled, read_class_names
 from opencoca.generation import GenerationOptions
-from opencoca.loading import load
-from opencoca.pipeline import Pipeline
+from opencoca.inference.loading import load
+from opencoca.inference.pipeline import Pipeline
 
 NAMES = [f"{name}.png" for name in COLOURS]
 

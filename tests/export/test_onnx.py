@@ -15,7 +15,7 @@ from opencoca.cli import main
 from opencoca.data import PreprocessConfig
 from opencoca.export.onnx import as_float32, export_onnx
 from opencoca.export.onnx_check import OnnxModel, check_onnx
-from opencoca.model_folder import save_model_folder
+from opencoca.store.model_folder import save_model_folder
 from opencoca.tokenizer import train_tokenizer
 
 PHOTOS = sorted((Path(__file__).parents[2] / "demo" / "photos").glob("*.jpg"))

@@ -15,7 +15,7 @@ from opencoca.generation.attention_maps import (
     word_maps,
 )
 from opencoca.model.coca import CoCa
-from opencoca.model.layout import TextLayout
+from opencoca.model.layers.layout import TextLayout
 from opencoca.tokenizer import Tokenizer, train_tokenizer
 
 CAPTIONS = ["a brown dog runs over the grass", "two children play in the water", "a man in a red shirt climbs a rock"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opencoca.distributed import World
+from opencoca.distributed.world import World
 from opencoca.losses import contrastive_loss
 
 

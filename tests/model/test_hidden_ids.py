@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from opencoca.model.blocks import TransformerBlock
+from opencoca.model.layers.blocks import TransformerBlock
 from opencoca.model.text_decoder import UnimodalDecoder
 
 CONTEXT, HIDDEN = 12, 3

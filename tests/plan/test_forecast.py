@@ -12,9 +12,9 @@ from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
 from opencoca.plan import Cluster, Plan, make_plan
 from opencoca.plan.text import describe
-from opencoca.train.optimizer import build_optimizer
-from opencoca.train.recipe import Recipe, load_recipe
-from opencoca.train.recipe_optimizer import OptimizerRecipe
+from opencoca.train.optim.optimizer import build_optimizer
+from opencoca.train.recipe.optimizer import OptimizerRecipe
+from opencoca.train.recipe.recipe import Recipe, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = Recipe(size="tiny", model=CoCaConfig.named("tiny"), batch_size=64, max_steps=1000)

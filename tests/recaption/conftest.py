@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from cli_helpers import save_tiny_model
-from opencoca.loading import load
-from opencoca.pipeline import Pipeline
+from opencoca.inference.loading import load
+from opencoca.inference.pipeline import Pipeline
 
 
 @pytest.fixture(scope="session")

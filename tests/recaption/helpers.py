@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cli_helpers import draw
 from opencoca.generation import GenerationOptions
-from opencoca.pipeline import Pipeline
+from opencoca.inference.pipeline import Pipeline
 from opencoca.recaption import Captioner
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from opencoca.files import WriteError
 from opencoca.recaption.journal import Journal
+from opencoca.system.files import WriteError
 
 HEADER = {"weights": "abc", "prefix": "a photo of", "thresholds": {"min_words": 2}}
 

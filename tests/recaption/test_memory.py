@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opencoca.pipeline import Pipeline
+from opencoca.inference.pipeline import Pipeline
 from opencoca.recaption.memory import (
     _PeakMemory,
     choose_batch_size,

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opencoca.data import read_caption_table
-from opencoca.files import WriteError
 from opencoca.recaption.outputs import write_rows, write_texts
+from opencoca.system.files import WriteError
 
 COLUMNS = ("image", "rank", "caption", "log_probability", "length", "flags")
 NASTY = ["", "a, \"b\"\n'c'\t", "h\u00e9\u2028\U0001f415", "\r\n", "=1+1", "null"]

@@ -18,7 +18,7 @@ import pytest
 
 from cli_helpers import text_as_jpeg
 from opencoca.cli import main
-from opencoca.pipeline import Pipeline
+from opencoca.inference.pipeline import Pipeline
 from opencoca.recaption import Destination, caption_to_files, open_inputs
 
 from .helpers import make_captioner, write_images

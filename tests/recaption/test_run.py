@@ -13,8 +13,8 @@ import torch
 
 from cli_helpers import save_tiny_model, text_as_jpeg
 from opencoca.data import ImageTextSource
-from opencoca.loading import load
-from opencoca.pipeline import Pipeline
+from opencoca.inference.loading import load
+from opencoca.inference.pipeline import Pipeline
 from opencoca.recaption import Captioner, Destination, FlagThresholds, RunReport, caption_to_files, open_inputs
 from opencoca.recaption.engine import caption_source
 

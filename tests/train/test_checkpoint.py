@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import opencoca
-from opencoca.files import WriteError
+from opencoca.system.files import WriteError
 from opencoca.train import Recipe, train
 from opencoca.train.trainer import Trainer
 from opencoca.train.validation import ValidationScores

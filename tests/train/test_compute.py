@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from opencoca.model.blocks import TransformerBlock
 from opencoca.model.coca import CoCa
+from opencoca.model.layers.blocks import TransformerBlock
 from opencoca.train import train
-from opencoca.train.adafactor import Adafactor
-from opencoca.train.muon import Muon
-from opencoca.train.optimizer import layers_behind, parameter_groups
-from opencoca.train.recipe_optimizer import PARTS
+from opencoca.train.optim.adafactor import Adafactor
+from opencoca.train.optim.muon import Muon
+from opencoca.train.optim.optimizer import layers_behind, parameter_groups
+from opencoca.train.recipe.optimizer import PARTS
 from opencoca.train.trainer import Trainer
 
 from .helpers import Pairs, run_until_stopped, tiny_recipe

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from opencoca.files import WriteError
-from opencoca.model.image_encoders.vit import VisionTransformer
+from opencoca.model.encoders.vit import VisionTransformer
+from opencoca.system.files import WriteError
 from opencoca.train import feature_cache, train
 from opencoca.train.trainer import Trainer
 

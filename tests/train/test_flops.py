@@ -8,9 +8,9 @@ from torch import nn
 
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
-from opencoca.train.devices import DEVICES, find_device, measured_flops, peak_flops
+from opencoca.system.devices import DEVICES, find_device, measured_flops, peak_flops
 from opencoca.train.flops import ModelFlops
-from opencoca.train.recipe import EncoderRecipe, LossRecipe, OptimizerRecipe, Recipe
+from opencoca.train.recipe.recipe import EncoderRecipe, LossRecipe, OptimizerRecipe, Recipe
 
 CONFIG = CoCaConfig(
     embed_dim=24,

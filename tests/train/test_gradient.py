@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from distributed.cases import Case, make_batch, make_model, make_recipe
-from opencoca.distributed import World
+from opencoca.distributed.world import World
 from opencoca.losses import captioning_loss, contrastive_loss
 from opencoca.model.coca import CoCa
 from opencoca.train.gradient import BatchGradient
 from opencoca.train.objective import run_model
 from opencoca.train.parallel import ParallelModel
-from opencoca.train.recipe import Recipe
+from opencoca.train.recipe.recipe import Recipe
 
 CPU = torch.device("cpu")
 

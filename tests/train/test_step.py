@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opencoca.model.linear import pack_weights
+from opencoca.model.kernels.linear import pack_weights
 from opencoca.train import train
 from opencoca.train.batches import TrainBatch
 from opencoca.train.step import NonFiniteLossError, TrainStep

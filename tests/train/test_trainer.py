@@ -14,8 +14,8 @@ from PIL import Image
 
 from opencoca.data import open_source
 from opencoca.train import train
-from opencoca.train.metrics_log import MetricsLog, read_metrics
-from opencoca.train.report import write_report
+from opencoca.train.report.metrics_log import MetricsLog, read_metrics
+from opencoca.train.report.report import write_report
 from opencoca.train.trainer import Trainer
 from opencoca.train.validation import ValidationScores
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from opencoca.pipeline import Pipeline
+    from opencoca.inference.pipeline import Pipeline
 
 raw_help = argparse.RawDescriptionHelpFormatter
 Run = Callable[[argparse.Namespace], int]
@@ -76,8 +76,8 @@ def add_model_options(parser: argparse.ArgumentParser, batch_size: int | None = 
 
 def load_pipeline(arguments: argparse.Namespace) -> "Pipeline":
     """The model that --model, --device and --dtype name; the command keeps the memory of one batch for the next."""
-    from opencoca.loading import load
-    from opencoca.train.memory import keep_freed_memory
+    from opencoca.inference.loading import load
+    from opencoca.system.allocator import keep_freed_memory
 
     keep_freed_memory()
     return load(arguments.model, arguments.device, arguments.dtype)
@@ -143,7 +143,7 @@ def check_writable(*paths: str | Path | None) -> None:
 
 def write_json(path: str | Path, content: Any) -> None:
     """Raises WriteError if the file cannot be written; an older one then stays as it was."""
-    from opencoca.files import atomic_write
+    from opencoca.system.files import atomic_write
 
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -264,7 +264,7 @@ def _finish(
 ) -> None:
     """Prints the table and, with --out, writes everything that tells how the scores came about."""
     import opencoca
-    from opencoca.loading import DEFAULT_MODEL
+    from opencoca.inference.loading import DEFAULT_MODEL
 
     seconds = time.perf_counter() - started
     for image in broken:
@@ -294,7 +294,7 @@ def _finish(
 def _write_captions(path: str, captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
     import json
 
-    from opencoca.files import atomic_write
+    from opencoca.system.files import atomic_write
 
     with atomic_write(path) as partial, open(partial, "w", encoding="utf-8") as file:
         for image, caption in captions.items():

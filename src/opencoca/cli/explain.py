@@ -55,7 +55,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
     pipeline = load_pipeline(arguments)
     explanations = [pipeline.explain(image, arguments.caption) for image in arguments.images]
 
-    from opencoca.explain import write_explanations
+    from opencoca.pictures.explain import write_explanations
 
     write_explanations(out, explanations, layers=arguments.layers)
     if arguments.npz:
@@ -69,7 +69,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
 def _write_arrays(path: Path, explanation: "Explanation") -> None:
     import numpy as np
 
-    from opencoca.files import atomic_write
+    from opencoca.system.files import atomic_write
 
     maps = explanation.maps
     with atomic_write(path) as partial, open(partial, "wb") as file:

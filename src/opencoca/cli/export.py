@@ -51,7 +51,7 @@ def _add_onnx(group: Any) -> None:
 def run_onnx(arguments: argparse.Namespace) -> int:
     from opencoca.cli.common import expand_images
     from opencoca.export.onnx import CONFIG_FILE, export_onnx, require_onnx
-    from opencoca.loading import load
+    from opencoca.inference.loading import load
 
     require_onnx()
     check_writable(Path(arguments.out_dir) / CONFIG_FILE)
@@ -97,8 +97,8 @@ def _add_open_clip(group: Any) -> None:
 
 
 def run_open_clip(arguments: argparse.Namespace) -> int:
-    from opencoca.interop.open_clip import CONFIG_FILE, save_open_clip_folder
-    from opencoca.loading import load_model
+    from opencoca.inference.loading import load_model
+    from opencoca.store.interop.open_clip import CONFIG_FILE, save_open_clip_folder
 
     check_writable(Path(arguments.out_dir) / CONFIG_FILE)
     loaded = load_model(arguments.model)

@@ -20,7 +20,7 @@ from opencoca.cli.common import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from opencoca.pipeline import Pipeline
+    from opencoca.inference.pipeline import Pipeline
 
 _IMAGES = "image files, and folders that are searched for them"
 _BROKEN = "An image that cannot be read is reported, the others are used, and the exit code is 2."
@@ -80,7 +80,7 @@ def add_commands(commands: Any) -> None:
 def run_classify(arguments: argparse.Namespace) -> int:
     from opencoca.evaluation.encoding import encode_images
     from opencoca.evaluation.prompts import load_templates
-    from opencoca.pipeline import DEFAULT_TEMPLATES
+    from opencoca.inference.pipeline import DEFAULT_TEMPLATES
 
     paths = expand_images(arguments.images)
     labels = [label.strip() for label in arguments.labels.split(",") if label.strip()]
@@ -149,7 +149,7 @@ def _write_embeddings(
     from safetensors.torch import save
 
     from opencoca.cli.common import write_json
-    from opencoca.files import atomic_write
+    from opencoca.system.files import atomic_write
 
     if out.suffix == ".npy":
         write_json(out.with_name(out.name + ".names.json"), names or texts)

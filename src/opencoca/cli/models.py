@@ -64,8 +64,8 @@ def _scores_text(scores: dict[str, float]) -> str:
 
 
 def _shipped() -> list[dict[str, Any]]:
-    from opencoca.loading import DEFAULT_MODEL, available_models
-    from opencoca.model_folder import WEIGHTS_FILE
+    from opencoca.inference.loading import DEFAULT_MODEL, available_models
+    from opencoca.store.model_folder import WEIGHTS_FILE
 
     found = []
     for model in available_models():
@@ -85,8 +85,8 @@ def _shipped() -> list[dict[str, Any]]:
 
 
 def _published() -> list[dict[str, Any]]:
-    from opencoca.hub import find_downloaded
-    from opencoca.published_models import PUBLISHED_MODELS
+    from opencoca.store.hub import find_downloaded
+    from opencoca.store.published_models import PUBLISHED_MODELS
 
     found = []
     for model in PUBLISHED_MODELS:

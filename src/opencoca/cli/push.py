@@ -41,8 +41,8 @@ def add_commands(commands: Any) -> None:
 
 
 def run_push(arguments: argparse.Namespace) -> int:
-    from opencoca.loading import as_dtype, load_model
-    from opencoca.model_card import CARD_FILE, Result, write_repository
+    from opencoca.inference.loading import as_dtype, load_model
+    from opencoca.store.model_card import CARD_FILE, Result, write_repository
 
     _check_repo_id(arguments.repo_id)
     if arguments.out:
@@ -58,7 +58,7 @@ def run_push(arguments: argparse.Namespace) -> int:
         elif arguments.dry_run:
             _show(folder, arguments.repo_id)
         else:
-            from opencoca.hub import upload_folder
+            from opencoca.store.hub import upload_folder
 
             address = upload_folder(folder, arguments.repo_id, private=arguments.private, message=arguments.message)
             print(f'{address}\nload it with opencoca.load("hf-hub:{arguments.repo_id}")')
@@ -72,7 +72,7 @@ def _check_repo_id(repo_id: str) -> None:
 
 
 def _show(folder: Path, repo_id: str) -> None:
-    from opencoca.model_card import CARD_FILE
+    from opencoca.store.model_card import CARD_FILE
 
     print(f"{repo_id} would hold:")
     for file in sorted(folder.iterdir()):

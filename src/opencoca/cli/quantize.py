@@ -17,7 +17,7 @@ from opencoca.cli.common import (
 
 if TYPE_CHECKING:
     from opencoca.data import ImageTextSource
-    from opencoca.pipeline import Pipeline
+    from opencoca.inference.pipeline import Pipeline
 
 _LOST, _PERCENT = 1, 100
 
@@ -48,9 +48,9 @@ def add_commands(commands: Any) -> None:
 
 
 def run_quantize(arguments: argparse.Namespace) -> int:
-    from opencoca.loading import load, load_model
-    from opencoca.model_folder import WEIGHTS_FILE, save_model_folder
-    from opencoca.quantization import is_quantized, quantize
+    from opencoca.inference.loading import load, load_model
+    from opencoca.store.model_folder import WEIGHTS_FILE, save_model_folder
+    from opencoca.store.quantization import is_quantized, quantize
 
     check_writable(Path(arguments.out_dir) / WEIGHTS_FILE, arguments.out)
     source = _open_source(arguments)
@@ -100,8 +100,8 @@ def _open_source(arguments: argparse.Namespace) -> "ImageTextSource | None":
 def _pipeline_of(loaded: Any) -> "Pipeline":
     import copy
 
-    from opencoca.pipeline import Pipeline
-    from opencoca.preprocess import Preprocess
+    from opencoca.inference.pipeline import Pipeline
+    from opencoca.inference.preprocess import Preprocess
 
     model = copy.deepcopy(loaded.model).float()
     return Pipeline(model, loaded.tokenizer, Preprocess(loaded.preprocess))

@@ -26,7 +26,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run_report(arguments: argparse.Namespace) -> int:
-    from opencoca.train.report import report_runs
+    from opencoca.train.report.report import report_runs
 
     check_writable(arguments.output)
     for path in report_runs(arguments.runs, arguments.output):

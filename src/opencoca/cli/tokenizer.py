@@ -41,7 +41,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    from opencoca.files import atomic_write
+    from opencoca.system.files import atomic_write
     from opencoca.tokenizer import FILE_NAME, train_tokenizer
 
     out = Path(arguments.out)

@@ -20,7 +20,7 @@ def run_train(argv: list[str]) -> int:
     if not argv or argv[0].startswith("-"):
         raise CommandError("the recipe comes first: opencoca train RECIPE [--key value ...]")
 
-    from opencoca.distributed import is_main_process
+    from opencoca.distributed.world import is_main_process
     from opencoca.train import load_recipe, train
 
     recipe = load_recipe(argv[0], argv[1:])
@@ -40,7 +40,7 @@ def run_train(argv: list[str]) -> int:
 
 
 def _help() -> str:
-    from opencoca.train.recipe import recipe_parser
+    from opencoca.train.recipe.recipe import recipe_parser
 
     options = recipe_parser().format_help().partition("\noptions:\n")[2]
     return (

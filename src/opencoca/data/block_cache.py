@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from opencoca.files import WriteError, atomic_write
+from opencoca.system.files import WriteError, atomic_write
 
 _SUFFIX = ".block"
 _NUM_LOCKS = 256

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from opencoca.data.files import parallel_map
 from opencoca.data.images import ImageError, decode_image, read_header
 from opencoca.data.source import ImageTextSource
-from opencoca.files import atomic_write
+from opencoca.system.files import atomic_write
 
 # Pillow's format names whose files go into a shard as they are; others are stored as PNG.
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}

@@ -21,7 +21,7 @@ import numpy as np
 from opencoca.data.files import parallel_map
 from opencoca.data.remote import RemoteStatus, is_remote, read_file, read_range, remote_status, write_file
 from opencoca.data.shards import LostSample, ShardIndex, index_shard, scan_shard
-from opencoca.files import atomic_write
+from opencoca.system.files import atomic_write
 
 INDEX_SUFFIX = ".index.npz"
 _VERSION = 2

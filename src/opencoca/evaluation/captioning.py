@@ -7,7 +7,7 @@ from opencoca.evaluation.caption_metrics import CaptionScores, caption_scores
 from opencoca.evaluation.encoding import BrokenImage, encode_images, require_images
 from opencoca.evaluation.retrieval import with_captions
 from opencoca.generation import GenerationOptions, generate
-from opencoca.pipeline import Pipeline
+from opencoca.inference.pipeline import Pipeline
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opencoca.data import EvalTransform, ImageTextSource, iterate_images
-from opencoca.pipeline import Pipeline
+from opencoca.inference.pipeline import Pipeline
 
 
 @dataclass(frozen=True)

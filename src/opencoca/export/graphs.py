@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opencoca.model.attention import Attention, rotary_angles, rotate
-from opencoca.model.blocks import TransformerBlock
 from opencoca.model.coca import CoCa
+from opencoca.model.layers.attention import Attention, rotary_angles, rotate
+from opencoca.model.layers.blocks import TransformerBlock
 from opencoca.model.text_decoder import UnimodalDecoder
 
 _CLS_ID = -1

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from opencoca.data.transforms import PreprocessConfig
 from opencoca.export.graphs import DecoderGraph, ImageGraph, TextGraph, empty_cache
-from opencoca.files import atomic_write
+from opencoca.inference.pipeline import Pipeline
 from opencoca.model.coca import CoCa
-from opencoca.pipeline import Pipeline
-from opencoca.quantization import dequantize, is_quantized
+from opencoca.store.quantization import dequantize, is_quantized
+from opencoca.system.files import atomic_write
 from opencoca.tokenizer import Tokenizer
 
 FORMAT = "opencoca-onnx-1"

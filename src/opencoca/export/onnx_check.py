@@ -23,9 +23,9 @@ from opencoca.export.onnx import (
     suppressed_ids,
 )
 from opencoca.generation import GenerationOptions, generate
+from opencoca.inference.pipeline import Pipeline
+from opencoca.inference.preprocess import ImageLike
 from opencoca.model.coca import CoCa
-from opencoca.pipeline import Pipeline
-from opencoca.preprocess import ImageLike
 
 TOLERANCE = 1e-4
 _TEXTS = ("a dog", "two children are playing in the water at the beach", "A man in a red jacket climbs a rock .", "")

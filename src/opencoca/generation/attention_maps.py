@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opencoca.generation.scoring import word_log_probs
-from opencoca.model.attention import Attention
-from opencoca.model.attn_pool import AttentionalPooler, ImagePooling, SharedPooler
 from opencoca.model.coca import CoCa
-from opencoca.model.layout import TextLayout
+from opencoca.model.layers.attention import Attention
+from opencoca.model.layers.layout import TextLayout
+from opencoca.model.layers.poolers import AttentionalPooler, ImagePooling, SharedPooler
 from opencoca.model.text_decoder import Words
 from opencoca.tokenizer import Tokenizer
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from opencoca.model.coca import CoCa
-from opencoca.model.layout import TextLayout
+from opencoca.model.layers.layout import TextLayout
 from opencoca.model.text_decoder import Words
 
 _WORDS_AT_A_TIME = 8192

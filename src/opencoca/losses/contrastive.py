@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opencoca.distributed import World
+from opencoca.distributed.world import World
 
 # Similarities that exist at a time.
 CHUNK_SIMILARITIES = 1 << 22

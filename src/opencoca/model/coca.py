@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opencoca.model.attention import KeyValueCache
-from opencoca.model.attn_pool import ImagePooling
 from opencoca.model.config import BlockConfig, CoCaConfig
 from opencoca.model.decoding import DecodingState, decode_step
 from opencoca.model.decoding_arena import DecodingArena
-from opencoca.model.image_encoders import build_image_encoder
+from opencoca.model.encoders import build_image_encoder
 from opencoca.model.image_memory import cache_like
 from opencoca.model.init import init_weights
-from opencoca.model.layout import TextLayout, take_rows
-from opencoca.model.linear import Linear, pack_weights
+from opencoca.model.kernels.linear import Linear, pack_weights
+from opencoca.model.layers.attention import KeyValueCache
+from opencoca.model.layers.layout import TextLayout, take_rows
+from opencoca.model.layers.poolers import ImagePooling
 from opencoca.model.text_decoder import MultimodalDecoder, UnimodalDecoder, Words
 
 

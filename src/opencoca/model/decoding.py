@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from opencoca.model.attention import KeyValueCache, WordCache
 from opencoca.model.image_memory import ImageMemories, num_images, select_images
-from opencoca.model.layout import TextLayout
+from opencoca.model.layers.attention import KeyValueCache, WordCache
+from opencoca.model.layers.layout import TextLayout
 from opencoca.model.text_decoder import UnimodalDecoder, Words
 
 if TYPE_CHECKING:

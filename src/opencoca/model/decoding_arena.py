@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from opencoca.model.attention import KeyValueCache
 from opencoca.model.config import BlockConfig
+from opencoca.model.layers.attention import KeyValueCache
 
 if TYPE_CHECKING:
     from opencoca.model.coca import CoCa

@@ -24,7 +24,7 @@ from torch import Tensor
 from opencoca.model.decoding import DecodingState, Sight, decode_step, next_logits
 from opencoca.model.decoding_arena import ArenaSize, DecodingArena, Window
 from opencoca.model.image_memory import ImageMemories, num_images
-from opencoca.model.layout import TextLayout
+from opencoca.model.layers.layout import TextLayout
 
 if TYPE_CHECKING:
     from opencoca.model.coca import CoCa

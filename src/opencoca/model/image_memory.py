@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opencoca.model.image_attention import fold, pays
+from opencoca.model.kernels.image_attention import fold, pays
 
 if TYPE_CHECKING:
-    from opencoca.model.blocks import TransformerBlock
     from opencoca.model.decoding_arena import DecodingArena
+    from opencoca.model.layers.blocks import TransformerBlock
 
 CrossKeysValues = tuple[Tensor, Tensor]
 

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from opencoca.model.attention import Attention
-from opencoca.model.attn_pool import AttentionalPooler
-from opencoca.model.blocks import LayerScale, Mlp
-from opencoca.model.image_encoders.normed_patches import NormedPatchEmbed
-from opencoca.model.image_encoders.vit import PatchEmbed, VisionTransformer
+from opencoca.model.encoders.normed_patches import NormedPatchEmbed
+from opencoca.model.encoders.vit import PatchEmbed, VisionTransformer
+from opencoca.model.layers.attention import Attention
+from opencoca.model.layers.blocks import LayerScale, Mlp
+from opencoca.model.layers.poolers import AttentionalPooler
 from opencoca.model.text_decoder import MultimodalDecoder, UnimodalDecoder
 
 EMBEDDING_STD = 0.02

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from opencoca.model.attention import KeyValueCache, WordCache, trains_on_cpu
-from opencoca.model.blocks import Dropout, LookedAt, TransformerBlock, make_block, make_norm
 from opencoca.model.config import TextConfig
-from opencoca.model.image_attention import SharedImages, pays
 from opencoca.model.image_memory import CrossKeysValues, ImageMemories, num_images, remember
-from opencoca.model.layout import TextLayout, put_rows, take_rows
+from opencoca.model.kernels.image_attention import SharedImages, pays
+from opencoca.model.layers.attention import KeyValueCache, WordCache, trains_on_cpu
+from opencoca.model.layers.blocks import Dropout, LookedAt, TransformerBlock, make_block, make_norm
+from opencoca.model.layers.layout import TextLayout, put_rows, take_rows
 
 if TYPE_CHECKING:
     from opencoca.model.decoding_arena import DecodingArena

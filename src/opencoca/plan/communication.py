@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from opencoca.plan.memory import ModelBytes, StepShape, Strategy
-from opencoca.train.recipe import Recipe
+from opencoca.train.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from opencoca.model.config import CoCaConfig
 from opencoca.plan.communication import Exchange, exchanges
 from opencoca.plan.memory import GAP_SHARE, Memory, StepShape, Strategy, with_recompute
 from opencoca.plan.planner import Cluster, Planner, strategies_of
-from opencoca.train.devices import DEVICES, DeviceSpec, find_device, link_bytes_per_sec, measured_flops
+from opencoca.system.devices import DEVICES, DeviceSpec, find_device, link_bytes_per_sec, measured_flops
 from opencoca.train.flops import StepFlops
-from opencoca.train.recipe import Recipe
+from opencoca.train.recipe.recipe import Recipe
 
 # Of an accelerator's memory; the rest goes to its libraries and to gaps between tensors.
 USABLE_SHARE = 1 - GAP_SHARE

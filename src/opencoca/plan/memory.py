@@ -13,10 +13,10 @@ from opencoca.losses.captioning import CACHED_LOGITS, CHUNK_LOGITS, LEAST_CHUNK_
 from opencoca.losses.contrastive import CHUNK_SIMILARITIES
 from opencoca.model.coca import CoCa
 from opencoca.plan.trace import Kept, Trace
-from opencoca.train.adafactor import Adafactor
-from opencoca.train.muon import hidden_matrices
-from opencoca.train.optimizer import parameter_groups
-from opencoca.train.recipe import Recipe
+from opencoca.train.optim.adafactor import Adafactor
+from opencoca.train.optim.muon import hidden_matrices
+from opencoca.train.optim.optimizer import parameter_groups
+from opencoca.train.recipe.recipe import Recipe
 
 Strategy = Literal["none", "ddp", "fsdp"]
 # Of the tensors' memory, what lies unused between them; of an accelerator's, what is not usable because of it and more.

@@ -20,11 +20,11 @@ from opencoca.plan.memory import (
     with_recompute,
 )
 from opencoca.plan.trace import Trace, trace_forward, unit_of
+from opencoca.system.memory_use import resident_bytes
 from opencoca.tokenizer import Tokenizer
 from opencoca.train.flops import ModelFlops, StepFlops, freeze, recipe_stages
-from opencoca.train.memory_use import resident_bytes
-from opencoca.train.recipe import Recipe
-from opencoca.train.recipe_optimizer import SHARDABLE
+from opencoca.train.recipe.optimizer import SHARDABLE
+from opencoca.train.recipe.recipe import Recipe
 
 # Of a process on a CPU: kernels made for the shapes it meets, threads, gaps between tensors (results/plan_memory.md).
 _KERNEL_BYTES = 160 << 20

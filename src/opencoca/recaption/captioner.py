@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opencoca.generation import GeneratedCaption, GenerationOptions
 from opencoca.generation.rerank import candidate_options, rerank_weight
-from opencoca.pipeline import Pipeline
+from opencoca.inference.pipeline import Pipeline
 
 
 @dataclass(frozen=True)

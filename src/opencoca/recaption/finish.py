@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opencoca.files import atomic_write, remove_partial_files
 from opencoca.recaption.destination import Destination
 from opencoca.recaption.flags import ALL_FLAGS, COMMON, CommonCaptions, FlagThresholds, caption_flags
 from opencoca.recaption.journal import Journal
 from opencoca.recaption.outputs import write_rows, write_texts
 from opencoca.recaption.rows import output_rows
 from opencoca.recaption.settings import Settings
+from opencoca.system.files import atomic_write, remove_partial_files
 
 Row = dict[str, Any]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from opencoca.files import WriteError
+from opencoca.system.files import WriteError
 
 FORMAT = "opencoca-captions-1"
 _HEAD = f'{{"format":"{FORMAT}"'

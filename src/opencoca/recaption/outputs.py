@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from opencoca.files import WriteError, atomic_write
+from opencoca.system.files import WriteError, atomic_write
 
 Row = dict[str, Any]
 OUTPUT_SUFFIXES = (".jsonl", ".csv", ".parquet")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from opencoca.data import ImageTextSource
-from opencoca.pipeline import Pipeline
+from opencoca.inference.pipeline import Pipeline
 from opencoca.recaption.captioner import Captioner
 
 Settings = dict[str, Any]

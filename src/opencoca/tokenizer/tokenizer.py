@@ -13,7 +13,7 @@ import torch
 from tokenizers import normalizers
 from torch import Tensor
 
-from opencoca.files import atomic_write
+from opencoca.system.files import atomic_write
 from opencoca.tokenizer.clip import CLIP_WORD_END, build_clip_backend, clean_as_clip
 from opencoca.tokenizer.texts import require_text
 

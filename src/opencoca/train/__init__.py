@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from opencoca.train.recipe import Recipe, load_recipe
+from opencoca.train.recipe.recipe import Recipe, load_recipe
 
 
 def train(recipe: Recipe) -> Path:
@@ -10,7 +10,7 @@ def train(recipe: Recipe) -> Path:
 
     Started by `torchrun`, all its processes train one model together.
     """
-    from opencoca.distributed import join_world
+    from opencoca.distributed.world import join_world
     from opencoca.train.trainer import Trainer
 
     with join_world(recipe.distributed.timeout_minutes) as world:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from opencoca.data import CaptionBatch, ImageTextSource, TrainingLoader, TrainTransform
-from opencoca.distributed import World
+from opencoca.distributed.world import World
 from opencoca.tokenizer import Tokenizer
 from opencoca.train.data_sources import training_order
 from opencoca.train.feature_cache import FeatureCache
-from opencoca.train.recipe import Recipe
+from opencoca.train.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

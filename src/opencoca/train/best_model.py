@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from opencoca.data import PreprocessConfig
-from opencoca.files import atomic_write
 from opencoca.model.coca import CoCa
-from opencoca.model_folder import save_model_folder
+from opencoca.store.model_folder import save_model_folder
+from opencoca.system.files import atomic_write
 from opencoca.tokenizer import Tokenizer
-from opencoca.train.recipe import Recipe
+from opencoca.train.recipe.recipe import Recipe
 from opencoca.train.validation import ValidationScores
 
 _CAPTIONS_FILE = "val_captions.json"

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from opencoca.model.blocks import TransformerBlock
 from opencoca.model.coca import CoCa
-from opencoca.model.image_encoders.vit import VisionTransformer
-from opencoca.train.recipe import Recipe
+from opencoca.model.encoders.vit import VisionTransformer
+from opencoca.model.layers.blocks import TransformerBlock
+from opencoca.train.recipe.recipe import Recipe
 
 
 def prepare_compute(model: CoCa, recipe: Recipe, device: torch.device) -> None:

@@ -9,8 +9,8 @@ from opencoca.data import (
     make_order,
     open_source,
 )
-from opencoca.train.recipe import Recipe
-from opencoca.train.recipe_data import DataRecipe, SourceRecipe
+from opencoca.train.recipe.data import DataRecipe, SourceRecipe
+from opencoca.train.recipe.recipe import Recipe
 
 
 def open_train_source(recipe: Recipe) -> ImageTextSource:

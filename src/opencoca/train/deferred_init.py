@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
-from opencoca.distributed import local_part, sharded_like
+from opencoca.distributed.world import local_part, sharded_like
 from opencoca.model.coca import CoCa
 from opencoca.model.init import init_weights
 

@@ -22,7 +22,7 @@ from opencoca.data import EvalTransform, ImageTextSource, TrainTransform, decode
 from opencoca.data.files import parallel_map
 from opencoca.data.images import ImageError
 from opencoca.data.sources import ImageFolder, TarShards
-from opencoca.files import WriteError, atomic_write
+from opencoca.system.files import WriteError, atomic_write
 
 _BATCH = 32
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from opencoca.model.attention import Attention
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
 from opencoca.model.init import without_values
-from opencoca.train.optimizer import freeze_image_stages, freeze_parts, freeze_unused
-from opencoca.train.recipe import Recipe
+from opencoca.model.layers.attention import Attention
+from opencoca.train.optim.optimizer import freeze_image_stages, freeze_parts, freeze_unused
+from opencoca.train.recipe.recipe import Recipe
 
 Result = TypeVar("Result")
 

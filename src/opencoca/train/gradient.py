@@ -17,7 +17,7 @@ from opencoca.model.coca import CoCaOutput
 from opencoca.train.batches import TrainBatch
 from opencoca.train.objective import Losses, autocast, run_model
 from opencoca.train.parallel import ParallelModel
-from opencoca.train.recipe import Recipe
+from opencoca.train.recipe.recipe import Recipe
 
 
 class BatchLosses(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor
 from opencoca.losses import captioning_loss, contrastive_loss
 from opencoca.model.coca import CoCa, CoCaOutput
 from opencoca.train.batches import TrainBatch
-from opencoca.train.recipe import LossRecipe
+from opencoca.train.recipe.recipe import LossRecipe
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from opencoca.distributed import World, full_tensor, local_part
-from opencoca.model.blocks import TransformerBlock
+from opencoca.distributed.world import World, full_tensor, local_part
 from opencoca.model.coca import CoCa, CoCaOutput
+from opencoca.model.layers.blocks import TransformerBlock
 from opencoca.train.deferred_init import fill_initial_values
-from opencoca.train.recipe import DistributedRecipe, Recipe
+from opencoca.train.recipe.recipe import DistributedRecipe, Recipe
 
 
 class ParallelModel:

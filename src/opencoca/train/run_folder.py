@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from opencoca.files import atomic_write
-from opencoca.train.recipe import Recipe
+from opencoca.system.files import atomic_write
+from opencoca.train.recipe.recipe import Recipe
 
 # Where and how fast a run goes, not what comes out of it; ``size`` only fills in ``model``, which is compared.
 _MAY_CHANGE = frozenset(

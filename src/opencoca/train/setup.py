@@ -10,22 +10,22 @@ from pathlib import Path
 import torch
 
 from opencoca.data import EvalTransform, ImageTextSource, PreprocessConfig, TrainTransform
-from opencoca.distributed import World
-from opencoca.interop.efficientnet_weights import load_imagenet_weights
+from opencoca.distributed.world import World
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
-from opencoca.model.image_encoders.efficientnet_lite import EfficientNetLite
+from opencoca.model.encoders.efficientnet_lite import EfficientNetLite
 from opencoca.model.init import without_values
-from opencoca.model_folder import load_model_folder
+from opencoca.store.interop.efficientnet_weights import load_imagenet_weights
+from opencoca.store.model_folder import load_model_folder
+from opencoca.system.allocator import keep_freed_memory, limit_kernel_caches
 from opencoca.tokenizer import Tokenizer, train_tokenizer
 from opencoca.train.batches import TrainBatches
 from opencoca.train.compute import prepare_compute
 from opencoca.train.data_sources import open_train_source, open_val_source
 from opencoca.train.feature_cache import CacheViews, FeatureCache, open_feature_cache
-from opencoca.train.memory import keep_freed_memory, limit_kernel_caches
-from opencoca.train.optimizer import freeze_image_stages, freeze_parts, freeze_unused
+from opencoca.train.optim.optimizer import freeze_image_stages, freeze_parts, freeze_unused
 from opencoca.train.parallel import check_processes, is_built_in_shards
-from opencoca.train.recipe import Recipe
+from opencoca.train.recipe.recipe import Recipe
 from opencoca.train.run_folder import remember_recipe
 from opencoca.train.validation import Validator
 

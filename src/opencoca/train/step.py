@@ -8,10 +8,10 @@ import torch
 from opencoca.model.coca import CoCa
 from opencoca.train.batches import TrainBatch
 from opencoca.train.gradient import BatchGradient
-from opencoca.train.optimizer import WeightAverage, set_learning_rate
+from opencoca.train.optim.optimizer import WeightAverage, set_learning_rate
+from opencoca.train.optim.schedules import learning_rate_factor
 from opencoca.train.parallel import ParallelModel
-from opencoca.train.recipe import Recipe
-from opencoca.train.schedules import learning_rate_factor
+from opencoca.train.recipe.recipe import Recipe
 
 
 class NonFiniteLossError(RuntimeError):

@@ -3,11 +3,11 @@
 import torch
 
 from opencoca.model.config import CoCaConfig
+from opencoca.system.devices import peak_flops
+from opencoca.system.memory_use import peak_bytes
 from opencoca.train.batches import TrainBatch
-from opencoca.train.devices import peak_flops
 from opencoca.train.flops import ModelFlops
-from opencoca.train.memory_use import peak_bytes
-from opencoca.train.recipe import Recipe
+from opencoca.train.recipe.recipe import Recipe
 
 
 class Throughput:

@@ -10,27 +10,27 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from opencoca.distributed import World
-from opencoca.files import WriteError
+from opencoca.distributed.world import World
 from opencoca.model.coca import CoCa
-from opencoca.train.bad_steps import SpikeRule, too_many_non_finite
+from opencoca.system.allocator import release_freed_memory
+from opencoca.system.files import WriteError
 from opencoca.train.batches import TrainBatch
 from opencoca.train.best_model import BestModel
 from opencoca.train.checkpoints import Checkpoints, TrainState
 from opencoca.train.checkpoints.random_state import random_state, seed_generators, set_random_state
-from opencoca.train.live_view import LiveView
-from opencoca.train.memory import release_freed_memory
-from opencoca.train.metrics_log import MetricsLog, MetricsWindow
-from opencoca.train.optimizer import MakeOptimizer, WeightAverage, build_optimizer
+from opencoca.train.optim.optimizer import MakeOptimizer, WeightAverage, build_optimizer
 from opencoca.train.parallel import ParallelModel
-from opencoca.train.recipe import Recipe
-from opencoca.train.report import write_report
+from opencoca.train.recipe.recipe import Recipe
+from opencoca.train.report.live_view import LiveView
+from opencoca.train.report.metrics_log import MetricsLog, MetricsWindow
+from opencoca.train.report.report import write_report
 from opencoca.train.setup import set_up
 from opencoca.train.step import NonFiniteLossError, StepMetrics, TrainStep
-from opencoca.train.stop_signal import StopSignal
+from opencoca.train.survival.bad_steps import SpikeRule, too_many_non_finite
+from opencoca.train.survival.stop_signal import StopSignal
+from opencoca.train.survival.watchdog import Watchdog, is_restartable
 from opencoca.train.throughput import Throughput
 from opencoca.train.validation import ValidationScores, shared_scores
-from opencoca.train.watchdog import Watchdog, is_restartable
 
 _RELEASE_EVERY_STEPS = 20
 

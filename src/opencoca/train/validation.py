@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opencoca.data import EvalTransform, ImageTextSource, Subset, collate_captions, iterate_images
-from opencoca.distributed import World
+from opencoca.distributed.world import World
 from opencoca.evaluation.caption_metrics import caption_scores
 from opencoca.evaluation.retrieval_metrics import retrieval_scores
 from opencoca.generation import GenerationOptions, generate
@@ -22,7 +22,7 @@ from opencoca.tokenizer import Tokenizer
 from opencoca.train.batches import TrainBatch
 from opencoca.train.feature_cache import FeatureCache
 from opencoca.train.objective import autocast, compute_losses
-from opencoca.train.recipe import Recipe
+from opencoca.train.recipe.recipe import Recipe
 
 _BATCH_IMAGES = 50
 

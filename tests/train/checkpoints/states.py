@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from opencoca.distributed import World
+from opencoca.distributed.world import World
 from opencoca.train.checkpoints import Checkpoints, TrainState
 from opencoca.train.checkpoints.reader import CheckpointReader
-from opencoca.train.optimizer import WeightAverage
-from opencoca.train.recipe_safety import CheckpointRecipe
+from opencoca.train.optim.optimizer import WeightAverage
+from opencoca.train.recipe.safety import CheckpointRecipe
 
 Everything = dict[str, Tensor]
 

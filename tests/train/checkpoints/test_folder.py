@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opencoca.train.checkpoints.folder import CheckpointFolder, CheckpointName, names_to_keep
-from opencoca.train.recipe_safety import CheckpointRecipe
+from opencoca.train.recipe.safety import CheckpointRecipe
 
 NAMES = st.builds(CheckpointName, st.integers(0, 60), st.integers(0, 2))
 

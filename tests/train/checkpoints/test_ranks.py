@@ -13,12 +13,12 @@ import torch
 
 from distributed.cases import Case, make_batch, make_model, make_recipe
 from distributed.conftest import run_ranks
-from opencoca.distributed import World, full_tensor, join_world
+from opencoca.distributed.world import World, full_tensor, join_world
 from opencoca.train.checkpoints import Checkpoints, TrainState
 from opencoca.train.checkpoints.shard_file import ShardFile
-from opencoca.train.optimizer import WeightAverage, build_optimizer
+from opencoca.train.optim.optimizer import WeightAverage, build_optimizer
 from opencoca.train.parallel import ParallelModel
-from opencoca.train.recipe_safety import CheckpointRecipe
+from opencoca.train.recipe.safety import CheckpointRecipe
 from opencoca.train.step import TrainStep
 
 from ..helpers import flip_bit

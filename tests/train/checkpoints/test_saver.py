@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from opencoca.files import WriteError
+from opencoca.system.files import WriteError
 from opencoca.train.checkpoints import shard_file
 
 from ..helpers import flip_bit

@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from opencoca.files import atomic_write, flush_to_disk
+from opencoca.system.files import atomic_write, flush_to_disk
 from opencoca.train.checkpoints.index import INDEX_NAME
-from opencoca.train.recipe_safety import CheckpointRecipe
+from opencoca.train.recipe.safety import CheckpointRecipe
 
 _NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")
 _PARTIAL = ".partial"

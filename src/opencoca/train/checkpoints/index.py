@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opencoca.files import flush_to_disk
+from opencoca.system.files import flush_to_disk
 from opencoca.train.checkpoints.shard_file import FileRecord
 
 INDEX_NAME = "index.json"

@@ -12,15 +12,15 @@ import uuid
 import warnings
 from pathlib import Path
 
-from opencoca.distributed import World, local_part
-from opencoca.files import WriteError, write_error
-from opencoca.safetensors_file import non_finite
+from opencoca.distributed.world import World, local_part
+from opencoca.store.safetensors_file import non_finite
+from opencoca.system.files import WriteError, write_error
 from opencoca.train.checkpoints.folder import CheckpointFolder
 from opencoca.train.checkpoints.index import CheckpointIndex
 from opencoca.train.checkpoints.reader import CheckpointReader, SingleFileReader
 from opencoca.train.checkpoints.shard_file import FileRecord, write_shard
 from opencoca.train.checkpoints.state import Snapshot, TrainState, restore, take_snapshot
-from opencoca.train.recipe_safety import CheckpointRecipe
+from opencoca.train.recipe.safety import CheckpointRecipe
 
 _PATIENCE_AT_EXIT_S = 60.0
 _SINGLE_FILE = "last.safetensors"

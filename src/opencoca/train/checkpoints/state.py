@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from opencoca.distributed import World, local_part
+from opencoca.distributed.world import World, local_part
 from opencoca.train.checkpoints.index import Layout
 from opencoca.train.checkpoints.random_state import random_state, set_random_state
-from opencoca.train.optimizer import WeightAverage
+from opencoca.train.optim.optimizer import WeightAverage
 
 
 @dataclass

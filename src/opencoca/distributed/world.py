@@ -1,0 +1,220 @@
+"""The processes that train one model together: who they are, and what they tell one another.
+
+`torchrun` starts them and `join_world` brings them together; without it there is one process, and everything here does
+nothing. Rows of tensors may differ in number from process to process, down to none.
+Letters: R ranks, S rows of one rank, N rows of all.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from threading import Thread
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from opencoca.distributed.elastic import is_store_reused, store_of_this_attempt
+
+Result = TypeVar("Result")
+# While one process works alone (a vocabulary, a feature cache, validation), the others wait as long as it takes.
+_PATIENCE = timedelta(days=7)
+_MISTAKE = 2
+_PARTING_S = 5.0
+_CPU = torch.device("cpu")
+_ALREADY_KNOWN = "_known_to_all_ranks"
+
+
+class _Report(NamedTuple):
+    """What a process tells the others of its work: the result, or that it failed."""
+
+    result: Any
+    failed: bool
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among ``size`` processes; ``World()`` is one process alone.
+
+    rank: from 0, over all machines; local_rank: from 0, on this machine. device: where numbers must be to be exchanged
+    fast. host_group: for what may take long: it knows no timeout.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = _CPU
+    host_group: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints, validates and writes files."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_counts(self, counts: list[int]) -> list[int]:
+        """Element-wise sums over all processes; the lists are equally long."""
+        if self.size == 1:
+            return counts
+        sums = torch.tensor(counts, dtype=torch.int64, device=self.device)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Of each flag, whether it is set in any process."""
+        return tuple(count > 0 for count in self.sum_counts([int(flag) for flag in flags]))
+
+    def gather_counts(self, *counts: int) -> list[tuple[int, ...]]:
+        """These numbers of every process, by rank."""
+        if self.size == 1:
+            return [counts]
+        own = torch.tensor([counts], dtype=torch.int64, device=self.device)
+        return [tuple(numbers) for numbers in self.gather_rows(own, [1] * self.size).tolist()]
+
+    def gather_rows(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """rows (S, ...) of every process, rank by rank: (N, ...), without gradient; counts: S of every rank."""
+        rows = rows.detach()
+        if self.size == 1:
+            return rows
+        assert len(rows) == counts[self.rank]
+        most = max(counts)
+        padded = rows.new_zeros(most, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        gathered = rows.new_empty(self.size * most, *rows.shape[1:])
+        parts = list(gathered.chunk(self.size))
+        dist.all_gather(parts, padded)
+        if min(counts) == most:
+            return gathered
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def wait(self) -> None:
+        """Until all processes are here, however long it takes."""
+        if self.size > 1:
+            dist.barrier(group=self.host_group)
+
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """Rank 0 does the work while the others wait; all return its result, which pickle must be able to carry.
+
+        If it fails, rank 0 raises the error, and the others exit without a word.
+        """
+        return self._meet(lambda: work() if self.is_main else None)[0]
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """Every process does the work and returns its own result, once all have succeeded.
+
+        If any fails, the first that did raises its error, and the others exit without a word. The work may call
+        `on_main` and `gather_results`, and nothing else that waits for other processes.
+        """
+        own: list[Result] = []
+        self._meet(lambda: own.append(work()))
+        return own[0]
+
+    def gather_results(self, result: Result) -> list[Result]:
+        """This of every process, by rank; pickle must be able to carry it. `together` allows it in its work."""
+        return self._meet(lambda: result)
+
+    def with_own_group(self) -> "World":
+        """The same processes for a thread: what that tells the others crosses nothing that is told here.
+
+        It may use `on_main`, `together` and `gather_results`. All processes must call this.
+        """
+        if self.size == 1:
+            return self
+        return replace(self, host_group=dist.new_group(backend="gloo", timeout=_PATIENCE))
+
+    def _meet(self, work: Callable[[], Any]) -> list[Any]:
+        """Does the work and waits for the others; the results of all.
+
+        Whatever a process was doing when it failed, the others meet it here.
+        """
+        if self.size == 1:
+            return [work()]
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as raised:
+            if getattr(raised, _ALREADY_KNOWN, False):  # the others have heard of it in a meeting within this one
+                raise
+            error = raised
+        reports: list[Any] = [None] * self.size
+        dist.all_gather_object(reports, _Report(result, error is not None), group=self.host_group)
+        failed = [rank for rank, report in enumerate(reports) if report.failed]
+        if error is not None and failed[0] == self.rank:
+            setattr(error, _ALREADY_KNOWN, True)
+            raise error
+        if failed:
+            raise SystemExit(_MISTAKE)
+        return [report.result for report in reports]
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that prints, before or after it knows the others."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def join_world(timeout_minutes: float = 10.0) -> Iterator[World]:
+    """Meets the other processes that `torchrun` started, and parts from them at the end; without it, one is alone.
+
+    timeout_minutes: how long a process waits for another one in the middle of a step before it gives up.
+    """
+    if not os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR"}:
+        yield World()
+        return
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device, backend = _CPU, "gloo"
+    if torch.cuda.is_available() and local_rank < torch.cuda.device_count():
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    timeout = timedelta(minutes=timeout_minutes)
+    if is_store_reused():
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = store_of_this_attempt(rank, size, timeout)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+    host_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), local_rank, device, host_group)
+    except BaseException:
+        _part_after_failure()
+        raise
+    dist.destroy_process_group()
+
+
+def _part_after_failure() -> None:
+    """Leaves the others, if that can be done at once.
+
+    Exiting with a group that is still there aborts the process now and then. But when one process alone fails, parting
+    may wait for others that wait for it; torchrun then ends them.
+    """
+    parting = Thread(target=dist.destroy_process_group, daemon=True)
+    parting.start()
+    parting.join(_PARTING_S)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a sharded tensor, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, gathered from all processes (all must call), or the tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(full: Tensor, like: Tensor) -> Tensor:
+    """``full``, which every process holds, sharded as ``like`` is and on its device."""
+    full = full.to(like.device)
+    if not isinstance(like, DTensor):
+        return full
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,1 @@
+"""From what users hold in their hands to captions, labels and embeddings."""

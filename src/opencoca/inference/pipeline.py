@@ -1,0 +1,313 @@
+"""What most users need of a model: captions, embeddings, labels. `opencoca.load` gives a Pipeline.
+
+Letters: I images, B texts, L labels, E embed_dim.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, get_args, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opencoca.generation import GeneratedCaption, GenerationOptions, generate, seed_of_name
+from opencoca.generation.attention_maps import word_maps
+from opencoca.generation.explanation import Explanation, visible_box
+from opencoca.generation.rerank import generate_reranked, rerank_weight
+from opencoca.generation.scoring import TextScorer, label_scores, pointwise_mutual_information, prior_of_texts
+from opencoca.inference.preprocess import ImageLike, Preprocess, as_pil
+from opencoca.model.coca import CoCa
+from opencoca.tokenizer import Tokenizer
+
+DEFAULT_TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "{}")
+_TEXT_BATCH_SIZE = 256
+
+Rule = Literal["similarity", "likelihood", "both"]
+"""By what texts are compared for an image: the embeddings' cosine, the captioner's likelihood, or the sum of both."""
+
+
+class LabelScore(NamedTuple):
+    """A label and its probability among the labels that were given."""
+
+    label: str
+    probability: float
+
+
+class Pipeline:
+    """A model with all that is needed to use it.
+
+    Attributes: `model` (CoCa, in eval mode), `tokenizer`, `preprocess` (images of any kind -> (I, 3, height, width)),
+    `info` (where the model comes from), `device`, `dtype`.
+
+    Images are one or several of: a path, the bytes of a file, a PIL image, an array (H, W, 3) or (H, W), a tensor
+    (3, H, W); arrays and tensors hold uint8, or floating point in 0..1. One that cannot be used raises ImageError,
+    a ValueError that names it. Texts are one string or several; a longer text than the model's context_length is
+    cut there.
+    """
+
+    def __init__(
+        self, model: CoCa, tokenizer: Tokenizer, preprocess: Preprocess, info: dict[str, Any] | None = None
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.preprocess = preprocess
+        self.info = info or {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.unimodal_decoder.token_embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.unimodal_decoder.token_embed.weight.dtype
+
+    @overload
+    def caption(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        num_captions: Literal[1] = 1,
+        rerank: bool | float = False,
+        batch_size: int = 32,
+        **options: Any,
+    ) -> list[str]: ...
+
+    @overload
+    def caption(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        num_captions: int,
+        rerank: bool | float = False,
+        batch_size: int = 32,
+        **options: Any,
+    ) -> list[list[str]]: ...
+
+    def caption(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        num_captions: int = 1,
+        rerank: bool | float = False,
+        batch_size: int = 32,
+        **options: Any,
+    ) -> list[str] | list[list[str]]:
+        """Captions for images: a text for each, or a list of num_captions texts, best first; always a list of these.
+
+        Args:
+            num_captions: how many for each image; for 2 or more, num_beams must be as many, or the options sample.
+            rerank: whether all candidates (beams or samples) are ordered by the similarity of image and text too, and
+                the weight of similarity, 0 to 1; True for the default. See `opencoca.generation.rerank`.
+            batch_size: images at a time. No caption depends on it, or on the other images.
+            options: fields of `GenerationOptions`: num_beams, max_new_tokens, min_new_tokens, temperature, top_k,
+                top_p, min_p, length_penalty, repetition_penalty, no_repeat_ngram, prefix, seed and more. What is drawn
+                at random depends on the seed and on the image's place among the images.
+
+        Raises:
+            ImageError: an image cannot be used.
+            ValueError: options that cannot be met.
+            TypeError: an option that does not exist.
+        """
+        options["num_captions"] = num_captions
+        details = self.caption_details(images, rerank=rerank, batch_size=batch_size, **options)
+        if num_captions == 1:
+            return [captions[0].text for captions in details]
+        return [[caption.text for caption in captions] for captions in details]
+
+    def caption_details(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        rerank: bool | float = False,
+        batch_size: int = 32,
+        **options: Any,
+    ) -> list[tuple[GeneratedCaption, ...]]:
+        """As `caption`, with token ids, log-probabilities and more; for each image a tuple, best first."""
+        chosen = GenerationOptions(**options)
+        captions: list[tuple[GeneratedCaption, ...]] = []
+        for pixels in self._batches(images, batch_size):
+            names = [str(len(captions) + index) for index in range(len(pixels))]
+            captions += self.caption_pixels(pixels, chosen, names=names, rerank=rerank)
+        return captions
+
+    def caption_pixels(
+        self, pixels: Tensor, options: GenerationOptions, *, names: Sequence[str], rerank: bool | float = False
+    ) -> list[tuple[GeneratedCaption, ...]]:
+        """Captions of preprocessed images (I, 3, H, W), best first.
+
+        names: one for each image; what is drawn at random depends on the options' seed and on this name alone.
+        """
+        with torch.inference_mode():
+            output = self.model.encode_image(pixels)
+        # A file's name may hold bytes that no encoding knows.
+        seeds = [seed_of_name(name.encode("utf-8", "backslashreplace").decode()) for name in names]
+        weight = rerank_weight(rerank)
+        if weight is None:
+            return generate(self.model, output.tokens, self.tokenizer, options, image_seeds=seeds)
+        return generate_reranked(self.model, output, self.tokenizer, options, weight, image_seeds=seeds)
+
+    def embed_images(self, images: ImageLike | Iterable[ImageLike], *, batch_size: int = 32) -> Tensor:
+        """Embeddings (I, E) of images: float32, on the CPU, of length 1."""
+        embeds = [torch.empty(0, self.model.config.embed_dim)]
+        for pixels in self._batches(images, batch_size):
+            with torch.inference_mode():
+                embeds.append(self.model.encode_image(pixels).embed.float().cpu())
+        return torch.cat(embeds)
+
+    def embed_texts(self, texts: str | Iterable[str], *, batch_size: int = _TEXT_BATCH_SIZE) -> Tensor:
+        """Embeddings (B, E) of texts: float32, on the CPU, of length 1."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        _check_batch_size(batch_size)
+        embeds = [torch.empty(0, self.model.config.embed_dim)]
+        for start in range(0, len(texts), batch_size):
+            batch = self.tokenizer(texts[start : start + batch_size], self.model.config.text.context_length)
+            with torch.inference_mode():
+                output = self.model.encode_text(batch.token_ids.to(self.device), batch.token_mask.to(self.device))
+            embeds.append(output.embed.float().cpu())
+        return torch.cat(embeds)
+
+    def similarity(self, images: ImageLike | Iterable[ImageLike], texts: str | Iterable[str]) -> Tensor:
+        """Cosine (I, B) of every image with every text, -1 to 1."""
+        return self.embed_images(images) @ self.embed_texts(texts).T
+
+    def score_captions(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        texts: str | Iterable[str],
+        *,
+        prior_weight: float = 0.0,
+        batch_size: int = 32,
+    ) -> Tensor:
+        """log p(text | image) (I, B), in nats, by the captioner; float32, on the CPU. The end token is counted.
+
+        prior_weight: so much of the text's own log-probability, which the captioner gives it for a blank image, is
+        subtracted; 1 gives the pointwise mutual information of image and text, which does not favour common texts.
+        """
+        scorer = self.text_scorer(texts)
+        prior = self.text_prior(scorer) if prior_weight else None
+        scores = [torch.empty(0, scorer.num_texts)]
+        for pixels in self._batches(images, batch_size):
+            with torch.inference_mode():
+                found = scorer.score_all(self.model.encode_image(pixels).tokens)
+            scores.append(found if prior is None else pointwise_mutual_information(found, prior, prior_weight))
+        return torch.cat([part.float().cpu() for part in scores])
+
+    def text_scorer(self, texts: str | Iterable[str]) -> TextScorer:
+        """Texts, ready to be scored for images; see `TextScorer`."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        batch = self.tokenizer(texts, self.model.config.text.context_length)
+        return TextScorer(self.model, batch.token_ids.to(self.device), batch.token_mask.to(self.device))
+
+    def text_prior(self, scorer: TextScorer) -> Tensor:
+        """(B,): log-probability of the texts for a blank image, one that has the mean colour everywhere."""
+        blank = torch.zeros(1, 3, *self.preprocess.config.image_size, device=self.device, dtype=self.dtype)
+        with torch.inference_mode():
+            return prior_of_texts(scorer, self.model.encode_image(blank).tokens)
+
+    def explain(self, image: ImageLike, caption: str | None = None) -> Explanation:
+        """Where in one image each word of a caption looks; without a caption the model writes it.
+
+        `Explanation.maps` holds the attention weights, `Explanation.overlays` lays them over the photograph, and
+        `opencoca.pictures.explain.write_explanations` draws them.
+
+        Raises:
+            ValueError: the caption has no words, or the image encoder keeps no grid; ImageError for the image.
+        """
+        photograph = as_pil(image)
+        pixels = self.preprocess(photograph).to(self.device, self.dtype)
+        if caption is None:
+            caption = self.caption(photograph)[0]
+        maps = word_maps(self.model, self.tokenizer, pixels[0], caption)
+        return Explanation(photograph, caption, maps, visible_box(photograph.size, self.preprocess.config))
+
+    def classify(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        labels: Sequence[str],
+        templates: str | Sequence[str] = DEFAULT_TEMPLATES,
+        *,
+        by: Rule = "similarity",
+        batch_size: int = 32,
+    ) -> list[list[LabelScore]]:
+        """For each image all labels with their probabilities (they sum to 1), the most probable first.
+
+        By similarity, a label's embedding is the mean over its texts, one for each template, {} standing for the label
+        (CLIP, arXiv 2103.00020, section 3.1.4); the softmax has the model's own temperature. By likelihood, a label's
+        logit is the mean over its texts of log p(text | image) - log p(text), by the captioner.
+
+        Raises:
+            ValueError: no labels, the same one twice, a template without {}, or no such rule.
+        """
+        logits_of = self.label_logits(labels, templates, by)
+        ranked = []
+        for pixels in self._batches(images, batch_size):
+            with torch.inference_mode():
+                output = self.model.encode_image(pixels)
+            for row in logits_of(output.tokens, output.embed).softmax(dim=-1).tolist():
+                order = sorted(range(len(row)), key=lambda i, row=row: -row[i])
+                ranked.append([LabelScore(labels[index], row[index]) for index in order])
+        return ranked
+
+    def label_logits(
+        self, labels: Sequence[str], templates: str | Sequence[str] = DEFAULT_TEMPLATES, by: Rule = "similarity"
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """What `classify` takes the softmax of, as a function of an image's tokens (I, Q, D) and embedding (I, E).
+
+        It returns (I, L) float32 on the CPU. Labels pass the text decoder once, here. Raises ValueError as `classify`.
+        """
+        if by not in get_args(Rule):
+            raise ValueError(f"cannot classify by {by!r}; choose {', '.join(get_args(Rule))}")
+        texts = _label_texts(labels, templates)
+        embeds = None if by == "likelihood" else self.embed_labels(labels, templates)
+        scorer = None if by == "similarity" else self.text_scorer(texts)
+        prior = None if scorer is None else self.text_prior(scorer)
+        scale = self.model.logit_scale.detach().float().cpu()
+
+        def logits_of(image_tokens: Tensor, image_embed: Tensor) -> Tensor:
+            total = torch.zeros(len(image_tokens), len(labels))
+            if embeds is not None:
+                total += scale * (image_embed.float().cpu() @ embeds.T)
+            if scorer is not None and prior is not None:
+                information = pointwise_mutual_information(scorer.score_all(image_tokens), prior)
+                total += label_scores(information.float().cpu(), len(labels))
+            return total
+
+        return logits_of
+
+    def embed_labels(self, labels: Sequence[str], templates: str | Sequence[str] = DEFAULT_TEMPLATES) -> Tensor:
+        """Embeddings (L, E) of labels, as `classify` compares images with; raises ValueError as it does."""
+        embeds = self.embed_texts(_label_texts(labels, templates)).unflatten(0, (len(labels), -1))
+        return F.normalize(embeds.mean(dim=1), dim=-1)
+
+    def _batches(self, images: ImageLike | Iterable[ImageLike], batch_size: int) -> Iterator[Tensor]:
+        for pixels in self.preprocess.batches(images, batch_size):
+            yield pixels.to(self.device, self.dtype)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+
+
+def _label_texts(labels: Sequence[str], templates: str | Sequence[str]) -> list[str]:
+    """Every label in every template, those of a label side by side."""
+    templates = [templates] if isinstance(templates, str) else list(templates)
+    _check_labels(labels, templates)
+    # Not str.format: a label or template may hold other braces.
+    return [template.replace("{}", label) for label in labels for template in templates]
+
+
+def _check_labels(labels: Sequence[str], templates: Sequence[str]) -> None:
+    if isinstance(labels, str):
+        raise ValueError(f"labels is the single text {labels[:40]!r}; give a list of labels")
+    if not labels:
+        raise ValueError("there are no labels to choose from; give at least one")
+    for position, label in enumerate(labels):
+        if not isinstance(label, str):
+            raise ValueError(f"label number {position} is {label!r}, not a string")
+    if twice := [label for position, label in enumerate(labels) if label in labels[:position]]:
+        raise ValueError(f"the label {twice[0]!r} is given more than once; give each label once")
+    if not templates:
+        raise ValueError("there are no templates; give at least one, such as 'a photo of a {}.'")
+    if without := [template for template in templates if "{}" not in template]:
+        raise ValueError(f"the template {without[0]!r} has no {{}} for the label; write it as in 'a photo of a {{}}.'")

@@ -1,0 +1,1 @@
+"""Faster ways to compute attention and products."""

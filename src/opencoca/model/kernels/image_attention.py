@@ -1,0 +1,144 @@
+"""Cross-attention of few words over many image tokens, for training on a CPU: the words are projected, not the image.
+
+A caption has about 13 words and the image 256 tokens, whose keys and values every layer would make anew. A query's
+product with a key, q (W x), is (W^T q) x: so queries are taken into the space of the tokens, weigh and mix the tokens
+themselves, and what they mixed is projected. That is the same function for a fraction of the products, and neither
+keys nor values are kept for the gradient. What a layer's norm of the tokens does after normalising them, scale and
+shift, is folded into its projections, so that the normalised tokens are the same for all layers.
+Letters: I images, N image tokens, C their width, S words, H heads, K key-value heads, d head width, R images of a
+bucket, T the words that each of them has room for.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from opencoca.model.kernels.dense_attention import mix
+from opencoca.model.kernels.linear import Linear
+from opencoca.model.kernels.packed_attention import Buckets
+
+# Numbers of words of an image are rounded up to this; more kinds of length are more and smaller products.
+_ROUNDING = 4
+# Products over padded words, in this form, must be at least this much fewer: they are smaller ones, too.
+_LEAST_GAIN = 1.3
+
+
+@dataclass(frozen=True)
+class SharedImages:
+    """Image tokens as all layers look at them: tokens (I, N, C), images with similar numbers of words side by side.
+
+    slots (H S,): where each head's word stands in the padded words; sources: which stands at each place, or -1.
+    """
+
+    tokens: Tensor
+    buckets: Buckets
+    slots: Tensor
+    sources: Tensor
+
+    @staticmethod
+    def of(image_tokens: Tensor, words_per_image: Tensor, num_heads: int, norm: nn.Module) -> "SharedImages":
+        """image_tokens (I, N, C), words_per_image (I,); norm: one layer's norm of the tokens, if they have one."""
+        buckets = Buckets.by_length(words_per_image, _ROUNDING)
+        tokens = image_tokens.index_select(0, buckets.order)
+        if isinstance(norm, nn.LayerNorm):
+            tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=norm.eps)
+        num_words = len(buckets.row)
+        slots, sources = buckets.slots(num_heads)
+        by_head = sources % num_heads * num_words + sources.div(num_heads, rounding_mode="floor")
+        heads_first = slots.view(num_words, num_heads).T.flatten()
+        return SharedImages(tokens, buckets, heads_first, by_head.masked_fill_(sources < 0, -1))
+
+
+def pays(words_per_image: float, num_tokens: int, width: int, num_heads: int, kv_proj: nn.Linear) -> bool:
+    """Whether this form of cross-attention needs clearly fewer products than keys and values do."""
+    if type(kv_proj) not in (nn.Linear, Linear) or type(kv_proj.weight) is not nn.Parameter:
+        return False  # weights that are sharded, or no floating-point numbers, cannot be folded
+    kv_width = kv_proj.out_features // 2
+    words = words_per_image + _ROUNDING / 2
+    head_dim = width // num_heads
+    absorbed = 2 * words * num_heads * kv_proj.in_features * (head_dim + num_tokens)
+    projected = 2 * num_tokens * kv_proj.in_features * kv_width + 2 * words_per_image * num_tokens * width
+    return _LEAST_GAIN * absorbed < projected
+
+
+def attend_to_images(
+    queries: Tensor, images: SharedImages, kv_proj: nn.Linear, norm: nn.Module, num_kv_heads: int
+) -> Tensor:
+    """queries (S, H, d) -> what they mixed (S, H, d): cross-attention over keys and values kv_proj(norm(tokens))."""
+    num_words, num_heads, head_dim = queries.shape
+    groups, width = num_heads // num_kv_heads, kv_proj.in_features
+    scaled, constants = fold(kv_proj, norm, num_kv_heads)
+    scaled = scaled.to(images.tokens.dtype)
+    by_head = queries.permute(1, 0, 2).reshape(num_kv_heads, groups * num_words, head_dim).to(scaled.dtype)
+    absorbed = torch.bmm(by_head, scaled[0] * head_dim**-0.5).view(num_heads * num_words, width)
+    mixed = _MixTokens.apply(absorbed, images.tokens, images)
+    values = torch.bmm(mixed.view(num_kv_heads, groups * num_words, width), scaled[1].transpose(1, 2))
+    values = values.view(num_heads, num_words, head_dim).transpose(0, 1)
+    for constant in constants:
+        values = values + constant.to(values.dtype).repeat_interleave(groups, dim=0)
+    return values
+
+
+def fold(kv_proj: nn.Linear, norm: nn.Module, num_kv_heads: int) -> tuple[Tensor, list[Tensor]]:
+    """``kv_proj`` for tokens that ``norm`` has normalised, but not scaled or shifted: (2, K, d, C).
+
+    Also what is to be added to everything that is mixed, (K, d) each: weights sum to 1, so what is added to every value
+    is added to every mixture, and no key's constant matters.
+    """
+    weight = kv_proj.weight.view(2, num_kv_heads, -1, kv_proj.in_features)
+    scaled = weight * norm.weight if isinstance(norm, nn.LayerNorm) else weight
+    constants = []
+    if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
+        constants.append(weight[1] @ norm.bias)
+    if kv_proj.bias is not None:
+        constants.append(kv_proj.bias.view(2, num_kv_heads, -1)[1])
+    return scaled, constants
+
+
+class _MixTokens(torch.autograd.Function):
+    """queries (H S, C) -> (H S, C): the tokens of the word's image, weighed by a softmax of their products."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, tokens: Tensor, images: SharedImages) -> Tensor:
+        padded = queries.index_select(0, images.sources.clamp(min=0))
+        mixed = torch.empty_like(padded)
+        weights = []
+        for query, token, out in _by_bucket(images, tokens, padded, mixed):
+            weights.append(mix(query, token, token, out, None))
+        ctx.save_for_backward(padded, tokens, *weights)
+        ctx.images = images
+        return mixed.index_select(0, images.slots)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        padded, tokens, *weights = ctx.saved_tensors
+        images = ctx.images
+        grad_mixed = grad_outputs[0].index_select(0, images.sources.clamp(min=0))
+        grad_mixed.index_fill_(0, (images.sources < 0).nonzero().squeeze(1), 0)
+        grad_queries, grad_tokens = torch.empty_like(padded), torch.empty_like(tokens)
+        buckets = _by_bucket(images, tokens, padded, grad_mixed, grad_queries, grad_tokens)
+        for weight, (query, token, grad_out, grad_query, grad_token) in zip(weights, buckets, strict=True):
+            torch.bmm(weight.transpose(1, 2), grad_out, out=grad_token)
+            grad_weight = torch.bmm(grad_out, token.transpose(1, 2))
+            grad_score = torch.ops.aten._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
+            torch.bmm(grad_score, token, out=grad_query)
+            grad_token.baddbmm_(grad_score.transpose(1, 2), query)
+        return grad_queries.index_select(0, images.slots), grad_tokens, None
+
+
+def _by_bucket(images: SharedImages, tokens: Tensor, padded: Tensor, other: Tensor, *grads: Tensor):
+    """Of each bucket: its queries (R, H T, C), its tokens (R, N, C), its part of other, and the same of grads."""
+    num_heads = len(images.slots) // max(1, len(images.buckets.row))
+    image = place = 0
+    for rows, length in images.buckets.shapes:
+        own = slice(image, image + rows)
+        words = slice(place, place + rows * length * num_heads)
+        parts = [padded[words], tokens[own], other[words]]
+        parts += [grad[own] if grad.dim() == 3 else grad[words] for grad in grads]
+        yield [part.view(rows, -1, part.shape[-1]) for part in parts]
+        image, place = own.stop, words.stop

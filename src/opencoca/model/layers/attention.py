@@ -1,0 +1,203 @@
+"""Attention: self and cross, one to many key-value heads, rotary positions, key-value caches.
+
+Letters: B batch, T query positions, N key positions, D width, H heads, K key-value heads, d head width.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opencoca.model.config import BlockConfig
+from opencoca.model.image_memory import FoldedImages
+from opencoca.model.kernels.dense_attention import dense_attention, is_best_written_out
+from opencoca.model.kernels.image_attention import SharedImages, attend_to_images
+from opencoca.model.kernels.linear import Linear
+from opencoca.model.kernels.packed_attention import packed_cross_attention, packed_self_attention, split_keys_values
+from opencoca.model.layers.layout import TextLayout
+
+
+class WordCache(Protocol):
+    """What self-attention needs of a cache: see `KeyValueCache`."""
+
+    texts_per_row: int
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class KeyValueCache:
+    """Keys and values of one self-attention layer, of the positions that have been decoded so far.
+
+    keys, values: (B, K, capacity, d), allocated once; ``length`` positions of them are filled. On a CPU they are
+        float32 at least: attention of few words in half precision takes up to three times as long there.
+    visible: (B, capacity) which positions attention may see; None = all of them.
+    texts_per_row: how many texts write into each row, side by side, and see what a mask lets them see.
+    """
+
+    def __init__(self, batch_size: int, config: BlockConfig, capacity: int, like: Tensor):
+        shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
+        on_cpu = like.device.type == "cpu"
+        dtype = torch.promote_types(like.dtype, torch.float32) if on_cpu else like.dtype
+        self.keys, self.values = like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=dtype)
+        self.visible: Tensor | None = None
+        self.texts_per_row = 1
+        self.length = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores keys, values (B, K, T, d) behind those there; returns views of all: (B, K, length, d)."""
+        end = self.length + keys.shape[2]
+        assert end <= self.keys.shape[2], "the cache is full"
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these rows (R,), in this order: drops finished texts, reorders beams."""
+        self.keys = self.keys.index_select(0, rows)
+        self.values = self.values.index_select(0, rows)
+        if self.visible is not None:
+            self.visible = self.visible.index_select(0, rows)
+
+    def branch(self, rows: Tensor, texts_per_row: int, extra: int) -> "KeyValueCache":
+        """A copy of these rows (R,) with room for so many more entries."""
+        copy = KeyValueCache.__new__(KeyValueCache)
+        shape = (rows.shape[0], self.keys.shape[1], self.length + extra, self.keys.shape[3])
+        copy.keys, copy.values = self.keys.new_empty(shape), self.values.new_empty(shape)
+        copy.keys[:, :, : self.length] = self.keys[rows, :, : self.length]
+        copy.values[:, :, : self.length] = self.values[rows, :, : self.length]
+        copy.visible, copy.texts_per_row, copy.length = None, texts_per_row, self.length
+        return copy
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries x over a context, or over x itself.
+
+    config gives heads and widths; context_width is the width of what keys and values are made from.
+    Paper section 3.1; grouped key-value heads as in arXiv 2305.13245.
+    """
+
+    def __init__(self, config: BlockConfig, context_width: int | None = None, project_queries: bool = True):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        inner, bias = config.num_heads * config.head_dim, config.linear_bias
+        self.q_proj = Linear(config.width, inner, bias=bias) if project_queries else nn.Identity()
+        self.kv_proj = Linear(context_width or config.width, 2 * config.num_kv_heads * config.head_dim, bias=bias)
+        self.out_proj = Linear(inner, config.width, bias=bias)
+        self.rotary = config.rotary
+
+    def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """context (B, N, C) -> keys, values (B, K, N, d). Of an image this is done once, however long the text."""
+        keys_values = self.kv_proj(context).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
+        if trains_on_cpu(keys_values):
+            return split_keys_values(keys_values)
+        keys, values = keys_values.unbind(-3)
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def self_attend(self, x: Tensor, layout: TextLayout, cache: WordCache | None = None) -> Tensor:
+        """x (S, D) packed words -> (S, D): every word sees itself and the words before it, cached ones included.
+
+        What the layout hides is seen by no word.
+        """
+        queries = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        keys_values = self.kv_proj(x).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
+        if self.rotary:
+            angles = rotary_angles(layout.positions, self.head_dim, queries.dtype).unsqueeze(1)
+            queries = rotate(queries, angles)
+            keys_values = torch.stack((rotate(keys_values[:, 0], angles), keys_values[:, 1]), dim=1)
+        if cache is None and trains_on_cpu(queries):
+            mixed = packed_self_attention(queries, keys_values, self.num_kv_heads, layout.buckets, layout.hidden)
+            return self.out_proj(mixed.flatten(1))
+        group = cache.texts_per_row if cache is not None else 1
+        (queries,) = layout.pad_heads(queries.flatten(1), 1, self.head_dim, group)
+        keys, values = layout.pad_heads(keys_values.flatten(1), 2, self.head_dim, group)
+        if cache is not None:
+            keys, values = cache.append(keys, values)
+        mixed = attend(queries.to(keys.dtype), keys, values, group == 1, layout.visible).to(x.dtype)
+        return self.out_proj(layout.pack_heads(mixed, group))
+
+    def cross_attend(self, x: Tensor, keys: Tensor, values: Tensor, layout: TextLayout) -> Tensor:
+        """x (S, D) packed words, keys and values (I, K, N, d) of I images -> (S, D).
+
+        Text row r belongs to image r // (B / I): texts of one image share its keys and values, uncopied.
+        """
+        num_images = keys.shape[0]
+        assert layout.batch_size % num_images == 0, "texts cannot be shared out evenly among the images"
+        group = layout.batch_size // num_images
+        queries = self.q_proj(x)
+        if trains_on_cpu(queries):
+            queries = queries.unflatten(-1, (self.num_heads, self.head_dim))
+            mixed = packed_cross_attention(queries, keys, values, layout.image_buckets(group))
+            return self.out_proj(mixed.flatten(1))
+        (queries,) = layout.pad_heads(queries, 1, self.head_dim, group)
+        return self.out_proj(layout.pack_heads(attend(queries, keys, values, causal=False), group))
+
+    def attend_to_images(self, x: Tensor, images: SharedImages, norm: nn.Module) -> Tensor:
+        """As `cross_attend` over ``project_context(norm(tokens))``, but without keys and values: (S, D) -> (S, D)."""
+        queries = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        return self.out_proj(attend_to_images(queries, images, self.kv_proj, norm, self.num_kv_heads).flatten(1))
+
+    def attend_to_folded(self, x: Tensor, images: FoldedImages, layout: TextLayout) -> Tensor:
+        """As `cross_attend`, over what decoding keeps in place of keys and values: (S, D) -> (S, D)."""
+        group = layout.batch_size // images.tokens.shape[0]
+        (queries,) = layout.pad_heads(self.q_proj(x), 1, self.head_dim, group)
+        return self.out_proj(layout.pack_heads(images.attend(queries), group))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x (B, T, D) over context (B, N, C), or over itself, nothing masked -> (B, T, D)."""
+        keys, values = self.project_context(x if context is None else context)
+        queries = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        mixed = attend(queries.expand(keys.shape[0], -1, -1, -1), keys, values, causal=False)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, causal: bool, visible: Tensor | None = None) -> Tensor:
+    """softmax(queries keys^T / sqrt(d)) values.
+
+    queries (B, H, T, d), keys and values (B, K, N, d) -> (B, H, T, d). Causal: the last query sees all keys, the one
+    before it all but the last, and so on. visible (B, N) or (B, T, N): keys that are False are not seen.
+    """
+    if not causal and visible is None and trains_on_cpu(queries) and is_best_written_out(queries, keys):
+        return dense_attention(queries, keys, values)
+    is_causal = causal and visible is None and 1 < queries.shape[2] == keys.shape[2]
+    mask = None if is_causal else attention_mask(queries, keys, causal, visible)
+    return F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask, is_causal=is_causal, enable_gqa=queries.shape[1] > keys.shape[1]
+    )
+
+
+def trains_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and torch.is_grad_enabled() and x.requires_grad and x.numel() > 0
+
+
+def attention_mask(queries: Tensor, keys: Tensor, causal: bool, visible: Tensor | None) -> Tensor | None:
+    """What `attend` lets its queries see, True = may see: (T, N), (B, 1, 1, N) or (B, 1, T, N); None = everything."""
+    mask = causal_mask(queries.shape[2], keys.shape[2], queries.device) if causal and queries.shape[2] > 1 else None
+    if visible is None:
+        return mask
+    visible = visible[:, None] if visible.dim() == 3 else visible[:, None, None]
+    return visible if mask is None else visible & mask
+
+
+def causal_mask(length: int, num_keys: int, device: torch.device) -> Tensor:
+    """(length, num_keys), True = may see; the last query sees every key."""
+    return torch.ones(length, num_keys, dtype=torch.bool, device=device).tril(num_keys - length)
+
+
+def rotary_angles(
+    positions: Tensor, head_dim: int, dtype: torch.dtype = torch.float32, base: float = 10_000.0
+) -> Tensor:
+    """Angles (S, head_dim / 2) of positions (S,), in radians, in float32 at least. arXiv 2104.09864."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    # Rounded to float32 whatever the type: the angles that weights learned with do not depend on it.
+    frequencies = 1.0 / base**exponents
+    wide = torch.promote_types(dtype, torch.float32)
+    return positions.to(wide)[:, None] * frequencies.to(wide)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """x (..., T, d) with its two halves turned by angles (T, d / 2)."""
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

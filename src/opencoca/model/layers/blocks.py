@@ -1,0 +1,255 @@
+"""The transformer's parts: MLP, dropout, and the two kinds of block.
+
+Letters: B batch, S packed positions, D width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from opencoca.model.config import BlockConfig
+from opencoca.model.image_memory import CrossKeysValues, FoldedImages
+from opencoca.model.kernels.image_attention import SharedImages
+from opencoca.model.kernels.linear import Linear
+from opencoca.model.layers.attention import Attention, WordCache
+from opencoca.model.layers.layout import TextLayout
+
+LookedAt = CrossKeysValues | FoldedImages | SharedImages
+
+
+def make_norm(config: BlockConfig, width: int | None = None) -> nn.LayerNorm:
+    return nn.LayerNorm(width or config.width, bias=config.norm_bias)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x): the approximation of GELU that OpenAI's CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class Mlp(nn.Module):
+    """(..., D) -> (..., D): up, activation, down; SwiGLU (arXiv 2002.05202) gates with a second projection."""
+
+    def __init__(self, config: BlockConfig):
+        super().__init__()
+        self.gated = config.activation == "swiglu"
+        self.activation = quick_gelu if config.activation == "quick_gelu" else F.gelu
+        self.up_proj = Linear(config.width, config.mlp_width * (2 if self.gated else 1), bias=config.linear_bias)
+        self.down_proj = Linear(config.mlp_width, config.width, bias=config.linear_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (
+            not torch.is_grad_enabled()
+            and self.activation is F.gelu
+            and not self.gated
+            and type(self.up_proj) is Linear
+        ):
+            return self.down_proj(self.up_proj.with_gelu(x))
+        hidden = self.up_proj(x)
+        makes_again = torch.is_grad_enabled() and hidden.requires_grad and not torch.compiler.is_compiling()
+        if makes_again and type(self.down_proj) in (nn.Linear, Linear):
+            return _ActivateAndProject.apply(hidden, self.down_proj.weight, self.down_proj.bias, self)
+        return self.down_proj(self.activate(hidden))
+
+    def activate(self, hidden: Tensor) -> Tensor:
+        """(..., one or two MLP widths) -> (..., MLP width)."""
+        if self.gated:
+            value, gate = hidden.chunk(2, dim=-1)
+            return F.silu(gate) * value
+        return self.activation(hidden)
+
+
+class _ActivateAndProject(torch.autograd.Function):
+    """linear(activate(hidden)).
+
+    What is activated, and the weight in the type of hidden, are made again for the gradient: keeping them costs more
+    memory than anything else in a block.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, mlp: Mlp) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.activate, ctx.bias_dtype = mlp.activate, None if bias is None else bias.dtype
+        bias = None if bias is None else bias.to(hidden.dtype)
+        return F.linear(mlp.activate(hidden), weight.to(hidden.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight = ctx.saved_tensors
+        (grad,) = grad_outputs
+        wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        with torch.enable_grad():
+            hidden = hidden.detach().requires_grad_(wants_hidden)
+            active = ctx.activate(hidden)
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_weight = rows.T @ active.detach().reshape(-1, active.shape[-1]) if wants_weight else None
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        grad_bias = rows.sum(0).to(ctx.bias_dtype) if wants_bias else None
+        grad_hidden = torch.autograd.grad(active, hidden, grad @ weight.to(grad.dtype))[0] if wants_hidden else None
+        return grad_hidden, grad_weight, grad_bias, None
+
+
+class LayerScale(nn.Module):
+    """Multiplies each channel by a learned factor (arXiv 2103.17239): (..., D) -> (..., D)."""
+
+    def __init__(self, width: int, initial: float):
+        super().__init__()
+        self.initial = initial
+        self.factor = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+class Dropout(nn.Module):
+    """Zeroes elements with a probability and scales the others, so that the mean stays.
+
+    On a CPU the probability is rounded to a 256th: one random 64-bit number then serves eight elements, which makes
+    it about ten times as fast as drawing a float for each (results/step_cost.md).
+    """
+
+    def __init__(self, probability: float):
+        super().__init__()
+        if not 0 <= probability < 1:
+            raise ValueError(f"dropout {probability} must be at least 0 and less than 1")
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.probability == 0:
+            return x
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return F.dropout(x, self.probability)
+        return _DropAndAdd.apply(None, x, self._dropped)
+
+    def add(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + dropout(x); in one pass on a CPU."""
+        if not self.training or self.probability == 0:
+            return residual + x
+        if x.device.type != "cpu" or residual.dtype != x.dtype or torch.compiler.is_compiling():
+            return residual + self(x)
+        return _DropAndAdd.apply(residual, x, self._dropped)
+
+    @property
+    def _dropped(self) -> int:
+        return min(round(256 * self.probability), 255)
+
+    def extra_repr(self) -> str:
+        return f"{self.probability}"
+
+
+class _DropAndAdd(torch.autograd.Function):
+    """residual + x, with ``dropped`` of 256 elements of x zeroed and the others scaled; residual None: x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor | None, x: Tensor, dropped: int) -> Tensor:
+        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+        # Factors of x's own type: multiplying by booleans is many times slower.
+        keep = torch.empty_like(x, memory_format=torch.contiguous_format)
+        torch.ge(words.view(torch.uint8)[: x.numel()].view(x.shape), dropped, out=keep)
+        ctx.save_for_backward(keep)
+        ctx.scale = 256 / (256 - dropped)
+        return (x * keep).mul_(ctx.scale) if residual is None else residual.addcmul(x, keep, value=ctx.scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        (keep,) = ctx.saved_tensors
+        residual_grad = grad_outputs[0] if ctx.needs_input_grad[0] else None
+        return residual_grad, (grad_outputs[0] * keep).mul_(ctx.scale), None
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)) if it has an MLP.
+
+    context_width: builds cross-attention over a context of this width instead of self-attention.
+    norm_context and layer_scale of the configuration add a norm of that context, and learned factors to what is added.
+    recompute: in training, what is inside is not kept, but computed again, with the same dropout, for the gradient.
+    """
+
+    recompute = False
+
+    def __init__(self, config: BlockConfig, context_width: int | None = None, has_mlp: bool = True):
+        super().__init__()
+        self.norm1 = make_norm(config)
+        has_context_norm = config.norm_context and context_width is not None
+        self.norm_context = make_norm(config, context_width) if has_context_norm else nn.Identity()
+        self.attn = Attention(config, context_width)
+        self.scale1 = _make_scale(config)
+        self.norm2 = make_norm(config) if has_mlp else None
+        self.mlp = Mlp(config) if has_mlp else None
+        self.scale2 = _make_scale(config) if has_mlp else nn.Identity()
+        self.dropout = Dropout(config.dropout)
+
+    def add_mlp(self, x: Tensor, normed: Tensor, mixed: Tensor) -> Tensor:
+        x = self.dropout.add(x, self.scale1(mixed))
+        if self.mlp is None or self.norm2 is None:
+            return x
+        return self.dropout.add(x, self.scale2(self.mlp(self.norm2(x))))
+
+    def project_context(self, context: Tensor) -> CrossKeysValues:
+        """context (B, N, C) of cross-attention -> its keys and values for `cross_attend`."""
+        return self.attn.project_context(self.norm_context(context))
+
+    def compile_parts(self) -> None:
+        """Compiles what acts on single positions after attention, for any number of them."""
+        self.add_mlp = torch.compile(self.add_mlp, dynamic=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, D), everything sees everything (image encoders)."""
+        return self._run(self._attend, x)
+
+    def self_attend(self, x: Tensor, layout: TextLayout, cache: WordCache | None = None) -> Tensor:
+        """x (S, D) packed words, causal."""
+        return self._run(self._self_attend, x, layout, cache)
+
+    def cross_attend(self, x: Tensor, images: LookedAt, layout: TextLayout) -> Tensor:
+        """x (S, D) packed words over the keys and values of their images, or over the images themselves."""
+        return self._run(self._cross_attend, x, images, layout)
+
+    def _run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return function(*arguments)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        normed = self.norm1(x)
+        return self.add_mlp(x, normed, self.attn(normed))
+
+    def _self_attend(self, x: Tensor, layout: TextLayout, cache: WordCache | None) -> Tensor:
+        normed = self.norm1(x)
+        return self.add_mlp(x, normed, self.attn.self_attend(normed, layout, cache))
+
+    def _cross_attend(self, x: Tensor, images: LookedAt, layout: TextLayout) -> Tensor:
+        normed = self.norm1(x)
+        if isinstance(images, SharedImages):
+            return self.add_mlp(x, normed, self.attn.attend_to_images(normed, images, self.norm_context))
+        if isinstance(images, FoldedImages):
+            return self.add_mlp(x, normed, self.attn.attend_to_folded(normed, images, layout))
+        return self.add_mlp(x, normed, self.attn.cross_attend(normed, *images, layout))
+
+
+class ParallelBlock(TransformerBlock):
+    """Attention and MLP both read one norm and are added at once (PaLM, arXiv 2204.02311)."""
+
+    def __init__(self, config: BlockConfig, context_width: int | None = None, has_mlp: bool = True):
+        super().__init__(config, context_width, has_mlp)
+        self.norm2 = None
+
+    def add_mlp(self, x: Tensor, normed: Tensor, mixed: Tensor) -> Tensor:
+        if self.mlp is not None:
+            mixed = mixed + self.mlp(normed)
+        return self.dropout.add(x, mixed)
+
+
+def _make_scale(config: BlockConfig) -> nn.Module:
+    return nn.Identity() if config.layer_scale is None else LayerScale(config.width, config.layer_scale)
+
+
+def make_block(config: BlockConfig, context_width: int | None = None, has_mlp: bool = True) -> TransformerBlock:
+    """The block that the configuration asks for."""
+    return (ParallelBlock if config.parallel else TransformerBlock)(config, context_width, has_mlp)

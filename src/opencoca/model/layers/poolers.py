@@ -1,0 +1,134 @@
+"""Attentional poolers: from image features to image tokens and one image vector, and how two of them are arranged.
+
+Paper, section 3.2. Letters: B batch, N image features, C their width, Q queries, D width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from opencoca.model.config import BlockConfig, CoCaConfig
+from opencoca.model.layers.attention import Attention
+from opencoca.model.layers.blocks import Dropout, make_norm
+
+
+class PooledImage(NamedTuple):
+    """tokens (B, Q, D) for the decoder to look at; vector (B, D) for the image embedding; None if not asked for."""
+
+    tokens: Tensor | None
+    vector: Tensor | None
+
+
+class AttentionalPooler(nn.Module):
+    """One attention layer whose queries are learned: features (B, N, C) -> (B, Q, D).
+
+    norm_queries, norm_output: whether the queries and the pooled vectors are normalised; the features always are.
+    """
+
+    def __init__(
+        self,
+        config: BlockConfig,
+        context_width: int,
+        num_queries: int,
+        project_queries: bool,
+        norm_queries: bool = False,
+        norm_output: bool = True,
+    ):
+        super().__init__()
+        query_width = config.width if project_queries else config.num_heads * config.head_dim
+        self.query = nn.Parameter(torch.empty(num_queries, query_width))
+        self.norm_query = make_norm(config, query_width) if norm_queries else nn.Identity()
+        self.norm_context = make_norm(config, context_width)
+        self.attn = Attention(config, context_width, project_queries)
+        self.norm = make_norm(config) if norm_output else nn.Identity()
+
+    def forward(self, features: Tensor) -> Tensor:
+        context = self.norm_context(features)
+        query = self.norm_query(self.query).to(context.dtype).unsqueeze(0)
+        return self.norm(self.attn(query, context))
+
+
+class FeatureProjection(nn.Module):
+    """No pooling: every image feature becomes an image token, (B, N, C) -> (B, N, D)."""
+
+    def __init__(self, context_width: int, width: int):
+        super().__init__()
+        self.norm_context = nn.LayerNorm(context_width)
+        self.proj = nn.Linear(context_width, width) if context_width != width else nn.Identity()
+        self.norm = nn.LayerNorm(width) if context_width != width else nn.Identity()
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.norm(self.proj(self.norm_context(features)))
+
+
+class TwoPoolers(nn.Module):
+    """A captioning pooler and a contrastive pooler of one query, which reads its tokens (cascade) or the features."""
+
+    def __init__(self, config: CoCaConfig, context_width: int):
+        super().__init__()
+        self.cascade = config.pooler.arrangement == "cascade"
+        if config.pooler.num_queries:
+            self.caption_pooler = _make_pooler(config, context_width, config.pooler.num_queries)
+        else:
+            self.caption_pooler = FeatureProjection(context_width, config.text.width)
+        self.contrastive_pooler = _make_pooler(config, config.text.width if self.cascade else context_width, 1)
+
+    def forward(self, features: Tensor, captioning: bool, contrastive: bool) -> PooledImage:
+        tokens = self.caption_pooler(features) if captioning or self.cascade else None
+        if not contrastive:
+            return PooledImage(tokens, None)
+        vector = self.contrastive_pooler(tokens if self.cascade else features).squeeze(1)
+        return PooledImage(tokens if captioning else None, vector)
+
+
+class SharedPooler(nn.Module):
+    """One pooler for both: its first query is the image vector, the others are the image tokens."""
+
+    def __init__(self, config: CoCaConfig, context_width: int):
+        super().__init__()
+        self.pooler = _make_pooler(config, context_width, config.pooler.num_queries)
+
+    def forward(self, features: Tensor, captioning: bool, contrastive: bool) -> PooledImage:
+        return _split_first(self.pooler(features), captioning, contrastive)
+
+
+class ClassToken(nn.Module):
+    """No pooling: the first feature, a ViT's class token, is the image vector, the others are the image tokens."""
+
+    def forward(self, features: Tensor, captioning: bool, contrastive: bool) -> PooledImage:
+        return _split_first(features, captioning, contrastive)
+
+
+def _split_first(vectors: Tensor, captioning: bool, contrastive: bool) -> PooledImage:
+    return PooledImage(vectors[:, 1:] if captioning else None, vectors[:, 0] if contrastive else None)
+
+
+def _make_pooler(config: CoCaConfig, context_width: int, num_queries: int) -> AttentionalPooler:
+    pooler = config.pooler
+    return AttentionalPooler(
+        pooler.block(config.text.width),
+        context_width,
+        num_queries,
+        pooler.project_queries,
+        pooler.norm_queries,
+        pooler.norm_output,
+    )
+
+
+class ImagePooling(nn.Module):
+    """features (B, N, C) -> PooledImage, by the arrangement that the configuration names."""
+
+    def __init__(self, config: CoCaConfig, context_width: int):
+        super().__init__()
+        self.dropout = Dropout(config.pooler.dropout)
+        if config.pooler.arrangement == "shared":
+            self.poolers = SharedPooler(config, context_width)
+        elif config.pooler.arrangement == "class_token":
+            self.poolers = ClassToken()
+        else:
+            self.poolers = TwoPoolers(config, context_width)
+
+    def forward(self, features: Tensor, captioning: bool = True, contrastive: bool = True) -> PooledImage:
+        """captioning: tokens are wanted; contrastive: the vector is; what neither needs is not computed."""
+        return self.poolers(self.dropout(features), captioning, contrastive)

@@ -1,0 +1,163 @@
+"""One picture of what a model sees: photographs with captions and labels, and text queries with what they found."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from opencoca.inference.pipeline import LabelScore
+from opencoca.inference.preprocess import ImageLike, as_pil
+from opencoca.pictures.drawing import (
+    ACCENT,
+    CARD_FILL,
+    INK,
+    PAPER,
+    SOFT,
+    TRACK,
+    font,
+    framed,
+    save_sheet,
+    shortened,
+    text_block,
+)
+
+_WIDTH, _MARGIN, _GAP, _PADDING = 1600, 48, 24, 18
+_COLUMNS = 4
+_CARD = (_WIDTH - 2 * _MARGIN - (_COLUMNS - 1) * _GAP) // _COLUMNS
+_PHOTO_HEIGHT = _CARD * 3 // 4
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """An image, its caption, and its most probable labels, the best first."""
+
+    image: ImageLike
+    caption: str
+    labels: Sequence[LabelScore] = ()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A text query, the image that is most similar to it, and their cosine, -1 to 1."""
+
+    query: str
+    image: ImageLike
+    similarity: float
+
+
+def write_contact_sheet(
+    path: str | os.PathLike[str],
+    photographs: Sequence[Photograph],
+    findings: Sequence[Finding] = (),
+    *,
+    title: str = "",
+    subtitle: str = "",
+) -> Path:
+    """Draws a PNG, 1600 pixels wide, and returns its path.
+
+    Raises:
+        ValueError: there is nothing to draw, or an image cannot be used (ImageError).
+        WriteError: the file cannot be written.
+    """
+    if not photographs and not findings:
+        raise ValueError("a contact sheet needs at least one photograph or finding")
+    cards = [_photograph_card(photograph) for photograph in photographs]
+    found = [_finding_card(finding) for finding in findings]
+    sections = [_heading(title, subtitle)] if title or subtitle else []
+    sections += _rows(cards)
+    if found:
+        sections += [text_block("Found by text", font(26, bold=True), INK, _WIDTH - 2 * _MARGIN), *_rows(found)]
+    return save_sheet(path, sections, _WIDTH, _MARGIN, _GAP)
+
+
+def _rows(cards: Sequence[Image.Image]) -> list[Image.Image]:
+    """Cards side by side, those of a row as tall as its tallest."""
+    rows = []
+    for start in range(0, len(cards), _COLUMNS):
+        group = cards[start : start + _COLUMNS]
+        height = max(card.height for card in group)
+        row = Image.new("RGB", (_WIDTH - 2 * _MARGIN, height), PAPER)
+        for column, card in enumerate(group):
+            row.paste(framed(card, height), (column * (_CARD + _GAP), 0))
+        rows.append(row)
+    return rows
+
+
+def _photograph_card(photograph: Photograph) -> Image.Image:
+    inner = _CARD - 2 * _PADDING
+    caption = text_block(photograph.caption or "(no words)", font(21), INK, inner, CARD_FILL)
+    bars = [_label_bar(label, inner) for label in photograph.labels]
+    return _stack(photograph.image, [caption, *bars])
+
+
+def _finding_card(finding: Finding) -> Image.Image:
+    inner = _CARD - 2 * _PADDING
+    query = text_block(f"“{finding.query}”", font(21, bold=True), ACCENT, inner, CARD_FILL)
+    score = text_block(f"similarity {finding.similarity:.3f}", font(17), SOFT, inner, CARD_FILL)
+    return _stack(finding.image, [query, score])
+
+
+def _stack(image: ImageLike, parts: Sequence[Image.Image]) -> Image.Image:
+    spacing = 10
+    height = _PHOTO_HEIGHT + 2 * _PADDING + sum(part.height for part in parts) + spacing * (len(parts) - 1)
+    card = Image.new("RGB", (_CARD, height), CARD_FILL)
+    card.paste(_covering(as_pil(image), (_CARD, _PHOTO_HEIGHT)), (0, 0))
+    y = _PHOTO_HEIGHT + _PADDING
+    for part in parts:
+        card.paste(part, (_PADDING, y))
+        y += part.height + spacing
+    return card
+
+
+def _covering(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The whole image on a blurred copy of itself, so that no head is cut off and no bar is left empty."""
+    scale = max(size[0] / image.width, size[1] / image.height)
+    share = min(size[0] / image.width, size[1] / image.height) / scale
+    if share > 0.85:  # nearly the same shape: the little that a crop loses is not missed
+        return _resized(image, size, scale)
+    small = (max(1, size[0] // 24), max(1, size[1] // 24))
+    background = _resized(image, small, scale / 24).resize(size, Image.Resampling.BICUBIC)
+    scale *= share
+    inside = image.resize(
+        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS
+    )
+    background.paste(inside, ((size[0] - inside.width) // 2, (size[1] - inside.height) // 2))
+    return background
+
+
+def _resized(image: Image.Image, size: tuple[int, int], scale: float) -> Image.Image:
+    """The middle of the image at this scale, cut to this size."""
+    width, height = min(image.width, size[0] / scale), min(image.height, size[1] / scale)
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    return image.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
+
+
+def _label_bar(label: LabelScore, width: int) -> Image.Image:
+    small = font(17)
+    height, bar_height = 38, 7
+    part = Image.new("RGB", (width, height), CARD_FILL)
+    draw = ImageDraw.Draw(part)
+    percent = f"{label.probability:.0%}"
+    draw.text((width, 0), percent, SOFT, small, anchor="ra")
+    name = shortened(label.label, small, width - small.getlength(percent) - 16)
+    draw.text((0, 0), name, INK, small, anchor="la")
+    top = height - bar_height - 2
+    draw.rounded_rectangle((0, top, width - 1, top + bar_height), bar_height / 2, fill=TRACK)
+    filled = round((width - 1) * min(1.0, max(0.0, label.probability)))
+    if filled >= bar_height:
+        draw.rounded_rectangle((0, top, filled, top + bar_height), bar_height / 2, fill=ACCENT)
+    return part
+
+
+def _heading(title: str, subtitle: str) -> Image.Image:
+    width = _WIDTH - 2 * _MARGIN
+    parts = [text_block(title, font(38, bold=True), INK, width)] if title else []
+    parts += [text_block(subtitle, font(20), SOFT, width)] if subtitle else []
+    heading = Image.new("RGB", (width, sum(part.height for part in parts)), PAPER)
+    y = 0
+    for part in parts:
+        heading.paste(part, (0, y))
+        y += part.height
+    return heading

@@ -1,0 +1,85 @@
+"""What the pictures that this project draws are made of: colours, fonts, blocks of text, cards with round corners."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from PIL import Image, ImageDraw, ImageFont
+
+from opencoca.system.files import atomic_write
+
+PAPER, CARD_FILL, BORDER = "#f3f1ec", "#ffffff", "#dedad1"
+INK, SOFT, ACCENT, TRACK = "#22211f", "#77736b", "#c2562d", "#efece5"
+_RADIUS = 14
+
+
+def framed(card: Image.Image, height: int) -> Image.Image:
+    """The card extended to this height, with round corners and a border; drawn large and shrunk, to be smooth."""
+    full = Image.new("RGB", (card.width, height), CARD_FILL)
+    full.paste(card, (0, 0))
+    scale = 4
+    size = (card.width * scale, height * scale)
+    mask, border = Image.new("L", size, 0), Image.new("L", size, 0)
+    corners = (0, 0, size[0] - 1, size[1] - 1)
+    ImageDraw.Draw(mask).rounded_rectangle(corners, _RADIUS * scale, fill=255)
+    ImageDraw.Draw(border).rounded_rectangle(corners, _RADIUS * scale, outline=255, width=scale + scale // 2)
+    result = Image.new("RGB", full.size, PAPER)
+    result.paste(full, mask=mask.resize(full.size, Image.Resampling.LANCZOS))
+    result.paste(BORDER, mask=border.resize(full.size, Image.Resampling.LANCZOS))
+    return result
+
+
+def text_block(
+    text: str, font: ImageFont.FreeTypeFont, colour: str, width: int, background: str = PAPER
+) -> Image.Image:
+    lines = wrapped(text, font, width)
+    step = round(font.size * 1.35)
+    block = Image.new("RGB", (width, step * len(lines)), background)
+    draw = ImageDraw.Draw(block)
+    for number, line in enumerate(lines):
+        draw.text((0, number * step), line, colour, font, anchor="la")
+    return block
+
+
+def save_sheet(
+    path: str | os.PathLike[str], sections: Sequence[Image.Image], width: int, margin: int, gap: int
+) -> Path:
+    """Writes the sections one below the other as a PNG. Returns its path."""
+    height = 2 * margin + sum(section.height for section in sections) + gap * (len(sections) - 1)
+    sheet = Image.new("RGB", (width, height), PAPER)
+    y = margin
+    for section in sections:
+        sheet.paste(section, (margin, y))
+        y += section.height + gap
+    with atomic_write(path) as partial:
+        sheet.save(partial, "PNG", optimize=True)
+    return Path(path)
+
+
+def wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+    """Lines that are no wider; a single word that is gets cut short."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        elif lines[-1]:
+            lines.append(shortened(word, font, width))
+        else:
+            lines[-1] = shortened(word, font, width)
+    return lines
+
+
+def shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"
+
+
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu, which comes with matplotlib: the same picture on every machine."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)

@@ -1,0 +1,102 @@
+"""A picture of explanations: each photograph with its caption, and beside it one overlay for each word.
+
+Where a word does not look, the photograph is pale and grey; where it looks most, it is lit in orange.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from opencoca.generation.explanation import Explanation
+from opencoca.pictures.drawing import INK, PAPER, SOFT, font, framed, save_sheet, text_block
+
+_WIDTH, _MARGIN, _GAP, _CELL_GAP, _PADDING = 1600, 48, 40, 14, 14
+_COLUMNS = 5
+_LEFT = 460
+_CELL = (_WIDTH - 2 * _MARGIN - _LEFT - _GAP - (_COLUMNS - 1) * _CELL_GAP) // _COLUMNS
+_TALLEST = 1.5  # height over width of a photograph that is shown whole; taller ones are made smaller
+_FADED = 0.62  # how far the photograph fades to white where a word does not look
+_GLOW = np.array([240, 90, 10], dtype=np.float32)
+_GLOW_SHARE = 0.65
+_GAMMA = 0.7  # under 1: what is looked at a little is seen as well
+
+
+def write_explanations(
+    path: str | os.PathLike[str],
+    explanations: Sequence[Explanation],
+    *,
+    layers: Sequence[int] | None = None,
+    title: str = "",
+    subtitle: str = "",
+) -> Path:
+    """Draws a PNG, 1600 pixels wide, one section for each photograph, and returns its path.
+
+    layers: of the multimodal decoder, whose maps are averaged; None: all; -1: the last.
+
+    Raises:
+        ValueError: nothing to draw, or a layer that the decoder does not have.
+        WriteError: the file cannot be written.
+    """
+    if not explanations:
+        raise ValueError("there is nothing to draw; give at least one explanation")
+    inner = _WIDTH - 2 * _MARGIN
+    sections = [text_block(title, font(38, bold=True), INK, inner)] if title else []
+    sections += [text_block(subtitle, font(20), SOFT, inner)] if subtitle else []
+    sections += [_section(explanation, layers) for explanation in explanations]
+    return save_sheet(path, sections, _WIDTH, _MARGIN, _GAP)
+
+
+def overlay(photograph: Image.Image, heat: np.ndarray) -> Image.Image:
+    """The RGB photograph lit by heat (height, width) from 0 to 1, of the photograph's own size."""
+    pixels = np.asarray(photograph, dtype=np.float32)
+    grey = pixels @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    unlit = ((1 - _FADED) * grey + _FADED * 255)[..., None]
+    lit = (1 - _GLOW_SHARE) * pixels + _GLOW_SHARE * _GLOW
+    share = (heat.astype(np.float32) ** _GAMMA)[..., None]
+    return Image.fromarray((unlit + share * (lit - unlit)).clip(0, 255).round().astype(np.uint8))
+
+
+def _section(explanation: Explanation, layers: Sequence[int] | None) -> Image.Image:
+    photograph = explanation.photograph
+    caption = text_block(explanation.caption, font(22), INK, _LEFT - 2 * _PADDING, "#ffffff")
+    left = _card(_shown(photograph, _LEFT), caption, _LEFT)
+    small = _shown(photograph, _CELL)
+    heats = explanation.overlays(small.size, layers).numpy()
+    cells = []
+    for word, heat, log_prob in zip(explanation.maps.words, heats, explanation.maps.log_probs.tolist(), strict=True):
+        name = text_block(word, font(18, bold=True), INK, _CELL - 2 * _PADDING, "#ffffff")
+        chance = text_block(f"{np.exp(log_prob):.0%}", font(14), SOFT, _CELL - 2 * _PADDING, "#ffffff")
+        cells.append(_card(overlay(small, heat), _above(name, chance), _CELL))
+    rows = -(-len(cells) // _COLUMNS)
+    height = max(left.height, rows * (cells[0].height + _CELL_GAP) - _CELL_GAP)
+    section = Image.new("RGB", (_WIDTH - 2 * _MARGIN, height), PAPER)
+    section.paste(framed(left, left.height), (0, 0))
+    for number, cell in enumerate(cells):
+        row, column = divmod(number, _COLUMNS)
+        x = _LEFT + _GAP + column * (_CELL + _CELL_GAP)
+        section.paste(framed(cell, cells[0].height), (x, row * (cells[0].height + _CELL_GAP)))
+    return section
+
+
+def _shown(photograph: Image.Image, width: int) -> Image.Image:
+    """The photograph as wide as this, or as high as is allowed."""
+    scale = min(width / photograph.width, _TALLEST * width / photograph.height)
+    size = max(1, round(photograph.width * scale)), max(1, round(photograph.height * scale))
+    return photograph.resize(size, Image.Resampling.LANCZOS)
+
+
+def _card(picture: Image.Image, below: Image.Image, width: int) -> Image.Image:
+    card = Image.new("RGB", (width, picture.height + below.height + 2 * _PADDING), "#ffffff")
+    card.paste(picture, ((width - picture.width) // 2, 0))
+    card.paste(below, (_PADDING, picture.height + _PADDING))
+    return card
+
+
+def _above(first: Image.Image, second: Image.Image) -> Image.Image:
+    both = Image.new("RGB", (first.width, first.height + second.height), "#ffffff")
+    both.paste(first, (0, 0))
+    both.paste(second, (0, first.height))
+    return both

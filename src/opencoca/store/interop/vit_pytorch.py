@@ -1,0 +1,132 @@
+"""The weights of a vision transformer of vit_pytorch: `ViT` and `SimpleViT`, with or without patch dropout.
+
+What its `Extractor` hands on, the features of all positions after the last norm, is what ours gives.
+Letters: D width, C pixels of a patch, I heads x head width, F width of the MLP.
+"""
+
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+from opencoca.model.config import ImageEncoderConfig
+from opencoca.store.interop.tensor_reader import TensorReader
+
+_HINT = "hand the encoder over as a module: image_encoder="
+
+
+def vit_config(
+    reader: TensorReader, prefix: str, head_dim: int, image_size: int | tuple[int, int] | None
+) -> ImageEncoderConfig:
+    """The encoder whose weights begin with ``prefix``. How many heads it has, they do not say: head_dim decides.
+
+    Raises ValueError if it is another kind of network, or of an image size that has to be given and is not.
+    """
+    embed = f"{prefix}to_patch_embedding."
+    if f"{embed}3.weight" not in reader or not reader.has_prefix(f"{prefix}transformer.layers.0.0.to_qkv."):
+        raise ValueError(f"{reader.label}: {prefix}* is no ViT or SimpleViT of a recent vit_pytorch; {_HINT}")
+    width, patch_values = reader.shape(f"{embed}2.weight", 2)
+    patch_size = isqrt(patch_values // 3)
+    if 3 * patch_size**2 != patch_values:
+        raise ValueError(f"{reader.label}: {embed}2.weight is of {patch_values} pixels, no square of three; {_HINT}")
+    layer = f"{prefix}transformer.layers.0."
+    inner = reader.shape(f"{layer}0.to_qkv.weight", 2)[0] // 3
+    if not reader.has_prefix(f"{layer}0.to_out."):
+        head_dim = inner
+    if inner % head_dim:
+        raise ValueError(f"{reader.label}: {layer}0.to_qkv.weight cannot be shared among heads of width {head_dim}")
+    learned = f"{prefix}pos_embedding" in reader
+    has_class_token = learned and reader.tensors.get(f"{prefix}cls_token", torch.empty(0)).numel() > 0
+    if learned and image_size is None:
+        rows = reader.tensors[f"{prefix}pos_embedding"].numel() // width - has_class_token
+        image_size = isqrt(rows) * patch_size
+        if isqrt(rows) ** 2 != rows:
+            raise ValueError(f"{reader.label}: {prefix}pos_embedding is of {rows} patches, no square; give image_size")
+    if image_size is None:
+        raise ValueError(f"{reader.label} does not say for which image size its SimpleViT is; give image_size")
+    return ImageEncoderConfig(
+        name="vit",
+        image_size=image_size,  # pyright: ignore[reportArgumentType]
+        patch_size=patch_size,
+        width=width,
+        depth=reader.count(f"{prefix}transformer.layers."),
+        num_heads=inner // head_dim,
+        mlp_width=reader.shape(f"{layer}1.net.1.weight", 2)[0],
+        head_dim=head_dim,
+        patch_norm=True,
+        positions="learned" if learned else "sincos",
+        class_token=has_class_token,
+        final_norm=f"{prefix}transformer.norm.weight" in reader,
+    )
+
+
+def vit_tensors(reader: TensorReader, prefix: str, config: ImageEncoderConfig) -> dict[str, Tensor]:
+    """The weights under the names that our vision transformer has for them. Raises ValueError as the reader does."""
+    width = config.width
+    tensors = _patch_tensors(reader, prefix, config)
+    for index in range(config.depth):
+        layer = f"{prefix}transformer.layers.{index}."
+        tensors |= _block_tensors(reader, layer, config, f"stages.{index + 1}.")
+    if config.final_norm:
+        for part in ("weight", "bias"):
+            tensors[f"stages.{config.depth + 1}.{part}"] = reader.take(f"{prefix}transformer.norm.{part}", width)
+    # The classifier behind the features.
+    reader.skip(f"{prefix}mlp_head.", f"{prefix}linear_head.", f"{prefix}cls_token")
+    return tensors
+
+
+def _patch_tensors(reader: TensorReader, prefix: str, config: ImageEncoderConfig) -> dict[str, Tensor]:
+    width, size = config.width, config.patch_size
+    values = 3 * size**2
+    embed = f"{prefix}to_patch_embedding."
+    scale, shift = reader.take(f"{embed}1.weight", values), reader.take(f"{embed}1.bias", values)
+    weight, bias = reader.take(f"{embed}2.weight", width, values), reader.take(f"{embed}2.bias", width)
+    bias = bias + weight @ shift
+    # Their pixels come row, column, colour; ours colour first.
+    weight = (weight * scale).unflatten(1, (size, size, 3)).permute(0, 3, 1, 2).flatten(1).contiguous()
+    tensors = {"stages.0.proj.weight": weight, "stages.0.proj.bias": bias}
+    for part in ("weight", "bias"):
+        tensors[f"stages.0.norm.{part}"] = reader.take(f"{embed}3.{part}", width)
+    if config.class_token:
+        shape = reader.tensors[f"{prefix}cls_token"].shape
+        tensors["stages.0.class_token"] = reader.take(f"{prefix}cls_token", *shape).reshape(-1)
+    if config.positions == "learned":
+        rows = config.image_size[0] // size * (config.image_size[1] // size) + config.class_token
+        # Older versions keep a leading dimension of one.
+        leading = reader.tensors[f"{prefix}pos_embedding"].shape[:-2]
+        positions = reader.take(f"{prefix}pos_embedding", *leading, rows, width)
+        tensors["stages.0.pos_embed"] = positions.reshape(rows, width)
+    return tensors
+
+
+def _block_tensors(reader: TensorReader, layer: str, config: ImageEncoderConfig, ours: str) -> dict[str, Tensor]:
+    width, inner, mlp_width = config.width, config.block().head_dim * config.num_heads, config.mlp_width
+    tensors = {}
+    for part in ("weight", "bias"):
+        tensors[f"{ours}norm1.{part}"] = reader.take(f"{layer}0.norm.{part}", width)
+        tensors[f"{ours}norm2.{part}"] = reader.take(f"{layer}1.net.0.{part}", width)
+    qkv = reader.take(f"{layer}0.to_qkv.weight", 3 * inner, width)
+    tensors[f"{ours}attn.q_proj.weight"] = qkv[:inner].clone()
+    tensors[f"{ours}attn.kv_proj.weight"] = qkv[inner:].clone()
+    # Maps without a bias have one of zeros here.
+    tensors[f"{ours}attn.q_proj.bias"] = qkv.new_zeros(inner)
+    tensors[f"{ours}attn.kv_proj.bias"] = qkv.new_zeros(2 * inner)
+    tensors |= _out_proj_tensors(reader, f"{layer}0.to_out.", width, inner, f"{ours}attn.out_proj.", qkv)
+    # A dropout stands between where the class has one.
+    down = f"{layer}1.net.{3 if f'{layer}1.net.3.weight' in reader else 4}."
+    tensors[f"{ours}mlp.up_proj.weight"] = reader.take(f"{layer}1.net.1.weight", mlp_width, width)
+    tensors[f"{ours}mlp.up_proj.bias"] = reader.take(f"{layer}1.net.1.bias", mlp_width)
+    tensors[f"{ours}mlp.down_proj.weight"] = reader.take(f"{down}weight", width, mlp_width)
+    tensors[f"{ours}mlp.down_proj.bias"] = reader.take(f"{down}bias", width)
+    return tensors
+
+
+def _out_proj_tensors(
+    reader: TensorReader, theirs: str, width: int, inner: int, ours: str, like: Tensor
+) -> dict[str, Tensor]:
+    if not reader.has_prefix(theirs):
+        # One head of the whole width is not projected back.
+        return {f"{ours}weight": torch.eye(width, dtype=like.dtype), f"{ours}bias": like.new_zeros(width)}
+    name = f"{theirs}0." if f"{theirs}0.weight" in reader else theirs
+    bias = reader.take(f"{name}bias", width) if f"{name}bias" in reader else like.new_zeros(width)
+    return {f"{ours}weight": reader.take(f"{name}weight", width, inner), f"{ours}bias": bias}

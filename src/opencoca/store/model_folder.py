@@ -1,0 +1,237 @@
+"""The form in which a model is stored and passed on: a folder with config.json, model.safetensors, tokenizer.json."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opencoca.data.transforms import PreprocessConfig
+from opencoca.model.coca import CoCa
+from opencoca.model.config import CoCaConfig
+from opencoca.model.init import without_values
+from opencoca.store.quantization import INT8, is_quantized, quantize, share_weight
+from opencoca.store.safetensors_file import TensorInfo, non_finite, read_tensor_infos, read_tensors, write_tensors
+from opencoca.system.files import atomic_write
+from opencoca.tokenizer import Tokenizer
+
+FORMAT = "opencoca-1"
+CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
+_HEAD = "lm_head."
+# Far beyond any real one's; a longer file would be parsed for many seconds before it is found to be none.
+_MAX_CONFIG_BYTES, _MAX_TOKENIZER_BYTES = 4_000_000, 32_000_000
+_CONTENTS = f"a model's folder holds {CONFIG_FILE}, {WEIGHTS_FILE} and {TOKENIZER_FILE}"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What a model folder holds: the network (in eval mode), its tokenizer, how its images look, and its info."""
+
+    model: CoCa
+    tokenizer: Tokenizer
+    preprocess: PreprocessConfig
+    info: dict[str, Any]
+
+
+def save_model_folder(
+    folder: str | os.PathLike[str],
+    model: CoCa,
+    tokenizer: Tokenizer,
+    preprocess: PreprocessConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    info: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a model folder, creating it if need be; each file is replaced in one step, the weights last.
+
+    Args:
+        dtype: floating-point type of the stored weights, None for the model's own. Single numbers, such as the
+            temperature, are never cast: their rounding would be felt and saves nothing.
+        info: whatever JSON can hold about the model: where it comes from, its scores.
+
+    Raises:
+        ValueError: a weight is not finite, or not in `dtype`; the tokenizer has more ids than the model.
+        WriteError: (an OSError) the disk is full or the folder not writable; the file it was about stays as it was.
+    """
+    _check_vocabulary(model.config, tokenizer, "this tokenizer")
+    tensors = _without_tied_head(model.config, model.state_dict())
+    tensors = {name: _cast(tensor.detach(), dtype).cpu().contiguous() for name, tensor in tensors.items()}
+    if broken := non_finite(tensors):
+        kind = f" in {dtype}" if dtype is not None else ""
+        raise ValueError(f"the model was not saved: these weights are not finite{kind}: {_first(broken)}")
+    config = {
+        "format": FORMAT,
+        "model": model.config.to_dict(),
+        "preprocess": preprocess.to_dict(),
+        "info": dict(info or {}),
+    }
+    if is_quantized(model):
+        config["quantization"] = INT8
+    folder = Path(folder)
+    _write_text(folder / TOKENIZER_FILE, tokenizer.to_json())
+    _write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_tensors(folder / WEIGHTS_FILE, tensors)
+
+
+def load_model_folder(
+    folder: str | os.PathLike[str], device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> LoadedModel:
+    """Reads a model folder; the weights are in memory once, and every one of them is checked.
+
+    Names, shapes and types are compared before the weights are read. On the CPU and in the stored type the weights
+    are the file's own pages, memory-mapped: do not write into the file while they are in use (`save_model_folder`,
+    which replaces it, may).
+
+    Args:
+        device: where the model goes.
+        dtype: floating-point type of its weights (single numbers excepted), None for the stored one.
+
+    Raises:
+        FileNotFoundError: the folder or a file of it is missing.
+        ValueError: a file is damaged, of another format, or the weights are not those of the configuration.
+    """
+    folder = Path(folder)
+    _check_files(folder)
+    weights = folder / WEIGHTS_FILE
+    stored = read_tensor_infos(weights)
+    model, preprocess, info = _read_config(folder / CONFIG_FILE, len(stored))
+    tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
+    _check_vocabulary(model.config, tokenizer, str(folder / TOKENIZER_FILE))
+    _check_tensors(weights, _without_tied_head(model.config, model.state_dict()), stored)
+    tensors = read_tensors(weights, str(device))
+    if broken := non_finite(tensors):
+        raise _wrong_weights(weights, f"{len(broken)} not finite ({_first(broken)})")
+    for name in tuple(tensors):
+        tensors[name] = _cast(tensors[name], dtype)
+    model.load_state_dict(tensors, strict=False, assign=True)
+    if model.config.text.tie_embeddings:
+        share_weight(model.lm_head, model.unimodal_decoder.token_embed)
+    return LoadedModel(model.to(device).eval(), tokenizer, preprocess, info)
+
+
+def stored_format(config_file: str | os.PathLike[str]) -> str | None:
+    """The format that a config.json says it has; None if it says nothing of the kind, as another project's."""
+    try:
+        stored = json.loads(Path(config_file).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    found = stored.get("format") if isinstance(stored, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _check_files(folder: Path) -> None:
+    if not folder.exists():
+        raise FileNotFoundError(f"there is no model folder {folder}; {_CONTENTS}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is a file, not a model's folder; give the folder: {_CONTENTS}")
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}; {_CONTENTS}")
+    for name, limit in ((CONFIG_FILE, _MAX_CONFIG_BYTES), (TOKENIZER_FILE, _MAX_TOKENIZER_BYTES)):
+        if (size := (folder / name).stat().st_size) > limit:
+            raise ValueError(f"{folder / name} is damaged or no model's: it has {size:,} bytes, more than {limit:,}")
+
+
+def _read_config(file: Path, num_tensors: int) -> tuple[CoCa, PreprocessConfig, dict[str, Any]]:
+    """The model that the configuration describes, its weights not yet there, and what else the file says."""
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: it is not JSON ({error})") from error
+    found = stored.get("format") if isinstance(stored, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{file} is of format {found!r}, but this version of opencoca reads {FORMAT!r} alone")
+    try:
+        config = CoCaConfig.from_dict(stored["model"])
+        _check_plausible(config, num_tensors)
+        model = _build_without_weights(config)
+        _quantize_as_stored(model, stored.get("quantization"))
+        return model, PreprocessConfig.from_dict(stored["preprocess"]), dict(stored["info"])
+    except KeyError as error:
+        raise ValueError(f"{file} is damaged: it has no entry {error}") from error
+    except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{file} describes no model that can be built: {error}") from error
+
+
+def _quantize_as_stored(model: CoCa, quantization: Any) -> None:
+    if quantization not in (None, INT8):
+        raise ValueError(
+            f"its weights are quantized as {quantization!r}, and this version of opencoca reads {INT8!r} alone"
+        )
+    if quantization == INT8:
+        quantize(model)
+
+
+def _check_plausible(config: CoCaConfig, num_tensors: int) -> None:
+    """What would take long, or reach outside, is refused before anything is built."""
+    layers = config.text.unimodal_depth + config.text.multimodal_depth
+    layers += config.image.depth if config.image.name == "vit" else 0
+    if layers > num_tensors:
+        raise ValueError(f"it asks for {layers} layers, but {WEIGHTS_FILE} holds {num_tensors} tensors")
+    if not re.fullmatch(r"(timm:)?[\w.-]+", config.image.name):
+        # timm also takes names that make it read other folders or download.
+        raise ValueError(f"the image encoder's name {config.image.name!r} is more than a name")
+
+
+def _build_without_weights(config: CoCaConfig) -> CoCa:
+    with without_values():
+        model = CoCa(config)
+    stored = model.state_dict().keys()
+    if all(name in stored for name, _ in model.named_buffers()):
+        return model
+    # Some timm backbones keep tables that are computed and not stored; only a real build has them.
+    return CoCa(config)
+
+
+def _check_tensors(file: Path, expected: Mapping[str, Tensor], found: Mapping[str, TensorInfo]) -> None:
+    common = expected.keys() & found.keys()
+    shapes = [
+        f"{name} {found[name].shape} instead of {tuple(expected[name].shape)}"
+        for name in sorted(common)
+        if found[name].shape != expected[name].shape
+    ]
+    problems = {
+        "missing": sorted(expected.keys() - common),
+        "not part of the model": sorted(found.keys() - common),
+        "of another shape": shapes,
+        "of another type": sorted(
+            name for name in common if found[name].is_floating_point != expected[name].is_floating_point()
+        ),
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{len(names)} {kind} ({_first(names)})" for kind, names in problems.items() if names)
+        raise _wrong_weights(file, listed)
+
+
+def _wrong_weights(file: Path, listed: str) -> ValueError:
+    return ValueError(f"{file} does not hold the weights of the model in its {CONFIG_FILE}: {listed}")
+
+
+def _check_vocabulary(config: CoCaConfig, tokenizer: Tokenizer, name: str) -> None:
+    if tokenizer.vocab_size > config.text.vocab_size:
+        raise ValueError(
+            f"{name} has {tokenizer.vocab_size} ids, more than the model's vocab_size {config.text.vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )
+
+
+def _without_tied_head(config: CoCaConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t for name, t in tensors.items() if not (config.text.tie_embeddings and name.startswith(_HEAD))}
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() and tensor.ndim else tensor
+
+
+def _first(names: list[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def _write_text(file: Path, text: str) -> None:
+    with atomic_write(file) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")

@@ -1,0 +1,1 @@
+"""Files, memory, devices and processors."""

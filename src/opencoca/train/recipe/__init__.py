@@ -1,0 +1,1 @@
+"""What a training run is: recipe files and their keys."""

@@ -1,0 +1,314 @@
+"""What a training run is: one recipe file, and the options that override it.
+
+A recipe is YAML whose keys are the fields below; ``--section.key value`` on the command line overrides it, and unknown
+keys fail. ``size`` names the model that ``model`` changes; the vocabulary size comes from the tokenizer.
+"""
+
+import math
+import re
+import sys
+from dataclasses import asdict, dataclass, field
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from opencoca.model.config import NAMED_SIZES, CoCaConfig
+from opencoca.train.recipe.data import DataRecipe
+from opencoca.train.recipe.optimizer import SHARDABLE, ComputeRecipe, OptimizerRecipe
+from opencoca.train.recipe.safety import CheckpointRecipe, SafetyRecipe
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """The vocabulary.
+
+    Args:
+        source: clip, train (on the training captions), or the path of a tokenizer.json.
+        vocab_size: of a trained vocabulary, at most.
+        min_frequency: how often a pair must be seen to be merged, when training.
+        lowercase: when training.
+        strip_final_period: when training.
+    """
+
+    source: str = "clip"
+    vocab_size: int = 8000
+    min_frequency: int = 2
+    lowercase: bool = True
+    strip_final_period: bool = True
+
+
+@dataclass(frozen=True)
+class EncoderRecipe:
+    """What happens to the image encoder.
+
+    Args:
+        init: none (random), imagenet (EfficientNet-Lite), or a model folder whose image encoder is taken.
+        frozen_stages: how many of its first stages are not trained; -1 = all.
+        learning_rate: of what is trained of it; None = as the rest.
+        cache_features: compute the frozen stages once, of cache_views views an image, and train on what was stored.
+        cache_views: stored views of a training image: as it is, mirrored, and random crops.
+        cache_dir: where stored features live; None = inside the run's folder.
+        patch_dropout: of a vit: this part of an image's patches is left out in training (FLIP, arXiv 2212.00794).
+    """
+
+    init: str = "none"
+    frozen_stages: int = 0
+    learning_rate: float | None = None
+    cache_features: bool = False
+    cache_views: int = 2
+    cache_dir: str | None = None
+    patch_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class LossRecipe:
+    """The objective (paper, section 3.1). A weight of 0 skips that half's work.
+
+    Args:
+        contrastive_weight: lambda_con.
+        caption_weight: lambda_cap.
+        label_smoothing: of the captioning loss.
+        contrastive_reduction: mean or sum of the two directions.
+        caption_reduction: mean or sum over words.
+    """
+
+    contrastive_weight: float = 1.0
+    caption_weight: float = 2.0
+    label_smoothing: float = 0.0
+    contrastive_reduction: Literal["mean", "sum"] = "mean"
+    caption_reduction: Literal["mean", "sum"] = "mean"
+
+
+@dataclass(frozen=True)
+class DistributedRecipe:
+    """How several processes (``torchrun -m opencoca train RECIPE``) train one model; one process alone ignores it.
+
+    Args:
+        strategy: ddp (each has all weights), fsdp (weights, gradients and optimizer state are sharded, block by
+            block), or none (several processes are an error).
+        shard_size: with fsdp, how many processes share one copy of the weights, such as those of one machine (hybrid
+            sharding); None = all.
+        reshard_after_forward: with fsdp, frees a block's weights between forward and backward, and gathers them again.
+        timeout_minutes: how long a process waits for another in the middle of a step.
+    """
+
+    strategy: Literal["none", "ddp", "fsdp"] = "ddp"
+    shard_size: int | None = None
+    reshard_after_forward: bool = True
+    timeout_minutes: float = 10.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run.
+
+    Args:
+        output: folder of the run: best model, last checkpoint, metrics, report.
+        size: named model size that ``model`` changes.
+        model: the architecture.
+        data: images and captions.
+        tokenizer: vocabulary.
+        encoder: image encoder: start, freezing, caching.
+        loss: weights of the two losses.
+        optimizer: optimizer, schedule, and what is frozen.
+        compute: recomputing and compiling of blocks.
+        distributed: several processes.
+        checkpoint: stored states of the run.
+        safety: what happens when a step goes wrong.
+        epochs: passes over the training images.
+        max_steps: stops earlier, after so many steps.
+        batch_size: images a step, over all processes.
+        accumulation_steps: micro-batches that a step is made of; contrastive negatives are those of a micro-batch.
+        grad_cache_steps: sub-batches in which a micro-batch goes through the network (GradCache, arXiv 2101.06983);
+            contrastive negatives are still those of the whole micro-batch, for one more forward pass of its images
+            and texts.
+        precision: fp32, or bf16 autocast.
+        device: auto, cpu, or cuda.
+        seed: of everything random.
+        validate_every_epochs: how often the validation set is scored.
+        val_max_new_tokens: longest caption written for validation.
+        checkpoint_minutes: how often a checkpoint is written, besides every validation.
+        log_every_steps: how often metrics are written.
+        report_images: validation photographs whose captions are logged at every validation and shown in the report.
+        select_by: which validation score chooses the best weights: score (CIDEr-D x 100 + both R@1, in percent),
+            cider_d, mean_r1, or loss.
+        tensorboard: also write TensorBoard events (extra: tensorboard).
+    """
+
+    output: str = "runs/coca"
+    size: str = "small"
+    model: CoCaConfig = field(default_factory=lambda: CoCaConfig.named("small"))
+    data: DataRecipe = field(default_factory=DataRecipe)
+    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+    encoder: EncoderRecipe = field(default_factory=EncoderRecipe)
+    loss: LossRecipe = field(default_factory=LossRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    compute: ComputeRecipe = field(default_factory=ComputeRecipe)
+    distributed: DistributedRecipe = field(default_factory=DistributedRecipe)
+    checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    safety: SafetyRecipe = field(default_factory=SafetyRecipe)
+    epochs: int = 10
+    max_steps: int | None = None
+    batch_size: int = 64
+    accumulation_steps: int = 1
+    grad_cache_steps: int = 1
+    precision: Literal["fp32", "bf16"] = "bf16"
+    device: str = "auto"
+    seed: int = 0
+    validate_every_epochs: int = 1
+    val_max_new_tokens: int = 30
+    checkpoint_minutes: float = 10.0
+    log_every_steps: int = 10
+    report_images: int = 8
+    select_by: Literal["score", "cider_d", "mean_r1", "loss"] = "score"
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        _check_ranges(self)
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(f"accumulation_steps {self.accumulation_steps} must divide batch_size {self.batch_size}")
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self.data, name)
+            if not 0 < low <= high or (name == "crop_scale" and high > 1):
+                bound = " and at most 1" if name == "crop_scale" else ""
+                raise ValueError(f"data.{name} {low} to {high} must be a range above 0{bound}")
+        if self.loss.contrastive_weight == 0 and self.loss.caption_weight == 0:
+            raise ValueError("loss.contrastive_weight and loss.caption_weight are both 0: nothing would be learned")
+        if self.encoder.cache_features and self.encoder.frozen_stages == 0:
+            raise ValueError("encoder.cache_features needs frozen stages: set encoder.frozen_stages (-1 = all)")
+        name = self.optimizer.name
+        if name not in SHARDABLE and self.distributed.strategy == "fsdp":
+            raise ValueError(f"optimizer.name {name} does not work with distributed.strategy fsdp; use adamw or ddp")
+        if self.encoder.learning_rate is not None and "image_encoder" in self.optimizer.learning_rates:
+            raise ValueError("encoder.learning_rate and optimizer.learning_rates both set that of the image encoder")
+        needs = {"cider_d": "caption_weight", "mean_r1": "contrastive_weight"}.get(self.select_by)
+        if needs and getattr(self.loss, needs) == 0:
+            raise ValueError(f"select_by {self.select_by} has no score to go by, because loss.{needs} is 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# What each number may be: (least, most), both included; NEXT is the least float above 0.
+_NEXT = math.ulp(0.0)
+_BELOW_ONE = math.nextafter(1.0, 0.0)
+_LARGEST = sys.float_info.max
+_RANGES: dict[str, tuple[float, float]] = {
+    "epochs": (1, _LARGEST),
+    "max_steps": (1, _LARGEST),
+    "batch_size": (1, _LARGEST),
+    "accumulation_steps": (1, _LARGEST),
+    "grad_cache_steps": (1, _LARGEST),
+    "validate_every_epochs": (1, _LARGEST),
+    "val_max_new_tokens": (1, _LARGEST),
+    "checkpoint_minutes": (0, _LARGEST),
+    "log_every_steps": (1, _LARGEST),
+    "report_images": (0, _LARGEST),
+    "seed": (0, _LARGEST),
+    "data.captions_per_image": (1, _LARGEST),
+    "data.flip_probability": (0, 1),
+    "data.color_jitter": (0, 1),
+    "data.num_workers": (0, _LARGEST),
+    "data.shuffle_window": (1, _LARGEST),
+    "data.cache_gb": (_NEXT, _LARGEST),
+    "data.max_bad_share": (0, 1),
+    "encoder.frozen_stages": (-1, _LARGEST),
+    "encoder.learning_rate": (_NEXT, _LARGEST),
+    "encoder.cache_views": (1, _LARGEST),
+    "encoder.patch_dropout": (0, _BELOW_ONE),
+    "compute.recompute_every": (1, _LARGEST),
+    "optimizer.layer_decay": (_NEXT, 1),
+    "optimizer.decay_fraction": (0, 1),
+    "loss.contrastive_weight": (0, _LARGEST),
+    "loss.caption_weight": (0, _LARGEST),
+    "loss.label_smoothing": (0, _BELOW_ONE),
+    "optimizer.learning_rate": (_NEXT, _LARGEST),
+    "optimizer.eps": (_NEXT, _LARGEST),
+    "optimizer.weight_decay": (0, _LARGEST),
+    "optimizer.grad_clip": (0, _LARGEST),
+    "optimizer.warmup_steps": (0, _LARGEST),
+    "optimizer.final_lr_fraction": (0, 1),
+    "optimizer.ema_decay": (0, _BELOW_ONE),
+    "distributed.shard_size": (1, _LARGEST),
+    "distributed.timeout_minutes": (_NEXT, _LARGEST),
+    "checkpoint.every_steps": (1, _LARGEST),
+    "checkpoint.keep_last": (1, _LARGEST),
+    "checkpoint.keep_every_steps": (1, _LARGEST),
+    "safety.non_finite_limit": (0, _LARGEST),
+    "safety.spike_deviations": (0, _LARGEST),
+    "safety.hang_minutes": (0, _LARGEST),
+}
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    for name, (least, most) in _RANGES.items():
+        value = attrgetter(name)(recipe)
+        if value is not None and not least <= value <= most:  # also if it is not a number
+            low = "more than 0" if least == _NEXT else f"at least {least:g}"
+            high = {_LARGEST: "", _BELOW_ONE: " and less than 1"}.get(most, f" and at most {most:g}")
+            raise ValueError(f"{name} {value} must be {low}{high}")
+    for beta in recipe.optimizer.betas:
+        if not 0 <= beta < 1:
+            raise ValueError(f"optimizer.betas {recipe.optimizer.betas} must be at least 0 and less than 1")
+
+
+def recipe_parser(size: str = "small") -> ArgumentParser:
+    """The parser of recipe files and overrides; ``size`` gives the defaults of the model's fields."""
+    parser = ArgumentParser(prog="opencoca train", exit_on_error=False)
+    parser.add_class_arguments(Recipe)
+    parser.set_defaults({"size": size, "model": CoCaConfig.named(size).to_dict()})
+    return parser
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Reads a recipe file and applies overrides such as ``["--batch_size", "32"]``.
+
+    Raises ValueError, naming file and key, for a file that is missing or not YAML, unknown keys, impossible values.
+    """
+    path, overrides = Path(path), list(overrides or [])
+    if not path.is_file():
+        raise ValueError(f"there is no recipe {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {path} must be a mapping of keys to values")
+    size = _override(overrides, "size") or values.get("size", "small")
+    if size not in NAMED_SIZES:
+        raise ValueError(f"recipe {path}: there is no size {size!r}; known sizes: {', '.join(NAMED_SIZES)}")
+    for name, section in values.items():
+        if name in _SECTIONS and not isinstance(section, dict):
+            raise ValueError(f"recipe {path}: {name} must be a mapping of keys to values, got {section!r}")
+    parser = recipe_parser(size)
+    try:
+        from_file = parser.parse_object(values, defaults=True)
+        namespace: Namespace = parser.parse_args(overrides, namespace=from_file)
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.49
+        return Recipe(**vars(instantiate(namespace)))
+    except Exception as error:
+        raise ValueError(f"recipe {path}: {_in_plain_words(error)}") from error
+
+
+_SECTIONS = (
+    *("model", "data", "tokenizer", "encoder", "loss", "optimizer", "compute"),
+    *("distributed", "checkpoint", "safety"),
+)
+
+
+def _in_plain_words(error: Exception) -> str:
+    """jsonargparse's message in one line, with the names of Python's types as people write them."""
+    text = re.sub(r"a <class '(\w+)'>", r"\1", " ".join(str(error).split()))
+    return text.removeprefix("Parser key ").replace("a typing.Literal", "one of ")
+
+
+def _override(overrides: list[str], name: str) -> str | None:
+    for index, argument in enumerate(overrides):
+        if argument.startswith(f"--{name}="):
+            return argument.split("=", 1)[1]
+        if argument == f"--{name}" and index + 1 < len(overrides):
+            return overrides[index + 1]
+    return None

@@ -1,0 +1,191 @@
+"""Attention against a written-out float64 softmax, its two paths against each other, rotary positions, the cache."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opencoca.model.config import BlockConfig
+from opencoca.model.layers.attention import Attention, KeyValueCache, attend, causal_mask, rotary_angles, rotate
+from opencoca.model.layers.layout import TextLayout
+
+
+def naive_attention(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -> Tensor:
+    """One query at a time: (B, H, T, d) over (B, K, N, d)."""
+    batch_size, num_heads, length, head_dim = queries.shape
+    group = num_heads // keys.shape[1]
+    out = torch.zeros_like(queries)
+    for b in range(batch_size):
+        for h in range(num_heads):
+            for t in range(length):
+                seen = keys.shape[2] - (length - 1 - t) if causal else keys.shape[2]
+                k, v = keys[b, h // group, :seen], values[b, h // group, :seen]
+                weights = [math.exp(float(queries[b, h, t] @ key) / math.sqrt(head_dim)) for key in k]
+                out[b, h, t] = sum(w * value for w, value in zip(weights, v, strict=True)) / sum(weights)
+    return out
+
+
+CASES = [
+    # heads, key-value heads, queries, keys, causal
+    (4, 4, 5, 5, True),
+    (4, 2, 5, 5, True),
+    (4, 1, 5, 5, True),
+    (4, 4, 3, 7, True),
+    (4, 2, 3, 7, True),
+    (4, 1, 1, 7, True),
+    (4, 4, 5, 3, False),
+    (4, 2, 1, 6, False),
+    (6, 3, 4, 4, False),
+    (2, 1, 1, 1, True),
+]
+
+
+def qkv(heads: int, kv_heads: int, length: int, num_keys: int, dtype=torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = ((2, heads, length, 6), (2, kv_heads, num_keys, 6), (2, kv_heads, num_keys, 6))
+    return tuple(torch.randn(shape, dtype=dtype) for shape in shapes)  # pyright: ignore[reportReturnType]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_both_paths_equal_the_written_out_softmax(case):
+    *shape, causal = case
+    queries, keys, values = qkv(*shape)
+    expected = naive_attention(queries, keys, values, causal)
+    with torch.no_grad():
+        torch.testing.assert_close(attend(queries, keys, values, causal), expected)
+    with_gradient = attend(queries.requires_grad_(), keys, values, causal)
+    torch.testing.assert_close(with_gradient, expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_training_path_has_the_kernels_gradients(case):
+    heads, kv_heads, length, num_keys, causal = case
+    ours = [x.requires_grad_() for x in qkv(heads, kv_heads, length, num_keys)]
+    theirs = [x.detach().clone().requires_grad_() for x in ours]
+    upstream = torch.randn_like(ours[0])
+    attend(*ours, causal).backward(upstream)
+    group = heads // kv_heads
+    queries, keys, values = theirs[0], *(x.repeat_interleave(group, dim=1) for x in theirs[1:])
+    mask = torch.ones(length, num_keys, dtype=torch.bool).tril(num_keys - length) if causal else None
+    F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).backward(upstream)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_frozen_queries_give_keys_the_same_gradients(case):
+    *shape, causal = case
+    queries, keys, values = qkv(*shape)
+    gradients = []
+    for frozen in (False, True):
+        keys, values = keys.detach().requires_grad_(), values.detach().requires_grad_()
+        attend(queries.detach().requires_grad_(not frozen), keys, values, causal).square().sum().backward()
+        gradients.append((keys.grad, values.grad))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_low_precision_training_path_is_close():
+    queries, keys, values = qkv(4, 2, 6, 6, torch.float32)
+    expected = naive_attention(queries, keys, values, causal=True)
+    low = attend(queries.bfloat16().requires_grad_(), keys.bfloat16(), values.bfloat16(), causal=True)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), expected, atol=0.05, rtol=0.05)
+
+
+def test_causal_mask_lets_the_last_query_see_every_key():
+    assert causal_mask(2, 4, torch.device("cpu")).tolist() == [[True, True, True, False], [True] * 4]
+
+
+def test_rotary_keeps_lengths_and_scores_depend_on_distance_alone():
+    query, key = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    angles = rotary_angles(torch.arange(30), 8).double()
+    queries, keys = rotate(query.expand(30, 8), angles), rotate(key.expand(30, 8), angles)
+    torch.testing.assert_close(queries.norm(dim=1), query.norm().expand(30))
+    scores = queries @ keys.T
+    for distance in (-7, -1, 0, 3, 12):
+        diagonal = scores.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5, rtol=0)
+    assert scores[0].std() > 0.1
+    torch.testing.assert_close(rotary_angles(torch.arange(5, 9), 8).double(), angles[5:9])
+
+
+def block_config(kv_heads: int = 2, rotary: bool = False) -> BlockConfig:
+    return BlockConfig(width=12, num_heads=4, num_kv_heads=kv_heads, head_dim=6, mlp_width=8, rotary=rotary)
+
+
+def attention(rotary: bool = False, context_width: int | None = None) -> Attention:
+    module = Attention(block_config(rotary=rotary), context_width).double()
+    return module.requires_grad_(False)
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("steps", [[1] * 6, [6], [2, 1, 3], [4, 2]], ids=str)
+def test_cached_steps_equal_the_whole(rotary: bool, steps: list[int]):
+    module, x = attention(rotary), torch.randn(3, 6, 12, dtype=torch.float64)
+    whole = module.self_attend(x.flatten(0, 1), TextLayout.dense(3, 6, "cpu")).view(3, 6, 12)
+    cache = KeyValueCache(3, block_config(), capacity=7, like=x)
+    parts, start = [], 0
+    for length in steps:
+        layout = TextLayout.dense(3, length, "cpu", start)
+        parts.append(module.self_attend(x[:, start : start + length].flatten(0, 1), layout, cache).view(3, length, 12))
+        start += length
+    # Angles are made in float32.
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-6 if rotary else 1e-12, rtol=0)
+    assert cache.length == 6
+
+
+def test_cache_rows_can_be_dropped_reordered_and_repeated():
+    module, x = attention(), torch.randn(3, 4, 12, dtype=torch.float64)
+    cache = KeyValueCache(3, block_config(), capacity=4, like=x)
+    module.self_attend(x[:, :3].flatten(0, 1), TextLayout.dense(3, 3, "cpu"), cache)
+    rows = torch.tensor([2, 0, 0, 2])
+    cache.select(rows)
+    last = module.self_attend(x[rows, 3], TextLayout.dense(4, 1, "cpu", 3), cache)
+    whole = module.self_attend(x.flatten(0, 1), TextLayout.dense(3, 4, "cpu")).view(3, 4, 12)
+    torch.testing.assert_close(last, whole[rows, 3])
+
+
+def test_a_full_cache_is_an_error():
+    x = torch.randn(1, 1, 12, dtype=torch.float64)
+    cache = KeyValueCache(1, block_config(), capacity=1, like=x)
+    attention().self_attend(x[0], TextLayout.dense(1, 1, "cpu"), cache)
+    with pytest.raises(AssertionError, match="full"):
+        attention().self_attend(x[0], TextLayout.dense(1, 1, "cpu"), cache)
+
+
+def test_texts_of_one_image_see_it_alone():
+    module = attention(context_width=5)
+    images, x = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(6, 3, 12, dtype=torch.float64)
+    layout = TextLayout.from_mask(torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0], [1, 0, 0]]) > 0)
+    packed = layout.pack(x)
+    together = layout.pad(module.cross_attend(packed, *module.project_context(images), layout))
+    for row in range(6):
+        length = [3, 1, 2, 3, 0, 1][row]
+        alone = module(x[row : row + 1, :length], images[row // 3 : row // 3 + 1])
+        torch.testing.assert_close(together[row, :length], alone[0])
+
+
+def test_forward_over_itself_ignores_order():
+    module, x = attention(), torch.randn(2, 5, 12, dtype=torch.float64)
+    order = torch.randperm(5)
+    torch.testing.assert_close(module(x)[:, order], module(x[:, order]))
+    torch.testing.assert_close(module(x), module(x, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_cache_in_half_precision_attends_in_float32(dtype):
+    module = attention().to(dtype)
+    x = torch.randn(12, 12, dtype=dtype)
+    cache = KeyValueCache(3, block_config(), capacity=4, like=x)
+    with torch.inference_mode():
+        whole = module.self_attend(x, TextLayout.dense(3, 4, "cpu"))
+        steps = [
+            module.self_attend(word, TextLayout.dense(3, 1, "cpu", start=position), cache)
+            for position, word in enumerate(x.view(3, 4, 12).unbind(1))
+        ]
+    assert cache.keys.dtype == cache.values.dtype == torch.float32
+    assert torch.equal(cache.keys.to(dtype).float(), cache.keys)  # the keys themselves are as they were made
+    found = torch.stack(steps, dim=1).flatten(0, 1)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, whole, atol=2e-2, rtol=2e-2)

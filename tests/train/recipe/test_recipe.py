@@ -1,0 +1,173 @@
+"""Recipes: what the file says, what overrides it, and one sentence for everything that is wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opencoca.model.config import CoCaConfig
+from opencoca.train import Recipe, load_recipe
+
+RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    return tmp_path / "recipe.yaml"
+
+
+def load(file: Path, text: str, *overrides: str) -> Recipe:
+    file.write_text(text, encoding="utf-8")
+    return load_recipe(file, list(overrides))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_of_the_project_loads(path: Path) -> None:
+    recipe = load_recipe(path, ["--data.train_images", "somewhere"])
+    assert recipe.data.train_images == "somewhere"
+    assert json.loads(json.dumps(recipe.to_dict()))["batch_size"] == recipe.batch_size
+
+
+def test_there_is_a_recipe_to_test() -> None:
+    assert "flickr8k" in [path.stem for path in RECIPES]
+
+
+def test_an_empty_recipe_has_the_defaults(recipe_file: Path) -> None:
+    assert load(recipe_file, "") == Recipe()
+
+
+def test_size_gives_the_fields_that_the_recipe_leaves_out(recipe_file: Path) -> None:
+    recipe = load(recipe_file, "size: tiny\nmodel: {embed_dim: 64, text: {context_length: 20}}\n")
+    tiny = CoCaConfig.named("tiny")
+    assert recipe.model.embed_dim == 64
+    assert recipe.model.text.context_length == 20
+    assert recipe.model.text.width == tiny.text.width != CoCaConfig.named("small").text.width
+    assert recipe.model.image == tiny.image
+    other = load(recipe_file, "size: tiny\nmodel: {embed_dim: 64}\n", "--size", "base")
+    assert other.model.text.width == CoCaConfig.named("base").text.width
+    assert other.model.embed_dim == 64
+
+
+def test_overrides_win_over_the_file(recipe_file: Path) -> None:
+    text = "batch_size: 12\nepochs: 3\noptimizer: {learning_rate: 0.5, weight_decay: 0.25}\n"
+    recipe = load(recipe_file, text, "--batch_size", "24", "--optimizer.learning_rate=1e-4", "--model.text.width=48")
+    assert (recipe.batch_size, recipe.epochs) == (24, 3)
+    assert (recipe.optimizer.learning_rate, recipe.optimizer.weight_decay) == (1e-4, 0.25)
+    assert recipe.model.text.width == 48
+
+
+@pytest.mark.parametrize("number", ["1e-3", "1.0e-3", "0.001"])
+def test_numbers_may_be_written_as_people_do(recipe_file: Path, number: str) -> None:
+    assert load(recipe_file, f"optimizer: {{learning_rate: {number}}}").optimizer.learning_rate == 0.001
+
+
+def one_sentence(file: Path, text: str, overrides: list[str]) -> str:
+    with pytest.raises(ValueError, match=r"\S") as error:
+        load(file, text, *overrides)
+    message = str(error.value)
+    assert "\n" not in message
+    assert len(message) < 300
+    for traceback in ("Traceback", "object at 0x", "functools", "<class", "typing."):
+        assert traceback not in message
+    assert str(file) in message
+    return message
+
+
+WRONG: list[tuple[str, list[str], str]] = [
+    # unknown keys
+    ("bogus: 1", [], "bogus"),
+    ("optimizer: {lr: 1}", [], "lr"),
+    ("model: {text: {widht: 3}}", [], "text.widht"),
+    ("", ["--bogus", "3"], "--bogus"),
+    ("", ["--data.nothing=3"], "--data.nothing"),
+    ("", ["stray"], "stray"),
+    # wrong types
+    ("batch_size: many", [], "batch_size"),
+    ("epochs: true", [], "epochs"),
+    ("seed: 1.5", [], "seed"),
+    ("data: 3", [], "data"),
+    ("optimizer:", [], "optimizer"),
+    ("model: tiny", [], "model"),
+    ("data: {crop_scale: [0.5]}", [], "data.crop_scale"),
+    ("data: {mean: [0, 0]}", [], "data.mean"),
+    ("", ["--batch_size", "x"], "batch_size"),
+    ("", ["--batch_size"], "--batch_size"),
+    ("", ["--encoder.cache_features", "perhaps"], "cache_features"),
+    # not a recipe
+    ("- a\n- b", [], "mapping"),
+    ("just words", [], "mapping"),
+    ("a: [1", [], "not YAML"),
+    # impossible choices
+    ("size: huge", [], "'huge'"),
+    ("precision: fp16", [], "precision"),
+    ("select_by: beauty", [], "select_by"),
+    ("model: {text: {width: 100, num_heads: 3}}", [], "num_heads 3"),
+    ("model: {text: {dropout: 1.5}}", [], "dropout 1.5"),
+    ("batch_size: 10\naccumulation_steps: 3", [], "accumulation_steps 3"),
+    ("loss: {contrastive_weight: 0, caption_weight: 0}", [], "loss.contrastive_weight"),
+    ("loss: {caption_weight: 0}\nselect_by: cider_d", [], "loss.caption_weight"),
+    ("loss: {contrastive_weight: 0}\nselect_by: mean_r1", [], "loss.contrastive_weight"),
+    ("encoder: {cache_features: true}", [], "encoder.frozen_stages"),
+    ("data: {crop_scale: [0.5, 1.5]}", [], "data.crop_scale"),
+    ("data: {crop_scale: [0.9, 0.1]}", [], "data.crop_scale"),
+    ("data: {crop_ratio: [0, 1]}", [], "data.crop_ratio"),
+    ("optimizer: {betas: [0.9, 1.0]}", [], "optimizer.betas"),
+]
+
+
+@pytest.mark.parametrize(("text", "overrides", "named"), WRONG, ids=[f"{t}{' '.join(o)}" for t, o, _ in WRONG])
+def test_a_mistake_is_one_sentence_that_names_the_key(
+    recipe_file: Path, text: str, overrides: list[str], named: str
+) -> None:
+    message = one_sentence(recipe_file, text, overrides)
+    assert named in message.replace(str(recipe_file), "")
+
+
+IMPOSSIBLE: dict[str, list[Any]] = {
+    "epochs": [0, -1],
+    "max_steps": [0, -5],
+    "batch_size": [0],
+    "accumulation_steps": [0],
+    "validate_every_epochs": [0],
+    "val_max_new_tokens": [0],
+    "log_every_steps": [0],
+    "checkpoint_minutes": [-1.0, ".nan"],
+    "seed": [-1],
+    "data.captions_per_image": [0],
+    "data.flip_probability": [-0.1, 1.1],
+    "data.color_jitter": [-0.1, 2.0],
+    "data.num_workers": [-1],
+    "encoder.frozen_stages": [-2],
+    "encoder.learning_rate": [0.0, -1.0],
+    "encoder.cache_views": [0],
+    "loss.contrastive_weight": [-1.0, ".nan", ".inf"],
+    "loss.caption_weight": [-0.5],
+    "loss.label_smoothing": [-0.1, 1.0],
+    "optimizer.learning_rate": [0.0, -1e-3, ".inf", ".nan"],
+    "optimizer.eps": [0.0],
+    "optimizer.weight_decay": [-0.1],
+    "optimizer.grad_clip": [-1.0],
+    "optimizer.warmup_steps": [-1],
+    "optimizer.final_lr_fraction": [-0.1, 1.5],
+    "optimizer.ema_decay": [-0.5, 1.0],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in IMPOSSIBLE.items() for value in values])
+def test_an_impossible_number_is_refused_with_its_key(recipe_file: Path, key: str, value: Any) -> None:
+    section, _, name = key.rpartition(".")
+    text = f"{section}:\n  {name}: {value}\n" if section else f"{name}: {value}\n"
+    assert key in one_sentence(recipe_file, text, [])
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no recipe .*nowhere\.yaml"):
+        load_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_a_file_of_bytes(recipe_file: Path) -> None:
+    recipe_file.write_bytes(b"\xff\xd8\xff\xe0 a photograph")
+    with pytest.raises(ValueError, match="not YAML") as error:
+        load_recipe(recipe_file)
+    assert "\n" not in str(error.value)
