@@ -11,10 +11,10 @@ import time
 import torch
 from common import peak_bytes, report
 
+from opencoca.data import Batch
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
 from opencoca.system.allocator import keep_freed_memory
-from opencoca.train.batches import TrainBatch
 from opencoca.train.optim.optimizer import build_optimizer
 from opencoca.train.recipe.recipe import OptimizerRecipe, Recipe
 from opencoca.train.step import TrainStep
@@ -38,7 +38,7 @@ def main() -> None:
     step = TrainStep(model, build_optimizer(model, recipe), None, recipe)
     images = torch.randn(arguments.batch_size, 3, *config.image.image_size)
     token_ids = torch.randint(3, config.text.vocab_size, (arguments.batch_size, arguments.words))
-    batch = TrainBatch(images, 0, torch.arange(arguments.batch_size), token_ids, torch.ones_like(token_ids).bool())
+    batch = Batch(torch.arange(arguments.batch_size), images, token_ids, torch.ones_like(token_ids).bool())
     seconds, losses = [], []
     for number in range(arguments.steps):
         start = time.perf_counter()

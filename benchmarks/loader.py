@@ -111,8 +111,8 @@ def opencoca(shards: list[str]) -> Iterator[int]:
     transform = TrainTransform(PreprocessConfig((SIZE, SIZE)), scale=SCALE, flip_probability=0.0)
     order = make_order(source, 0, by_blocks=True)
     for batch in TrainingLoader(source, Tokenizer.clip(), transform, order, BATCH, 1, 76, 0).batches():
-        assert batch.pixels is not None
-        yield len(batch.pixels)
+        assert batch.images is not None
+        yield len(batch.images)
 
 
 def webdataset(shards: list[str]) -> Iterator[int]:

@@ -113,12 +113,12 @@ def _forecast(case: Case) -> dict:
 def _measure(case: Case) -> dict:
     import torch
 
+    from opencoca.data import Batch
     from opencoca.model.coca import CoCa
     from opencoca.plan.lengths import batch_of, likely_lengths
     from opencoca.plan.planner import vocabulary_size
     from opencoca.system.allocator import keep_freed_memory
     from opencoca.system.memory_use import peak_bytes, resident_bytes
-    from opencoca.train.batches import TrainBatch
     from opencoca.train.compute import prepare_compute
     from opencoca.train.optim.optimizer import WeightAverage, build_optimizer
     from opencoca.train.step import TrainStep
@@ -137,7 +137,7 @@ def _measure(case: Case) -> dict:
     for number in range(STEPS):
         images = torch.randn(recipe.batch_size, 3, *config.image.image_size)
         ids = torch.randint(5, config.text.vocab_size, mask.shape)
-        step(TrainBatch(images, 0, torch.arange(recipe.batch_size), ids, mask), number, STEPS)
+        step(Batch(torch.arange(recipe.batch_size), images, ids, mask), number, STEPS)
     return {"measured_bytes": peak_bytes(device), "before_bytes": before}
 
 

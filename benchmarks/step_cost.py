@@ -17,10 +17,10 @@ import torch
 from common import matmul_rate, median_seconds, report
 from torch.utils.flop_counter import FlopCounterMode
 
+from opencoca.data import Batch
 from opencoca.model.coca import CoCa
 from opencoca.system.allocator import keep_freed_memory
 from opencoca.train import load_recipe
-from opencoca.train.batches import TrainBatch
 from opencoca.train.objective import autocast, compute_losses
 from opencoca.train.optim.optimizer import WeightAverage, build_optimizer, freeze_image_stages
 from opencoca.train.step import TrainStep
@@ -31,7 +31,7 @@ MEAN_LENGTH, SHORTEST, LONGEST = 13.3, 5, 32
 RATE_SIZES = (512, 1024, 4096)
 
 
-def random_batch(model: CoCa, stages: int, images: int, captions: int, vocab_size: int) -> TrainBatch:
+def random_batch(model: CoCa, stages: int, images: int, captions: int, vocab_size: int) -> Batch:
     size = model.config.image.image_size
     with torch.no_grad():
         features = model.image_encoder.run_stages(torch.randn(2, 3, *size), 0, stages)
@@ -39,7 +39,7 @@ def random_batch(model: CoCa, stages: int, images: int, captions: int, vocab_siz
     lengths = torch.poisson(torch.full((images * captions,), MEAN_LENGTH)).clamp(SHORTEST, LONGEST)
     token_ids = torch.randint(3, vocab_size, (images * captions, int(lengths.max())))
     mask = torch.arange(token_ids.shape[1]) < lengths[:, None]
-    return TrainBatch(inputs, stages, torch.arange(images), token_ids, mask)
+    return Batch(torch.arange(images), inputs, token_ids, mask, from_stage=stages)
 
 
 class StepTime(NamedTuple):

@@ -34,7 +34,7 @@ from common import declare_torchvision, import_open_clip, machine, matmul_rate, 
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from opencoca.data import open_source
+from opencoca.data import Batch, open_source
 from opencoca.inference.preprocess import Preprocess
 from opencoca.model.coca import CoCa
 from opencoca.store.interop.lucidrains import load_lucidrains
@@ -46,7 +46,6 @@ from opencoca.store.interop.open_clip import (
 )
 from opencoca.system.allocator import keep_freed_memory
 from opencoca.tokenizer import Tokenizer
-from opencoca.train.batches import TrainBatch
 from opencoca.train.objective import autocast, compute_losses
 from opencoca.train.optim.optimizer import build_optimizer
 from opencoca.train.recipe.recipe import OptimizerRecipe, Recipe
@@ -99,9 +98,9 @@ def our_step(model: CoCa, arguments: argparse.Namespace) -> tuple[Callable[[Samp
     return lambda samples: step(our_batch(samples, model), 0, 1).loss, step
 
 
-def our_batch(samples: Samples, model: CoCa) -> TrainBatch:
+def our_batch(samples: Samples, model: CoCa) -> Batch:
     tokens = Tokenizer.clip()(samples.captions, model.config.text.context_length)
-    return TrainBatch(samples.pixels, 0, torch.arange(len(samples.pixels)), tokens.token_ids, tokens.token_mask)
+    return Batch(torch.arange(len(samples.pixels)), samples.pixels, tokens.token_ids, tokens.token_mask)
 
 
 def open_clip_weights(arguments: argparse.Namespace) -> CoCa:
@@ -198,7 +197,7 @@ def run_step(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def floor_of(step: TrainStep, batch: TrainBatch) -> dict[str, float]:
+def floor_of(step: TrainStep, batch: Batch) -> dict[str, float]:
     """FLOPs of a step, its AdamW's memory traffic, and the rates that the machine has for both, now."""
     with FlopCounterMode(display=False) as counter, autocast(torch.device("cpu"), step.recipe.precision):
         compute_losses(step.model, batch, step.recipe.loss).total.backward()
@@ -208,7 +207,7 @@ def floor_of(step: TrainStep, batch: TrainBatch) -> dict[str, float]:
     copied = torch.empty_like(block)
     return {
         "million_parameters": parameters / 1e6,
-        "words": int(batch.token_mask.sum()),
+        "words": batch.num_tokens,
         "tflop": counter.get_total_flops() / 1e12,
         "optimizer_bytes": parameters * 4 * 7,  # weight and two moments read and written, gradient read
         "flop_per_sec": matmul_rate(torch.bfloat16 if step.recipe.precision == "bf16" else torch.float32),

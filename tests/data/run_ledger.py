@@ -50,7 +50,7 @@ def main() -> None:
     with open(folder / f"{start}-{rank}-of-{world_size}.jsonl", "a") as ledger:
         step = start
         for batch in loader.batches(*divmod(start, loader.steps_per_epoch), stop_epoch=NUM_EPOCHS):
-            ledger.write(json.dumps([step, batch.keys, float(batch.pixels.sum() if batch.keys else 0)]) + "\n")
+            ledger.write(json.dumps([step, batch.keys, float(batch.images.sum() if batch.keys else 0)]) + "\n")
             ledger.flush()
             os.fsync(ledger.fileno())
             step += 1

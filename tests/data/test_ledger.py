@@ -82,7 +82,7 @@ def run_with_kills(folder, shards, kind, total_steps, seed):
 )
 def test_nothing_is_lost_or_doubled(tmp_path, shards, kind):
     loader = make_loader(shards, kind, 0, 1, 0)
-    expected = [(list(batch.keys), float(batch.pixels.sum())) for batch in loader.batches(stop_epoch=NUM_EPOCHS)]
+    expected = [(list(batch.keys), float(batch.images.sum())) for batch in loader.batches(stop_epoch=NUM_EPOCHS)]
     seen, kills = run_with_kills(tmp_path, shards, kind, len(expected), seed=7)
     assert kills >= 3
     assert [keys for keys, _ in seen] == [keys for keys, _ in expected], "another global order"

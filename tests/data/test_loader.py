@@ -67,14 +67,14 @@ def test_shapes_and_which_text_belongs_to_which_image():
     loader = make(source, tokenizer=tokenizer, captions_per_image=3)
     assert len(loader) == loader.steps_per_epoch == 2
     for batch in loader.batches(stop_epoch=1):
-        assert batch.pixels.shape == (4, 3, 16, 16)
-        assert batch.pixels.dtype == torch.float32
-        assert batch.image_ids.dtype == batch.token_ids.dtype == torch.int64
-        assert batch.captions_per_image == 3
-        assert batch.keys == tuple(f"{i}.jpg" for i in batch.image_ids.tolist())
+        assert batch.images.shape == (4, 3, 16, 16)
+        assert batch.images.dtype == torch.float32
+        assert batch.sample_ids.dtype == batch.token_ids.dtype == torch.int64
+        assert batch.texts_per_sample == 3
+        assert batch.keys == tuple(f"{i}.jpg" for i in batch.sample_ids.tolist())
         assert batch.token_ids.shape == batch.token_mask.shape == (12, int(batch.token_mask.sum(1).max()))
         for row, (ids, mask) in enumerate(zip(batch.token_ids, batch.token_mask, strict=True)):
-            assert tokenizer.decode(ids[mask].tolist()) in source.captions(int(batch.image_ids[row // 3]))
+            assert tokenizer.decode(ids[mask].tolist()) in source.captions(int(batch.sample_ids[row // 3]))
             assert (ids[~mask] == tokenizer.pad_id).all()
 
 
@@ -96,7 +96,7 @@ def test_endless_and_repeatable():
     first = [batch for _, batch in zip(range(5), loader, strict=False)]
     assert len(first) == 5
     assert_same(first[0], next(iter(loader)))
-    assert not torch.equal(first[0].pixels, first[1].pixels)
+    assert not torch.equal(first[0].images, first[1].images)
 
 
 def test_the_global_generators_are_left_alone():
@@ -119,7 +119,7 @@ def test_two_ranks_see_what_one_sees():
         two = [make(source, tokenizer=tokenizer, rank=r, world_size=2, drop_last=drop_last) for r in range(2)]
         for step in range(one.steps_per_epoch):
             whole, parts = one.batch(1, step), [loader.batch(1, step) for loader in two]
-            for name in ("image_ids", "pixels", "mirrored"):
+            for name in ("sample_ids", "images", "mirrored"):
                 assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
             rows = [
                 ids[mask].tolist() for part in parts for ids, mask in zip(part.token_ids, part.token_mask, strict=True)
@@ -132,7 +132,7 @@ def test_without_pixels_captions_and_mirroring_are_the_same():
     for with_pixels, without in zip(
         make(source).batches(stop_epoch=2), make(source, load_pixels=False).batches(stop_epoch=2), strict=True
     ):
-        assert without.pixels is None
+        assert without.images is None
         assert_same(dataclasses.replace(with_pixels, pixels=None), without)
     source.open_bytes = None  # not even read
     next(make(source, load_pixels=False, num_workers=2).batches())
@@ -148,7 +148,7 @@ def test_images_are_mirrored_as_said():
     for epoch in range(5):
         a = make(source, transform=plain, batch_size=6).batch(epoch, 0)
         b = make(source, transform=both, batch_size=6).batch(epoch, 0)
-        for left, right, mirrored in zip(a.pixels, b.pixels, b.mirrored.tolist(), strict=True):
+        for left, right, mirrored in zip(a.images, b.images, b.mirrored.tolist(), strict=True):
             seen.add(mirrored)
             assert torch.allclose(left.flip(-1) if mirrored else left, right, atol=0.03)
     assert seen == {True, False}
@@ -203,10 +203,10 @@ def test_broken_images_are_replaced_by_the_next_good_one():
     assert any("'6.jpg'" in message and "takes its place" in message for message in messages)
     assert any("7.jpg" in message for message in messages)
     for got, wanted in zip(batches, make(good, batch_size=8).batches(stop_epoch=2), strict=True):
-        expected = [8 if index in (6, 7) else index for index in wanted.image_ids.tolist()]
-        assert got.image_ids.tolist() == expected
-        rows = [row for row, index in enumerate(wanted.image_ids.tolist()) if index not in (6, 7)]
-        assert torch.equal(got.pixels[rows], wanted.pixels[rows])
+        expected = [8 if index in (6, 7) else index for index in wanted.sample_ids.tolist()]
+        assert got.sample_ids.tolist() == expected
+        rows = [row for row, index in enumerate(wanted.sample_ids.tolist()) if index not in (6, 7)]
+        assert torch.equal(got.images[rows], wanted.images[rows])
 
 
 def test_broken_images_are_reported_out_of_worker_processes():
@@ -238,7 +238,7 @@ def test_images_to_skip_and_images_without_captions():
         warnings.simplefilter("error")
         batch = loader.batch(0, 0)
     wanted = EpochOrder(20, 0).indices(0).tolist()
-    assert batch.image_ids.tolist() == [5 if index in (3, 4) else index for index in wanted]
+    assert batch.sample_ids.tolist() == [5 if index in (3, 4) else index for index in wanted]
     with pytest.raises(ValueError, match="none of the 5 images has a caption"):
         make(MemorySource([[]] * 5))
     with pytest.raises(ValueError, match=r"5 of 10 images have no caption, .* more than 10%"):
@@ -285,5 +285,5 @@ def test_batches_move_between_devices():
     batch = make(MemorySource(captions_of(4))).batch(0, 0)
     assert_same(batch.to("cpu"), batch)
     moved = batch.to("meta")
-    assert moved.pixels.device.type == moved.token_mask.device.type == "meta"
+    assert moved.images.device.type == moved.token_mask.device.type == "meta"
     assert moved.keys == batch.keys

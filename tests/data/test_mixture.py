@@ -101,7 +101,7 @@ def test_captions_read_with_the_image_give_the_same_batches(tmp_path, folder):
             assert left.keys == right.keys
             assert left.token_ids.tolist() == right.token_ids.tolist()
             assert left.mirrored.tolist() == right.mirrored.tolist()
-            assert not load_pixels or bool((left.pixels == right.pixels).all())
+            assert not load_pixels or bool((left.images == right.images).all())
 
 
 def test_weights_must_make_sense(folder):

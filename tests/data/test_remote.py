@@ -123,7 +123,7 @@ def test_a_flaky_server_costs_no_sample_of_a_run(web, pattern, indexed, tmp_path
     for num_workers in (0, 2):
         got = list(loader(remote, num_workers=num_workers).batches(stop_epoch=3))
         assert [batch.keys for batch in got] == [batch.keys for batch in expected]
-        assert all(bool((a.pixels == b.pixels).all()) for a, b in zip(got, expected, strict=True))
+        assert all(bool((a.images == b.images).all()) for a, b in zip(got, expected, strict=True))
 
 
 def loader(source, *, num_workers=0, batch_size=4, **options):

@@ -91,7 +91,7 @@ def test_every_good_sample_comes_and_every_bad_one_is_counted(bucket, tmp_path):
             batches = loader(source, batch_size=10, num_workers=num_workers, quarantine=bad, max_bad_share=0.5)
             got = list(batches.batches(stop_epoch=2))
             assert [batch.keys for batch in got] == [batch.keys for batch in expected]
-            assert all(bool((a.pixels == b.pixels).all()) for a, b in zip(got, expected, strict=True))
+            assert all(bool((a.images == b.images).all()) for a, b in zip(got, expected, strict=True))
             reasons = {entry.key: entry.reason for entry in read_quarantine(bad)}
             assert {key for batch in got for key in batch.keys} == good
             assert set(reasons) == {"00002", "00023", "00045", "00075", ""}

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opencoca.data import EpochOrder
+from opencoca.data import Batch, EpochOrder
 from opencoca.distributed.world import World, full_tensor, join_world
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
-from opencoca.train.batches import TrainBatch
 from opencoca.train.optim.optimizer import WeightAverage, build_optimizer, freeze_unused
 from opencoca.train.parallel import ParallelModel
 from opencoca.train.recipe.recipe import DistributedRecipe, LossRecipe, OptimizerRecipe, Recipe
@@ -126,7 +125,7 @@ def make_model(case: Case, recipe: Recipe) -> CoCa:
     return model.double() if case.double else model
 
 
-def make_batch(case: Case, world: World) -> TrainBatch:
+def make_batch(case: Case, world: World) -> Batch:
     """This process's share of one batch; image k of it shows what image k modulo the different ones does."""
     generator = torch.Generator().manual_seed(2)
     pixels = torch.randn(BATCH_SIZE, 3, 12, 12, generator=generator)
@@ -137,13 +136,12 @@ def make_batch(case: Case, world: World) -> TrainBatch:
     share: dict[str, int] = {"rank": world.rank, "world_size": world.size}
     chosen = torch.from_numpy(order.batch(0, 0, BATCH_SIZE, **share))
     texts = (chosen[:, None] * case.captions_per_image + torch.arange(case.captions_per_image)).flatten()
-    return TrainBatch(
-        (pixels.double() if case.double else pixels)[chosen],
-        0,
-        chosen % case.different_images,
-        token_ids[texts],
-        (torch.arange(10) < lengths)[texts],
-        order.micro_batch_sizes(0, BATCH_SIZE, **share),
+    return Batch(
+        sample_ids=chosen % case.different_images,
+        images=(pixels.double() if case.double else pixels)[chosen],
+        token_ids=token_ids[texts],
+        token_mask=(torch.arange(10) < lengths)[texts],
+        micro_batch_sizes=order.micro_batch_sizes(0, BATCH_SIZE, **share),
     )
 
 
@@ -188,12 +186,13 @@ def take_bad_step(world: World, strategy: str, bad_rank: int) -> dict[str, Tenso
     step = TrainStep(model, optimizer, None, recipe, parallel)
     batch = make_batch(case, world)
     before = {name: full_tensor(tensor.detach()).clone() for name, tensor in model.named_parameters()}
-    inputs = batch.inputs.clone()
+    assert batch.images is not None
+    inputs = batch.images.clone()
     if world.rank == bad_rank:
         inputs[0, 0, 0, 0] = float("nan")
     noticed = False
     try:
-        step(replace(batch, inputs=inputs), 0, 10)
+        step(replace(batch, images=inputs), 0, 10)
     except NonFiniteLossError:
         noticed = True
     changed = [

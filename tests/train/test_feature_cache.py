@@ -52,11 +52,11 @@ def test_cached_features_equal_running_the_stages(pairs: Pairs, tmp_path: Path, 
     for _ in range(5):
         stored, pixels = next(ours).to(torch.device("cpu")), next(theirs)
         assert (stored.from_stage, pixels.from_stage) == (2, 0)
-        for field in ("image_ids", "token_ids", "token_mask"):
+        for field in ("sample_ids", "token_ids", "token_mask"):
             assert torch.equal(getattr(stored, field), getattr(pixels, field))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), torch.no_grad():
-            expected = encoder.run_stages(pixels.inputs, 0, 2).float()
-        error = (stored.inputs - expected).abs().max() / expected.abs().max()
+            expected = encoder.run_stages(pixels.images, 0, 2).float()
+        error = (stored.images - expected).abs().max() / expected.abs().max()
         assert error < (1e-3 if precision == "fp32" else 2e-2)
 
 
@@ -114,7 +114,7 @@ class TestViews:
         supply, used = trainer.batches.iterate(0), []
         for _ in range(12):
             batch = next(supply)
-            rows = zip(batch.inputs, batch.image_ids.tolist(), strict=True)
+            rows = zip(batch.images, batch.sample_ids.tolist(), strict=True)
             matches = [[torch.equal(row, features[view, image]) for view in range(4)] for row, image in rows]
             assert all(any(match) for match in matches)
             used.append([match.index(True) for match in matches])
@@ -128,7 +128,7 @@ class TestViews:
         supply = trainer.batches.iterate(0)
         for _ in range(5):
             batch = next(supply)
-            assert torch.equal(batch.inputs, features[batch.image_ids])
+            assert torch.equal(batch.images, features[batch.sample_ids])
 
 
 class TestComputedOnce:
@@ -255,7 +255,7 @@ class TestBrokenImages:
             trainer = Trainer(recipe)
         assert len([w for w in caught if "left out" in str(w.message)]) == 2  # of training, of validation
         supply = trainer.batches.iterate(0)
-        seen = {image for _ in range(8) for image in next(supply).image_ids.tolist()}
+        seen = {image for _ in range(8) for image in next(supply).sample_ids.tolist()}
         assert seen == set(range(12)) - {4}
         trainer.run()
         captions = (output / "val_captions.json").read_text(encoding="utf-8")

@@ -37,8 +37,8 @@ def one_pass(model: CoCa, case: Case, recipe: Recipe, seed_of: Callable[[int], i
         torch.cat([output.image_embed for output in outputs]),
         torch.cat([output.text_embed for output in outputs]),
         model.logit_scale,
-        batch.image_ids,
-        batch.text_image_ids,
+        batch.sample_ids,
+        batch.text_sample_ids,
     )
     caption = captioning_loss(
         torch.cat([output.hidden for output in outputs]),
@@ -156,13 +156,13 @@ def test_captions_of_one_image_are_positives_of_one_another(grad_cache_steps: in
     assert output.text_embed is not None
     logits = (output.logit_scale * output.image_embed @ output.text_embed.T).detach()
     # Each image is encoded once, and has three texts in a row.
-    assert logits.shape == (len(batch.image_ids), 3 * len(batch.image_ids))
-    image_of_text = batch.image_ids.repeat_interleave(3)
+    assert logits.shape == (len(batch.sample_ids), 3 * len(batch.sample_ids))
+    image_of_text = batch.sample_ids.repeat_interleave(3)
     losses = []
-    for row, column in (batch.image_ids[:, None] == image_of_text).nonzero().tolist():
+    for row, column in (batch.sample_ids[:, None] == image_of_text).nonzero().tolist():
         pair = logits[row, column].exp()
-        other_texts = logits[row, image_of_text != batch.image_ids[row]].exp().sum()
-        other_images = logits[batch.image_ids != image_of_text[column], column].exp().sum()
+        other_texts = logits[row, image_of_text != batch.sample_ids[row]].exp().sum()
+        other_images = logits[batch.sample_ids != image_of_text[column], column].exp().sum()
         losses += [((pair + other_texts) / pair).log(), ((pair + other_images) / pair).log()]
     assert len(losses) > 2 * len(image_of_text)  # some images stand in the batch twice
     assert torch.allclose(found, torch.stack(losses).mean(), rtol=1e-12)

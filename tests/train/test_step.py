@@ -1,6 +1,7 @@
 """One optimizer step: what it refuses, what accumulation and a weight of 0 mean, and what clipping bounds."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from opencoca.data import Batch
 from opencoca.model.kernels.linear import pack_weights
 from opencoca.train import train
-from opencoca.train.batches import TrainBatch
 from opencoca.train.step import NonFiniteLossError, TrainStep
 from opencoca.train.trainer import Trainer
 
@@ -31,12 +32,12 @@ def snapshot(trainer: Trainer) -> dict[str, Tensor]:
     return copy.deepcopy(found)
 
 
-def first_batch(trainer: Trainer) -> TrainBatch:
+def first_batch(trainer: Trainer) -> Batch:
     return next(trainer.batches.iterate(0))
 
 
-def with_inputs(batch: TrainBatch, inputs: Tensor) -> TrainBatch:
-    return TrainBatch(inputs, batch.from_stage, batch.image_ids, batch.token_ids, batch.token_mask)
+def with_inputs(batch: Batch, inputs: Tensor) -> Batch:
+    return replace(batch, images=inputs)
 
 
 class TestNonFiniteLoss:
@@ -51,7 +52,7 @@ class TestNonFiniteLoss:
         batch = first_batch(trainer)
         trainer.step(batch, 0, 4)
         before = snapshot(trainer)
-        inputs = batch.inputs.clone()
+        inputs = batch.images.clone()
         inputs[-1, 0, 3, 3] = value
         with pytest.raises(NonFiniteLossError, match=r"step 1: .*no parameter was changed"):
             trainer.step(with_inputs(batch, inputs), 1, 4)
@@ -102,8 +103,8 @@ def test_weights_that_were_rearranged_for_decoding_are_not_used_after_a_step(pai
     for step in range(3):
         trainer.step(batch, step, 4)
     with torch.no_grad():
-        found = model(batch.inputs, batch.token_ids, batch.token_mask).hidden
-        expected = copy.deepcopy(model)(batch.inputs, batch.token_ids, batch.token_mask).hidden
+        found = model(batch.images, batch.token_ids, batch.token_mask).hidden
+        expected = copy.deepcopy(model)(batch.images, batch.token_ids, batch.token_mask).hidden
     assert torch.equal(found, expected)
 
 
@@ -120,7 +121,7 @@ class GradientRecorder:
         self.grads = {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
-def gradients_of(recipe: Any, batch: TrainBatch | None = None) -> tuple[dict[str, Tensor], Any]:
+def gradients_of(recipe: Any, batch: Batch | None = None) -> tuple[dict[str, Tensor], Any]:
     trainer = Trainer(recipe)
     recorder = GradientRecorder(trainer)
     metrics = trainer.step(first_batch(trainer) if batch is None else batch, 0, 10)
@@ -174,10 +175,10 @@ class TestAccumulation:
         batch = first_batch(Trainer(tiny_recipe(pairs, output, batch_size=5, data__captions_per_image=3)))
         pieces = list(batch.split(parts))
         assert len(pieces) == parts
-        assert all(len(piece.token_ids) == 3 * len(piece.image_ids) == 3 * len(piece.inputs) for piece in pieces)
-        sizes = [len(piece.image_ids) for piece in pieces]
+        assert all(len(piece.token_ids) == 3 * len(piece.sample_ids) == 3 * len(piece.images) for piece in pieces)
+        sizes = [len(piece.sample_ids) for piece in pieces]
         assert max(sizes) - min(sizes) <= 1
-        for field in ("inputs", "image_ids", "token_ids", "token_mask"):
+        for field in ("images", "sample_ids", "token_ids", "token_mask"):
             assert torch.equal(torch.cat([getattr(piece, field) for piece in pieces]), getattr(batch, field))
 
 
@@ -278,6 +279,6 @@ def test_train_step_is_called_with_what_it_needs_alone(pairs: Pairs, output: Pat
     trainer = Trainer(tiny_recipe(pairs, output))
     step = TrainStep(trainer.model, trainer.state.optimizer, None, trainer.recipe)
     ids = torch.tensor([[1, 5, 6, 2], [1, 9, 2, 0]])
-    batch = TrainBatch(torch.randn(2, 3, 32, 32), 0, torch.tensor([0, 1]), ids, ids != 0)
+    batch = Batch(torch.tensor([0, 1]), torch.randn(2, 3, 32, 32), ids, ids != 0)
     losses = [step(batch, number, 30).loss for number in range(30)]
     assert losses[-1] < 0.75 * losses[0]

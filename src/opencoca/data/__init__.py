@@ -1,6 +1,6 @@
 """Where samples come from, in which order, and how they become batches."""
 
-from opencoca.data.batch import CaptionBatch
+from opencoca.data.batch import Batch
 from opencoca.data.captions import CaptionTokenizer, TokenizedCaptions, collate_captions
 from opencoca.data.check import CheckReport, check_source, format_report
 from opencoca.data.images import MAX_PIXELS, ImageError, ImageHeader, decode_image, read_header, to_rgb
@@ -32,8 +32,8 @@ __all__ = [
     "CLIP_STD",
     "MAX_PIXELS",
     "BadSample",
+    "Batch",
     "BlockOrder",
-    "CaptionBatch",
     "CaptionTable",
     "CaptionTokenizer",
     "CheckReport",

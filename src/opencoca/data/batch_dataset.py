@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from opencoca.data.batch import CaptionBatch
+from opencoca.data.batch import Batch
 from opencoca.data.captions import CaptionsOnDemand, TokenizedCaptions, collate_captions
 from opencoca.data.files import parallel_map
 from opencoca.data.order import SampleOrder
@@ -27,7 +27,7 @@ _READING_THREADS = 16
 class MadeBatch(NamedTuple):
     """A batch, and the bad samples met on the way to it, by index."""
 
-    batch: CaptionBatch
+    batch: Batch
     bad: tuple[tuple[int, BadSample], ...]
 
 
@@ -78,21 +78,25 @@ class BatchDataset(Dataset):
             bad.extend(failed)
         texts = [token_ids for sample in samples for token_ids in sample.token_ids]
         token_ids, token_mask = collate_captions(texts, self.pad_id)
-        image_ids = [sample.index for sample in samples]
-        batch = CaptionBatch(
-            image_ids=torch.tensor(image_ids, dtype=torch.int64),
-            pixels=self._stack(samples) if self.load_pixels and samples else None,
-            mirrored=torch.tensor([sample.mirrored for sample in samples], dtype=torch.bool),
+        if not samples:  # that the step has texts must be seen of a share without samples
+            token_ids, token_mask = token_ids.new_zeros(0, 1), token_mask.new_zeros(0, 1)
+        sample_ids = [sample.index for sample in samples]
+        batch = Batch(
+            sample_ids=torch.tensor(sample_ids, dtype=torch.int64),
+            images=self._stack(samples) if self.load_pixels else None,
             token_ids=token_ids,
             token_mask=token_mask,
-            keys=tuple(map(self.source.key, image_ids)),
+            mirrored=torch.tensor([sample.mirrored for sample in samples], dtype=torch.bool),
+            keys=tuple(map(self.source.key, sample_ids)),
         )
         return MadeBatch(batch, tuple(bad))
 
     def _stack(self, samples: list[_Loaded]) -> torch.Tensor:
         assert self.transform is not None
-        pixels = np.stack([sample.pixels for sample in samples if sample.pixels is not None])
-        return normalize(pixels, self.transform.config)
+        rows = [sample.pixels for sample in samples if sample.pixels is not None]
+        # A process whose share of the step is empty has pixels all the same, of no image.
+        blank = np.zeros((0, *self.transform.config.image_size, 3), dtype=np.uint8)
+        return normalize(np.stack(rows) if rows else blank, self.transform.config)
 
     def _read_ahead(self, indices: np.ndarray) -> dict[int, Sample | Exception]:
         """Remote samples of the batch: many requests at a time, as each takes long."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from opencoca.data.batch import CaptionBatch
+from opencoca.data.batch import Batch
 from opencoca.data.batch_dataset import BatchDataset, MadeBatch, Position
 from opencoca.data.captions import CaptionsOnDemand, CaptionTokenizer, TokenizedCaptions
 from opencoca.data.order import SampleOrder
@@ -127,11 +127,11 @@ class TrainingLoader:
     def __len__(self) -> int:
         return self.steps_per_epoch
 
-    def batch(self, epoch: int, step: int) -> CaptionBatch:
+    def batch(self, epoch: int, step: int) -> Batch:
         """The batch at one position, made in the caller's process."""
         return self._account(self._dataset[(epoch, step)])
 
-    def batches(self, epoch: int = 0, step: int = 0, *, stop_epoch: int | None = None) -> Iterator[CaptionBatch]:
+    def batches(self, epoch: int = 0, step: int = 0, *, stop_epoch: int | None = None) -> Iterator[Batch]:
         """Batches from a position on, epoch after epoch, until `stop_epoch` would begin (None: endlessly)."""
         positions = _Positions(self.steps_per_epoch, epoch, step, stop_epoch)
         loader = DataLoader(
@@ -148,10 +148,10 @@ class TrainingLoader:
             batch = self._account(item)
             yield batch.pin_memory() if self.pin_memory else batch
 
-    def __iter__(self) -> Iterator[CaptionBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         return self.batches()
 
-    def _account(self, item: MadeBatch | Exception) -> CaptionBatch:
+    def _account(self, item: MadeBatch | Exception) -> Batch:
         """Take down newly found bad samples, and stop if there are too many."""
         if isinstance(item, Exception):
             raise item

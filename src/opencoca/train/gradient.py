@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opencoca.data.batch import Batch
 from opencoca.losses import captioning_loss, contrastive_loss
 from opencoca.model.coca import CoCaOutput
-from opencoca.train.batches import TrainBatch
 from opencoca.train.objective import Losses, autocast, run_model
 from opencoca.train.parallel import ParallelModel
 from opencoca.train.recipe.recipe import Recipe
@@ -31,7 +31,7 @@ class BatchLosses(NamedTuple):
 class _SubBatch(NamedTuple):
     """A part of a step; number: within the step, is_last: whether the step's last backward pass is of it."""
 
-    batch: TrainBatch
+    batch: Batch
     number: int
     is_last: bool
 
@@ -56,7 +56,7 @@ class BatchGradient:
     def __init__(self, parallel: ParallelModel, recipe: Recipe):
         self.parallel, self.recipe, self.world = parallel, recipe, parallel.world
 
-    def __call__(self, batch: TrainBatch, step: int) -> BatchLosses:
+    def __call__(self, batch: Batch, step: int) -> BatchLosses:
         """Backward of all of batch, this process's part of step ``step``.
 
         A micro-batch's contrastive loss counts by its images, the captioning loss by its words. Dropout is a pure
@@ -66,7 +66,7 @@ class BatchGradient:
         micro_batches = batch.micro_batches(recipe.accumulation_steps)
         parts = [part for micro in micro_batches for part in micro.split(per_micro)]
         *sizes, words, tokens = self.world.sum_counts(
-            [len(part.image_ids) for part in parts] + [batch.num_next_words, int(batch.token_mask.sum())]
+            [part.num_samples for part in parts] + [batch.num_next_words, batch.num_tokens]
         )
         # Where no process has an image, none runs the network; where some have, all do.
         numbers = [number for number, size in enumerate(sizes) if size]
@@ -113,7 +113,7 @@ class BatchGradient:
                     terms.append(cached.backward_through(output))
                 elif output.image_embed is not None and output.text_embed is not None:
                     embeds = output.image_embed, output.text_embed, output.logit_scale
-                    ids = sub.batch.image_ids, sub.batch.text_image_ids
+                    ids = sub.batch.sample_ids, sub.batch.text_sample_ids
                     contrastive = share * self._contrastive(*embeds, *ids)
                     terms.append(weights.contrastive_weight * contrastive)
                     values[0] = contrastive.detach()
@@ -139,8 +139,8 @@ class BatchGradient:
         assert scale is not None
         all_images, all_texts = torch.cat(images), torch.cat(texts)
         leaves = [leaf.clone().requires_grad_() for leaf in (all_images, all_texts, scale)]
-        image_ids = torch.cat([sub.batch.image_ids for sub in subs])
-        text_image_ids = torch.cat([sub.batch.text_image_ids for sub in subs])
+        image_ids = torch.cat([sub.batch.sample_ids for sub in subs])
+        text_image_ids = torch.cat([sub.batch.text_sample_ids for sub in subs])
         contrastive = share * self._contrastive(leaves[0], leaves[1], leaves[2], image_ids, text_image_ids)
         weighted = self.recipe.loss.contrastive_weight * contrastive
         image_grad, text_grad, scale_grad = torch.autograd.grad(weighted, leaves)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opencoca.data.batch import Batch
 from opencoca.losses import captioning_loss, contrastive_loss
 from opencoca.model.coca import CoCa, CoCaOutput
-from opencoca.train.batches import TrainBatch
 from opencoca.train.recipe.recipe import LossRecipe
 
 
@@ -28,7 +28,7 @@ class Losses:
         return Losses(torch.stack(terms).sum(), contrastive, caption)
 
 
-def compute_losses(model: CoCa, batch: TrainBatch, recipe: LossRecipe, label_smoothing: float | None = None) -> Losses:
+def compute_losses(model: CoCa, batch: Batch, recipe: LossRecipe, label_smoothing: float | None = None) -> Losses:
     """One forward pass and both losses (paper, section 3.1); label_smoothing replaces the recipe's if given."""
     output = run_model(model, batch, recipe)
     contrastive = caption = None
@@ -37,8 +37,8 @@ def compute_losses(model: CoCa, batch: TrainBatch, recipe: LossRecipe, label_smo
             output.image_embed,
             output.text_embed,
             output.logit_scale,
-            batch.image_ids,
-            batch.text_image_ids,
+            batch.sample_ids,
+            batch.text_sample_ids,
             reduction=recipe.contrastive_reduction,
         )
     if output.hidden is not None and output.next_ids is not None:
@@ -53,16 +53,16 @@ def compute_losses(model: CoCa, batch: TrainBatch, recipe: LossRecipe, label_smo
 
 
 def run_model(
-    forward: Callable[..., CoCaOutput], batch: TrainBatch, recipe: LossRecipe, captioning: bool = True
+    forward: Callable[..., CoCaOutput], batch: Batch, recipe: LossRecipe, captioning: bool = True
 ) -> CoCaOutput:
     """The forward pass that the losses of non-zero weight need.
 
     Of an empty batch the outputs have no rows, but a graph: where processes gather weights and add up gradients
     together, each must run the network as often as the others.
     """
-    shown = batch if len(batch.image_ids) else batch.stand_in()
+    shown = batch if batch.num_samples else batch.stand_in()
     output = forward(
-        shown.inputs,
+        shown.images,
         shown.token_ids,
         shown.token_mask,
         from_stage=shown.from_stage,

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from opencoca.data.batch import Batch
 from opencoca.model.coca import CoCa
-from opencoca.train.batches import TrainBatch
 from opencoca.train.gradient import BatchGradient
 from opencoca.train.optim.optimizer import WeightAverage, set_learning_rate
 from opencoca.train.optim.schedules import learning_rate_factor
@@ -58,7 +58,7 @@ class TrainStep:
         self.parallel = parallel or ParallelModel(model, next(model.parameters()).device, recipe)
         self.batch_gradient = BatchGradient(self.parallel, recipe)
 
-    def __call__(self, batch: TrainBatch, step: int, total_steps: int, norm_limit: float = math.inf) -> StepMetrics:
+    def __call__(self, batch: Batch, step: int, total_steps: int, norm_limit: float = math.inf) -> StepMetrics:
         """Step number ``step`` (from 0) of ``total_steps``; batch: this process's part of it.
 
         norm_limit: a gradient whose norm exceeds this in any process changes nothing.

@@ -2,10 +2,10 @@
 
 import torch
 
+from opencoca.data.batch import Batch
 from opencoca.model.config import CoCaConfig
 from opencoca.system.devices import peak_flops
 from opencoca.system.memory_use import peak_bytes
-from opencoca.train.batches import TrainBatch
 from opencoca.train.flops import ModelFlops
 from opencoca.train.recipe.recipe import Recipe
 
@@ -19,10 +19,10 @@ class Throughput:
         self._count = ModelFlops(config, recipe)
         self._rows = num_processes / recipe.accumulation_steps
 
-    def flops(self, batch: TrainBatch) -> float:
+    def flops(self, batch: Batch) -> float:
         """Operations that a step on this process's batch needs (see `ModelFlops`)."""
         all_texts = round(len(batch.token_ids) * self._rows)
-        return self._count(len(batch.image_ids), batch.token_mask.sum(dim=1), all_texts).total
+        return self._count(batch.num_samples, batch.token_mask.sum(dim=1), all_texts).total
 
     def figures(self, flops_per_sec: float) -> dict[str, float]:
         """For a line of the log: utilisation (1 = the device's peak rate), and the most memory so far."""

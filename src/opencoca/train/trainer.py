@@ -10,11 +10,11 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from opencoca.data.batch import Batch
 from opencoca.distributed.world import World
 from opencoca.model.coca import CoCa
 from opencoca.system.allocator import release_freed_memory
 from opencoca.system.files import WriteError
-from opencoca.train.batches import TrainBatch
 from opencoca.train.best_model import BestModel
 from opencoca.train.checkpoints import Checkpoints, TrainState
 from opencoca.train.checkpoints.random_state import random_state, seed_generators, set_random_state
@@ -145,7 +145,7 @@ class Trainer:
             if self.world.is_main:
                 warnings.warn(f"{error}; training continues without this checkpoint", stacklevel=2)
 
-    def _advance(self, supply: Iterator[TrainBatch], window: MetricsWindow, log: MetricsLog | None) -> bool:
+    def _advance(self, supply: Iterator[Batch], window: MetricsWindow, log: MetricsLog | None) -> bool:
         """One step; False if there was none, because the signal to stop has ended worker processes as well."""
         began = time.monotonic()
         batch = None

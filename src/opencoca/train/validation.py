@@ -5,7 +5,7 @@ Letters: I images, B captions, E embed_dim.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from opencoca.data import EvalTransform, ImageTextSource, Subset, collate_captions, iterate_images
+from opencoca.data.batch import Batch
 from opencoca.distributed.world import World
 from opencoca.evaluation.caption_metrics import caption_scores
 from opencoca.evaluation.retrieval_metrics import retrieval_scores
 from opencoca.generation import GenerationOptions, generate
 from opencoca.model.coca import CoCa
 from opencoca.tokenizer import Tokenizer
-from opencoca.train.batches import TrainBatch
 from opencoca.train.feature_cache import FeatureCache
 from opencoca.train.objective import autocast, compute_losses
 from opencoca.train.recipe.recipe import Recipe
@@ -144,30 +144,30 @@ class Validator:
         device = next(model.parameters()).device
         for batch in self._batches(model.config.text.context_length, rank, num_ranks):
             batch = batch.to(device)
+            assert batch.images is not None
             with autocast(device, self.recipe.precision):
                 features = model.image_encoder.run_stages(
-                    batch.inputs, batch.from_stage, model.image_encoder.num_stages
+                    batch.images, batch.from_stage, model.image_encoder.num_stages
                 )
                 image = model.pool_image(features)
-                batch = TrainBatch(features, model.image_encoder.num_stages, *_rest(batch))
-                found.losses.append((len(batch.image_ids), self._losses(model, batch)))
+                batch = replace(batch, images=features, from_stage=model.image_encoder.num_stages)
+                found.losses.append((batch.num_samples, self._losses(model, batch)))
                 if wants.contrastive_weight:
                     found.image_embeds.append(image.embed.cpu())
                     found.text_embeds.append(model.encode_text(batch.token_ids, batch.token_mask).embed.cpu())
                 if wants.caption_weight:
                     written = generate(model, image.tokens, self.tokenizer, self.options)
-                    keys = [self.source.key(int(i)) for i in batch.image_ids]
+                    keys = [self.source.key(int(i)) for i in batch.sample_ids]
                     found.captions.update(zip(keys, (texts[0].text for texts in written), strict=True))
-            texts_per_image = len(batch.token_ids) // len(batch.image_ids)
-            found.image_of_text.append(batch.image_ids.repeat_interleave(texts_per_image).cpu())
+            found.image_of_text.append(batch.text_sample_ids.cpu())
         return found
 
-    def _losses(self, model: CoCa, batch: TrainBatch) -> dict[str, float]:
+    def _losses(self, model: CoCa, batch: Batch) -> dict[str, float]:
         losses = compute_losses(model, batch, self.recipe.loss, label_smoothing=0.0)
         named = {"loss": losses.total, "contrastive_loss": losses.contrastive, "caption_loss": losses.caption}
         return {name: float(value) for name, value in named.items() if value is not None}
 
-    def _batches(self, context_length: int, rank: int, num_ranks: int) -> Iterator[TrainBatch]:
+    def _batches(self, context_length: int, rank: int, num_ranks: int) -> Iterator[Batch]:
         """Readable images that have captions, with the same number of captions each (extra ones would repeat)."""
         counts = [len(self.source.captions(i)) for i in range(len(self.source))]
         broken = self.cache.broken if self.cache is not None else {}
@@ -178,7 +178,7 @@ class Validator:
             token_ids, token_mask = collate_captions(
                 self.tokenizer.encode_batch(texts, context_length), self.tokenizer.pad_id
             )
-            yield TrainBatch(inputs, stage, torch.tensor(ids), token_ids, token_mask)
+            yield Batch(torch.tensor(ids), inputs, token_ids, token_mask, from_stage=stage)
 
     def _inputs(self, images: list[int], rank: int, num_ranks: int) -> Iterator[tuple[list[int], Tensor, int]]:
         if self.cache is not None:
@@ -223,10 +223,6 @@ def fixed_photographs(source: ImageTextSource, count: int) -> list[str]:
     """Keys of so many images that have captions, evenly spaced: the same ones in every run on this source."""
     keys = [source.key(image) for image in range(len(source)) if source.captions(image)]
     return [keys[number * len(keys) // min(count, len(keys))] for number in range(min(count, len(keys)))]
-
-
-def _rest(batch: TrainBatch) -> tuple[Tensor, Tensor, Tensor]:
-    return batch.image_ids, batch.token_ids, batch.token_mask
 
 
 def _mean_losses(losses: list[tuple[int, dict[str, float]]]) -> dict[str, float]:

@@ -79,7 +79,7 @@ def poison(trainer: Trainer, steps: set[int]) -> None:
     def poisoned(first: int) -> Any:
         for number, batch in enumerate(supply(first), first):
             if number in steps:
-                batch.inputs[0, 0, 0, 0] = float("nan")
+                batch.images[0, 0, 0, 0] = float("nan")
             yield batch
 
     trainer.batches.iterate = poisoned
