@@ -2,28 +2,47 @@
 
 >>> import opencoca
 >>> pipeline = opencoca.load()
->>> pipeline.caption("dog.jpg")
+>>> pipeline.caption("dog.jpg", num_beams=4)
+
+`opencoca.load` gives a `Pipeline`; `GenerationOptions` are what its captions may be asked for. `CoCa` is the network
+as a plain module, made from a `CoCaConfig`; `Tokenizer` turns text into token ids. `load_recipe` reads a `Recipe`, and
+`opencoca.train.train` runs it.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from opencoca.generation.options import GenerationOptions
     from opencoca.inference.loading import load
     from opencoca.inference.pipeline import Pipeline
     from opencoca.model.coca import CoCa
     from opencoca.model.config import CoCaConfig
     from opencoca.tokenizer import Tokenizer
+    from opencoca.train.recipe.recipe import Recipe, load_recipe
 
     __version__: str
 
-__all__ = ["CoCa", "CoCaConfig", "Pipeline", "Tokenizer", "__version__", "load"]
+__all__ = [
+    "CoCa",
+    "CoCaConfig",
+    "GenerationOptions",
+    "Pipeline",
+    "Recipe",
+    "Tokenizer",
+    "__version__",
+    "load",
+    "load_recipe",
+]
 
 _MODULES = {
     "CoCa": "opencoca.model.coca",
     "CoCaConfig": "opencoca.model.config",
+    "GenerationOptions": "opencoca.generation.options",
     "Pipeline": "opencoca.inference.pipeline",
+    "Recipe": "opencoca.train.recipe.recipe",
     "Tokenizer": "opencoca.tokenizer",
     "load": "opencoca.inference.loading",
+    "load_recipe": "opencoca.train.recipe.recipe",
 }
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import dataclasses
 import errno
 import json
 import os
@@ -28,6 +29,7 @@ from cli_helpers import (
     write_csv,
 )
 from opencoca.cli import build_parser, main
+from opencoca.generation import GenerationOptions
 from opencoca.inference.loading import load
 from opencoca.inference.pipeline import Pipeline
 from opencoca.tokenizer import Tokenizer
@@ -355,6 +357,22 @@ def test_evaluate_captioning(
     assert {row["image"]: row["references"] for row in rows} == {f"{name}.png": own for name, own in CAPTIONS.items()}
     expected = pipeline.caption([images / row["image"] for row in rows])
     assert [row["caption"] for row in rows] == expected
+
+
+def test_evaluate_captioning_decodes_as_the_caption_command_does(
+    model: str, images: Path, captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decoding = ["--num-beams", "3", "--max-new-tokens", "8", "--rerank", "0.5", "--model", model]
+    saved = tmp_path / "captions.jsonl"
+    data = ["--images", str(images), "--captions", str(captions), "--save-captions", str(saved)]
+    settings = evaluate("captioning", tmp_path, *data, *decoding)["settings"]
+    assert (settings["num_beams"], settings["max_new_tokens"], settings["rerank"]) == (3, 8, 0.5)
+    assert {field.name for field in dataclasses.fields(GenerationOptions)} <= set(settings)
+    rows = [json.loads(line) for line in saved.read_text().splitlines()]
+    capsys.readouterr()
+    assert main(["caption", *(str(images / row["image"]) for row in rows), *decoding]) == 0
+    printed = [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()]
+    assert printed == [row["caption"] for row in rows]
 
 
 def test_evaluate_zero_shot(model: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

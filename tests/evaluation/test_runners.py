@@ -77,6 +77,26 @@ def test_captioning_is_that_of_the_pipelines_captions(pipeline: Pipeline, images
     assert caption_scores(human, report.references).cider_d > report.scores.cider_d
 
 
+@pytest.mark.parametrize(
+    "options",
+    [GenerationOptions(num_beams=3, max_new_tokens=8), GenerationOptions(temperature=1.5, seed=3, max_new_tokens=8)],
+)
+@pytest.mark.parametrize("rerank", [False, 0.9])
+def test_captioning_takes_every_way_of_decoding(
+    pipeline: Pipeline, images: Path, options: GenerationOptions, rerank: bool | float
+) -> None:
+    source = captioned(images)
+    report = evaluate_captioning(pipeline, source, options, rerank=rerank, batch_size=3)
+    pixels = pipeline.preprocess([images / name for name in NAMES])
+    expected = pipeline.caption_pixels(pixels, options, names=NAMES, rerank=rerank)
+    assert report.captions == {name: own[0].text for name, own in zip(NAMES, expected, strict=True)}
+
+
+def test_captioning_refuses_to_rerank_one_caption(pipeline: Pipeline, images: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to rerank"):
+        evaluate_captioning(pipeline, captioned(images), GenerationOptions(), rerank=True)
+
+
 def test_damaged_and_uncaptioned_images_change_nothing_but_the_counts(pipeline: Pipeline, images: Path) -> None:
     source, damaged = damaged_too(images)
     clean = captioned(images)

@@ -1,8 +1,12 @@
 """Options that cannot be met are refused, with what to change."""
 
+from collections.abc import Iterable
+from typing import get_type_hints
+
 import pytest
 
 from opencoca.generation import GenerationOptions
+from opencoca.generation.options import GenerationKeywords
 
 
 @pytest.mark.parametrize(
@@ -59,3 +63,11 @@ def test_what_makes_it_sample(options, samples):
 
 def test_words_may_be_given_as_a_list():
     assert GenerationOptions(forbidden_words=["cat"]) == GenerationOptions(forbidden_words=("cat",))
+
+
+def test_keywords_are_the_fields_of_the_options() -> None:
+    fields = get_type_hints(GenerationOptions)
+    keywords = get_type_hints(GenerationKeywords)
+    assert list(keywords) == [name for name in fields if name != "num_captions"]
+    for name, kind in keywords.items():  # a list of words is as good as a tuple
+        assert fields[name] == (tuple[str, ...] if kind == Iterable[str] else kind), name

@@ -1,6 +1,8 @@
 """The pipeline equals the model's own parts, whatever form images come in and however they are batched."""
 
+import inspect
 import io
+import pydoc
 import subprocess
 import sys
 from dataclasses import replace
@@ -187,6 +189,33 @@ def test_captions_equal_the_parts(pipeline, arrays, paths):
         captions = pipeline.caption(paths, batch_size=batch_size, **chosen)
         assert captions == [own[0].text for own in expected]
         assert all(caption.startswith("a photo") for caption in captions)
+
+
+def test_options_are_an_object_or_keywords_or_both(pipeline, paths):
+    options = opencoca.GenerationOptions(num_beams=3, num_captions=2, max_new_tokens=6)
+    keywords = {"num_beams": 3, "num_captions": 2, "max_new_tokens": 6}
+    expected = pipeline.caption(paths, **keywords)
+    assert all(len(own) == 2 for own in expected)
+    assert pipeline.caption(paths, options) == expected
+    assert pipeline.caption(paths, options, num_captions=1) == [own[0] for own in expected]
+    details = pipeline.caption_details(paths, options, max_new_tokens=4)
+    assert details == pipeline.caption_details(paths, **{**keywords, "max_new_tokens": 4})
+    assert max(caption.length for own in details for caption in own) <= 4
+    with pytest.raises(TypeError, match="num_beems"):
+        pipeline.caption(paths, num_beems=2)
+
+
+@pytest.mark.parametrize("name", ["caption", "caption_details"])
+def test_help_lists_the_options_of_generation(name):
+    method = getattr(Pipeline, name)
+    shown = inspect.signature(method).parameters
+    fields = inspect.signature(opencoca.GenerationOptions, eval_str=True).parameters
+    # num_captions is None where the options decide.
+    assert {field: shown[field].default for field in fields if field != "num_captions"} == {
+        field: parameter.default for field, parameter in fields.items() if field != "num_captions"
+    }
+    assert all(shown[field].kind is inspect.Parameter.KEYWORD_ONLY for field in fields)
+    assert "repetition_penalty: float = 1.0" in pydoc.render_doc(method)
 
 
 def test_image_embeddings_equal_the_model(pipeline, arrays):

@@ -71,16 +71,7 @@ def add_commands(commands: Any) -> None:
     files.add_argument(
         "--image-root", metavar="DIR", help="folder that image files in tables are relative to (default: the table's)"
     )
-    generation = parser.add_argument_group("generation")
-    add_generation_options(generation)
-    generation.add_argument(
-        "--rerank",
-        type=_rerank_weight,
-        default=False,
-        metavar="W",
-        help="order all candidates (beams or samples) by the similarity of image and text too; W is the weight of "
-        "similarity, 0 to 1, or `default` (default: by log-probability alone)",
-    )
+    add_generation_options(parser.add_argument_group("generation"))
     parser.add_argument(
         "--memory",
         metavar="SIZE",
@@ -88,13 +79,6 @@ def add_commands(commands: Any) -> None:
         "how many images are captioned at a time",
     )
     add_model_options(parser, batch_size=None)
-
-
-def _rerank_weight(text: str) -> bool | float:
-    try:
-        return text == "default" or float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0 to 1 nor `default`") from None
 
 
 def run_caption(arguments: argparse.Namespace) -> int:

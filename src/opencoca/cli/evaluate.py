@@ -18,6 +18,7 @@ from opencoca.cli.common import (
     positive_int,
     write_json,
 )
+from opencoca.cli.generation_options import add_generation_options, chosen_generation_options
 
 if TYPE_CHECKING:
     from opencoca.data import ImageTextSource
@@ -70,9 +71,7 @@ def _add_captioning(group: Any) -> None:
     parser.add_argument(
         "--coco", action="store_true", help="METEOR and SPICE too (extra coco-metrics; need Java, SPICE also a network)"
     )
-    parser.add_argument(
-        "--max-new-tokens", type=positive_int, default=30, metavar="N", help="longest caption, in tokens (default: 30)"
-    )
+    add_generation_options(parser.add_argument_group("generation, as in `opencoca caption`"))
     _add_common(parser)
 
 
@@ -162,14 +161,17 @@ _DIRECTIONS = (("image_to_text", "image to text"), ("text_to_image", "text to im
 
 def run_captioning(arguments: argparse.Namespace) -> int:
     from opencoca.evaluation.captioning import evaluate_captioning
-    from opencoca.generation import GenerationOptions
+    from opencoca.generation.rerank import check_rerank, rerank_weight
 
     check_writable(arguments.out, arguments.save_captions)
     source = _open_captioned(arguments)
-    options = GenerationOptions(arguments.max_new_tokens)
+    options = chosen_generation_options(arguments)
+    check_rerank(options, arguments.rerank)
     pipeline = load_pipeline(arguments)
     started = time.perf_counter()
-    report = evaluate_captioning(pipeline, source, options, batch_size=arguments.batch_size, progress=True)
+    report = evaluate_captioning(
+        pipeline, source, options, rerank=arguments.rerank, batch_size=arguments.batch_size, progress=True
+    )
     if arguments.save_captions:
         _write_captions(arguments.save_captions, report.captions, report.references)
     scores = asdict(report.scores)
@@ -184,7 +186,8 @@ def run_captioning(arguments: argparse.Namespace) -> int:
         more, problem = _coco_scores(report.captions, report.references)
         scores |= more
     table = [(_METRICS[name], f"{100 * value:.2f}") for name, value in scores.items()]
-    _finish(arguments, "captioning", scores, table, counts, report.broken_images, started)
+    decoding = {**asdict(options), "rerank": rerank_weight(arguments.rerank)}
+    _finish(arguments, "captioning", scores, table, counts, report.broken_images, started, decoding=decoding)
     if problem:
         raise CommandError(problem)
     return 0
@@ -260,7 +263,9 @@ def _finish(
     counts: Mapping[str, int],
     broken: "Sequence[BrokenImage]",
     started: float,
-    **more: Any,
+    *,
+    confusions: Sequence[Mapping[str, Any]] | None = None,
+    decoding: Mapping[str, Any] | None = None,
 ) -> None:
     """Prints the table and, with --out, writes everything that tells how the scores came about."""
     import opencoca
@@ -274,7 +279,7 @@ def _finish(
     if not arguments.out:
         return
     places = ("images", "captions", "labels", "class_names")
-    settings = ("batch_size", "limit", "device", "dtype", "templates", "max_new_tokens", "by", "rerank_top")
+    settings = ("batch_size", "limit", "device", "dtype", "templates", "by", "rerank_top")
     given = vars(arguments)
     content = {
         "task": task,
@@ -283,10 +288,10 @@ def _finish(
         "data": {name: given[name] for name in places if name in given},
         "counts": counts,
         "broken_images": [asdict(image) for image in broken],
-        **more,
+        **({} if confusions is None else {"confusions": confusions}),
         "seconds": round(seconds, 3),
         "opencoca_version": opencoca.__version__,
-        "settings": {name: given[name] for name in settings if name in given},
+        "settings": {**{name: given[name] for name in settings if name in given}, **(decoding or {})},
     }
     write_json(arguments.out, content)
 

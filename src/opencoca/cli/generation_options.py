@@ -13,7 +13,7 @@ _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
 def add_generation_options(parser: Any) -> None:
-    """One option a field: its name, type, default and help are the field's."""
+    """Adds an option for each field, with the field's name, type, default and explanation; and --rerank."""
     explained = field_descriptions(GenerationOptions)
     hints = typing.get_type_hints(GenerationOptions)
     for field in dataclasses.fields(GenerationOptions):
@@ -26,11 +26,26 @@ def add_generation_options(parser: Any) -> None:
             help=f"{explained[field.name].replace('%', '%%')} ({several}default: {default})",
             **kind,
         )
+    parser.add_argument(
+        "--rerank",
+        type=_rerank_weight,
+        default=False,
+        metavar="W",
+        help="order all candidates (beams or samples) by the similarity of image and text too; W is the weight of "
+        "similarity, 0 to 1, or `default` (default: by log-probability alone)",
+    )
 
 
 def chosen_generation_options(arguments: argparse.Namespace) -> GenerationOptions:
-    """The options that were given. Raises ValueError for values that do not go together."""
+    """The options that were given, but --rerank. Raises ValueError for values that do not go together."""
     return GenerationOptions(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(GenerationOptions)})
+
+
+def _rerank_weight(text: str) -> bool | float:
+    try:
+        return text == "default" or float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0 to 1 nor `default`") from None
 
 
 def field_descriptions(kind: type) -> dict[str, str]:

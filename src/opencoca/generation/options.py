@@ -1,13 +1,14 @@
-"""What one asks of caption generation and what one gets: frozen options in, frozen captions out.
+"""Options of caption generation, and the captions that come of it: both are frozen dataclasses.
 
 Letters: E embed_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 if TYPE_CHECKING:  # the command line makes its options of these classes, and need not wait for PyTorch
     from torch import Tensor
@@ -90,6 +91,45 @@ class GenerationOptions:
         if self.num_beams == 1:
             return self.num_captions
         return self.num_beams // self.num_groups * self.groups_in_work
+
+
+class GenerationKeywords(TypedDict, total=False):
+    """The fields of `GenerationOptions` but num_captions, as keyword arguments of other functions.
+
+    Editors and type checkers read them here; `shows_generation_options` shows them to `help()`.
+    """
+
+    max_new_tokens: int
+    min_new_tokens: int
+    prefix: str
+    num_beams: int
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
+    num_groups: int
+    diversity_penalty: float
+    temperature: float | None
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    repetition_penalty: float
+    no_repeat_ngram: int
+    forbidden_words: Iterable[str]
+    required_words: Iterable[str]
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def shows_generation_options(function: _Function) -> _Function:
+    """Makes `help()` list every option with its type and default instead of a function's ``**keywords``."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    names = {parameter.name for parameter in own}
+    options = inspect.signature(GenerationOptions, eval_str=True).parameters.values()
+    shown = [p.replace(kind=p.KEYWORD_ONLY) for p in options if p.name not in names]
+    function.__signature__ = signature.replace(parameters=[*own, *shown])  # pyright: ignore[reportFunctionMemberAccess]
+    return function
 
 
 @dataclass(frozen=True)

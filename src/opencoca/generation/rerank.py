@@ -53,6 +53,12 @@ def candidate_options(options: GenerationOptions) -> GenerationOptions:
     return replace(options, num_captions=options.num_beams)
 
 
+def check_rerank(options: GenerationOptions, rerank: bool | float) -> None:
+    """Raises ValueError if the weight is outside of 0 to 1, or if these options leave nothing to rerank."""
+    if rerank_weight(rerank) is not None:
+        candidate_options(options)
+
+
 def generate_reranked(
     model: CoCa,
     images: ImageOutput,

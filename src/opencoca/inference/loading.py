@@ -23,6 +23,7 @@ from opencoca.store.model_folder import (
     stored_format,
 )
 from opencoca.store.published_models import PublishedModel, find_published, published_in
+from opencoca.system.devices import choose_device
 
 HUB_PREFIX, OPEN_CLIP_PREFIX = "hf-hub:", "open_clip:"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -94,7 +95,7 @@ def load(
         ValueError: its files are damaged, or not of a CoCa; it cannot be downloaded (HubError); or the device or
             dtype is unknown or not there.
     """
-    device, dtype = as_device(device), as_dtype(dtype)
+    device, dtype = choose_device(device), as_dtype(dtype)
     loaded = load_model(name_or_path, device=device, dtype=dtype, weights=weights, checkpoint=checkpoint)
     return Pipeline(loaded.model, loaded.tokenizer, Preprocess(loaded.preprocess), loaded.info)
 
@@ -213,19 +214,6 @@ def _load_open_clip(
 ) -> LoadedModel:
     model, tokenizer, preprocess = load_open_clip(architecture, checkpoint, dtype)
     return LoadedModel(model.to(device).eval(), tokenizer, preprocess, {"source": {"format": "open_clip", **source}})
-
-
-def as_device(device: str | torch.device) -> torch.device:
-    """The device that a user names; "auto" is CUDA where there is one. Raises ValueError if it is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"{device!r} is no device; choose auto, cpu, cuda or cuda:N") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"the device {device} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
-    return found
 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

@@ -4,7 +4,8 @@ Letters: I images, B texts, L labels, E embed_dim.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, get_args, overload
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, Unpack, get_args, overload
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,11 @@ from torch import Tensor
 from opencoca.generation import GeneratedCaption, GenerationOptions, generate, seed_of_name
 from opencoca.generation.attention_maps import word_maps
 from opencoca.generation.explanation import Explanation, visible_box
+from opencoca.generation.options import GenerationKeywords, shows_generation_options
 from opencoca.generation.rerank import generate_reranked, rerank_weight
 from opencoca.generation.scoring import TextScorer, label_scores, pointwise_mutual_information, prior_of_texts
 from opencoca.inference.preprocess import ImageLike, Preprocess, as_pil
-from opencoca.model.coca import CoCa
+from opencoca.model.coca import CoCa, ImageOutput
 from opencoca.tokenizer import Tokenizer
 
 DEFAULT_TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "{}")
@@ -24,6 +26,10 @@ _TEXT_BATCH_SIZE = 256
 
 Rule = Literal["similarity", "likelihood", "both"]
 """By what texts are compared for an image: the embeddings' cosine, the captioner's likelihood, or the sum of both."""
+
+
+Images = ImageLike | Iterable[ImageLike]
+"""One image or several, of any kind that `ImageLike` lists."""
 
 
 class LabelScore(NamedTuple):
@@ -64,66 +70,86 @@ class Pipeline:
     @overload
     def caption(
         self,
-        images: ImageLike | Iterable[ImageLike],
+        images: Images,
+        options: None = None,
         *,
         num_captions: Literal[1] = 1,
         rerank: bool | float = False,
         batch_size: int = 32,
-        **options: Any,
+        **keywords: Unpack[GenerationKeywords],
     ) -> list[str]: ...
 
     @overload
     def caption(
         self,
-        images: ImageLike | Iterable[ImageLike],
+        images: Images,
+        options: None = None,
         *,
         num_captions: int,
         rerank: bool | float = False,
         batch_size: int = 32,
-        **options: Any,
+        **keywords: Unpack[GenerationKeywords],
     ) -> list[list[str]]: ...
 
+    @overload
     def caption(
         self,
-        images: ImageLike | Iterable[ImageLike],
+        images: Images,
+        options: GenerationOptions,
         *,
-        num_captions: int = 1,
+        num_captions: int | None = None,
         rerank: bool | float = False,
         batch_size: int = 32,
-        **options: Any,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> list[str] | list[list[str]]: ...
+
+    @shows_generation_options
+    def caption(
+        self,
+        images: Images,
+        options: GenerationOptions | None = None,
+        *,
+        num_captions: int | None = None,
+        rerank: bool | float = False,
+        batch_size: int = 32,
+        **keywords: Unpack[GenerationKeywords],
     ) -> list[str] | list[list[str]]:
         """Captions for images: a text for each, or a list of num_captions texts, best first; always a list of these.
 
         Args:
-            num_captions: how many for each image; for 2 or more, num_beams must be as many, or the options sample.
+            options: how captions are generated; None for the defaults. Keywords replace single fields of it:
+                `caption(photos, num_beams=4)`, or `caption(photos, options, seed=2)`. `GenerationOptions` explains
+                each. What is drawn at random depends on the seed and on the image's place among the images.
+            num_captions: how many for each image, 1 unless the options say otherwise; for 2 or more, num_beams must be
+                as many, or the options sample.
             rerank: whether all candidates (beams or samples) are ordered by the similarity of image and text too, and
                 the weight of similarity, 0 to 1; True for the default. See `opencoca.generation.rerank`.
             batch_size: images at a time. No caption depends on it, or on the other images.
-            options: fields of `GenerationOptions`: num_beams, max_new_tokens, min_new_tokens, temperature, top_k,
-                top_p, min_p, length_penalty, repetition_penalty, no_repeat_ngram, prefix, seed and more. What is drawn
-                at random depends on the seed and on the image's place among the images.
 
         Raises:
             ImageError: an image cannot be used.
             ValueError: options that cannot be met.
             TypeError: an option that does not exist.
         """
-        options["num_captions"] = num_captions
-        details = self.caption_details(images, rerank=rerank, batch_size=batch_size, **options)
-        if num_captions == 1:
+        chosen = _with_keywords(options, num_captions, keywords)
+        details = self.caption_details(images, chosen, rerank=rerank, batch_size=batch_size)
+        if chosen.num_captions == 1:
             return [captions[0].text for captions in details]
         return [[caption.text for caption in captions] for captions in details]
 
+    @shows_generation_options
     def caption_details(
         self,
-        images: ImageLike | Iterable[ImageLike],
+        images: Images,
+        options: GenerationOptions | None = None,
         *,
+        num_captions: int | None = None,
         rerank: bool | float = False,
         batch_size: int = 32,
-        **options: Any,
+        **keywords: Unpack[GenerationKeywords],
     ) -> list[tuple[GeneratedCaption, ...]]:
         """As `caption`, with token ids, log-probabilities and more; for each image a tuple, best first."""
-        chosen = GenerationOptions(**options)
+        chosen = _with_keywords(options, num_captions, keywords)
         captions: list[tuple[GeneratedCaption, ...]] = []
         for pixels in self._batches(images, batch_size):
             names = [str(len(captions) + index) for index in range(len(pixels))]
@@ -139,14 +165,27 @@ class Pipeline:
         """
         with torch.inference_mode():
             output = self.model.encode_image(pixels)
+        return self.caption_encoded(output.tokens, output.embed, options, names=names, rerank=rerank)
+
+    def caption_encoded(
+        self,
+        image_tokens: Tensor,
+        image_embed: Tensor,
+        options: GenerationOptions,
+        *,
+        names: Sequence[str],
+        rerank: bool | float = False,
+    ) -> list[tuple[GeneratedCaption, ...]]:
+        """As `caption_pixels`, for images that are encoded already: image tokens (I, Q, D) and embeddings (I, E)."""
         # A file's name may hold bytes that no encoding knows.
         seeds = [seed_of_name(name.encode("utf-8", "backslashreplace").decode()) for name in names]
         weight = rerank_weight(rerank)
         if weight is None:
-            return generate(self.model, output.tokens, self.tokenizer, options, image_seeds=seeds)
-        return generate_reranked(self.model, output, self.tokenizer, options, weight, image_seeds=seeds)
+            return generate(self.model, image_tokens, self.tokenizer, options, image_seeds=seeds)
+        images = ImageOutput(image_tokens, image_embed)
+        return generate_reranked(self.model, images, self.tokenizer, options, weight, image_seeds=seeds)
 
-    def embed_images(self, images: ImageLike | Iterable[ImageLike], *, batch_size: int = 32) -> Tensor:
+    def embed_images(self, images: Images, *, batch_size: int = 32) -> Tensor:
         """Embeddings (I, E) of images: float32, on the CPU, of length 1."""
         embeds = [torch.empty(0, self.model.config.embed_dim)]
         for pixels in self._batches(images, batch_size):
@@ -166,13 +205,13 @@ class Pipeline:
             embeds.append(output.embed.float().cpu())
         return torch.cat(embeds)
 
-    def similarity(self, images: ImageLike | Iterable[ImageLike], texts: str | Iterable[str]) -> Tensor:
+    def similarity(self, images: Images, texts: str | Iterable[str]) -> Tensor:
         """Cosine (I, B) of every image with every text, -1 to 1."""
         return self.embed_images(images) @ self.embed_texts(texts).T
 
     def score_captions(
         self,
-        images: ImageLike | Iterable[ImageLike],
+        images: Images,
         texts: str | Iterable[str],
         *,
         prior_weight: float = 0.0,
@@ -222,7 +261,7 @@ class Pipeline:
 
     def classify(
         self,
-        images: ImageLike | Iterable[ImageLike],
+        images: Images,
         labels: Sequence[str],
         templates: str | Sequence[str] = DEFAULT_TEMPLATES,
         *,
@@ -279,9 +318,17 @@ class Pipeline:
         embeds = self.embed_texts(_label_texts(labels, templates)).unflatten(0, (len(labels), -1))
         return F.normalize(embeds.mean(dim=1), dim=-1)
 
-    def _batches(self, images: ImageLike | Iterable[ImageLike], batch_size: int) -> Iterator[Tensor]:
+    def _batches(self, images: Images, batch_size: int) -> Iterator[Tensor]:
         for pixels in self.preprocess.batches(images, batch_size):
             yield pixels.to(self.device, self.dtype)
+
+
+def _with_keywords(
+    options: GenerationOptions | None, num_captions: int | None, keywords: GenerationKeywords
+) -> GenerationOptions:
+    """The options with the fields replaced that were given as keywords."""
+    changes = dict(keywords) if num_captions is None else {**keywords, "num_captions": num_captions}
+    return replace(options or GenerationOptions(), **changes)
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opencoca.generation import GeneratedCaption, GenerationOptions
-from opencoca.generation.rerank import candidate_options, rerank_weight
+from opencoca.generation.rerank import check_rerank
 from opencoca.inference.pipeline import Pipeline
 
 
@@ -25,8 +25,7 @@ class Captioner:
     rerank: bool | float = False
 
     def __post_init__(self) -> None:
-        if rerank_weight(self.rerank) is not None:
-            candidate_options(self.options)  # refuses what cannot be reranked
+        check_rerank(self.options, self.rerank)
 
     @property
     def device(self) -> torch.device:

@@ -1,4 +1,4 @@
-"""What accelerators can do at best, as their makers state it, and how fast this machine multiplies matrices.
+"""Choosing a device by name; what accelerators can do at best, as their makers state it, and what this machine reaches.
 
 Rates are dense: the data sheets' figures "with sparsity" are twice as high and of no use to training.
 """
@@ -8,6 +8,45 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+
+
+def choose_device(name: str | torch.device, local_rank: int | None = None) -> torch.device:
+    """The device that a user names: auto, cpu, cuda, cuda:N, mps, or another of PyTorch's.
+
+    "auto" is CUDA if there is a CUDA device, else the CPU; it never chooses mps, which is not tested here.
+
+    Args:
+        local_rank: the number of this process among those of one training run on this machine. It then takes the CUDA
+            device of that number, whichever one was named. None: the process works alone.
+
+    Raises:
+        ValueError: the device is unknown or not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{name!r} is no device; choose auto, cpu, cuda, cuda:N or mps") from error
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("the device mps is not there: this PyTorch or this machine has none; choose cpu")
+    if device.type != "cuda":
+        return device
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise ValueError(f"the device {device} is not there: PyTorch sees no CUDA device; choose cpu or auto")
+    if local_rank is not None:
+        if local_rank >= count:
+            raise ValueError(
+                f"there are more processes than the {count} CUDA devices of this machine; lower torchrun's "
+                "--nproc-per-node"
+            )
+        return torch.device("cuda", local_rank)
+    if (device.index or 0) >= count:
+        raise ValueError(
+            f"the device {device} is not there: PyTorch sees {count} CUDA devices, cuda:0 to cuda:{count - 1}"
+        )
+    return device
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from opencoca.model.init import without_values
 from opencoca.store.interop.efficientnet_weights import load_imagenet_weights
 from opencoca.store.model_folder import load_model_folder
 from opencoca.system.allocator import keep_freed_memory, limit_kernel_caches
+from opencoca.system.devices import choose_device
 from opencoca.tokenizer import Tokenizer, train_tokenizer
 from opencoca.train.batches import TrainBatches
 from opencoca.train.compute import prepare_compute
@@ -53,7 +54,7 @@ def set_up(recipe: Recipe, folder: Path, continues: bool, world: World) -> RunSe
 
     Raises ValueError for what the recipe gets wrong, FileNotFoundError for data that are not there.
     """
-    device = pick_device(recipe.device, world)
+    device = choose_device(recipe.device, world.local_rank if world.size > 1 else None)
     if device.type == "cpu":
         limit_kernel_caches()
         keep_freed_memory()
@@ -191,23 +192,3 @@ class _Caches:
                 )
             warnings.warn(message, stacklevel=2)
         return cache
-
-
-def pick_device(name: str, world: World) -> torch.device:
-    """auto, cpu or cuda: of several processes on a machine, each has the accelerator of its number."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is none of auto, cpu, cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but there is no CUDA device; use --device cpu")
-    if device.type == "cuda" and world.size > 1:
-        if world.local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"there are more processes than the {torch.cuda.device_count()} CUDA devices of this machine; lower "
-                "torchrun's --nproc-per-node"
-            )
-        return torch.device("cuda", world.local_rank)
-    return device
