@@ -133,7 +133,7 @@ def test_without_pixels_captions_and_mirroring_are_the_same():
         make(source).batches(stop_epoch=2), make(source, load_pixels=False).batches(stop_epoch=2), strict=True
     ):
         assert without.images is None
-        assert_same(dataclasses.replace(with_pixels, pixels=None), without)
+        assert_same(dataclasses.replace(with_pixels, images=None), without)
     source.open_bytes = None  # not even read
     next(make(source, load_pixels=False, num_workers=2).batches())
     assert not next(make(source, load_pixels=False, transform=None).batches()).mirrored.any()
