@@ -2,17 +2,18 @@
 
     python scripts/ship_model.py RUN [--out src/opencoca/assets/models/coca-flickr8k]
 
-Paths of the machine it was trained on are left out. The card's scores are those of the stored, half-precision weights:
-give the files that `opencoca evaluate --out` wrote for the new folder with --scores and run this again.
+Paths of the machine it was trained on are left out. The scores, in the card and in scores.json (which `opencoca models`
+prints), are those of the stored, half-precision weights: evaluate the new folder with `opencoca evaluate --out`, and run
+this again with those files after --scores.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from opencoca.store.model_card import Result, readable_score, write_scores
 from opencoca.store.model_folder import load_model_folder, save_model_folder
 from opencoca.train.report.metrics_log import read_metrics
 
@@ -71,6 +72,7 @@ def main() -> None:
     info = {"recipe": recipe, "step": loaded.info["step"], "validation": loaded.info["validation"]}
     save_model_folder(arguments.out, loaded.model, loaded.tokenizer, loaded.preprocess, dtype=torch.float16, info=info)
     model, text = loaded.model, loaded.model.config.text
+    results = [Result.read(file) for file in arguments.scores]
     lines = [line for line in read_metrics(arguments.run / "metrics.jsonl") if line["kind"] == "train"]
     seconds = sum(line["step_ms"] for line in lines) / 1e3 * recipe["log_every_steps"]
     card = CARD.format(
@@ -85,8 +87,9 @@ def main() -> None:
         steps=lines[-1]["step"],
         minutes=seconds / 60,
         cores=arguments.cores,
-        scores=score_table(arguments.scores),
+        scores=score_table(results),
     )
+    write_scores(arguments.out, "flickr8k", results)
     (arguments.out / "README.md").write_text(card, encoding="utf-8")
     print(f"{arguments.out}: {sum(file.stat().st_size for file in arguments.out.iterdir()) / 1e6:.1f} MB")
 
@@ -98,13 +101,12 @@ def without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in recipe.items() if key != "output"} | {"data": data, "encoder": encoder}
 
 
-def score_table(files: list[Path]) -> str:
-    """One row a metric of all the files."""
+def score_table(results: list[Result]) -> str:
+    """A table with a row for each metric."""
     rows = ["| metric | score |", "|---|---|"]
-    for file in files:
-        metrics = json.loads(file.read_text(encoding="utf-8"))["metrics"]
-        for name, value in metrics.items():
-            rows.append(f"| {name} | {value:g} |" if "rank" in name else f"| {name} | {100 * value:.1f} |")
+    for result in results:
+        for name, value in result.metrics.items():
+            rows.append(f"| {name} | {readable_score(name, value):{'g' if 'rank' in name else '.1f'}} |")
     return "\n".join(rows)
 
 

@@ -58,9 +58,9 @@ def _print_facts(*lines: str) -> None:
 
 
 def _scores_text(scores: dict[str, float]) -> str:
-    known = [f"{title} {scores[name]:g}" for name, title in _SCORE_NAMES.items() if name in scores]
-    others = [f"{name} {value:g}" for name, value in scores.items() if name not in _SCORE_NAMES]
-    return f"scores: {', '.join(known + others)}" if scores else ""
+    """The scores that have a title, in the titles' order; --json has them all."""
+    known = [f"{title} {scores[name]:.1f}" for name, title in _SCORE_NAMES.items() if name in scores]
+    return f"scores: {', '.join(known)}" if known else ""
 
 
 def _shipped() -> list[dict[str, Any]]:
@@ -76,7 +76,7 @@ def _shipped() -> list[dict[str, Any]]:
                 "default": model.name == DEFAULT_MODEL,
                 "description": model.description,
                 "licence": model.licence,
-                "scores": dict(model.scores),
+                "scores": model.scores,
                 "size_bytes": weights.stat().st_size if weights.is_file() else None,
                 "folder": str(model.folder),
             }

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from opencoca.inference.preprocess import Preprocess
 from opencoca.store import published_models
 from opencoca.store.hub import HubError, NotInRepositoryError, download
 from opencoca.store.interop.open_clip import load_open_clip
+from opencoca.store.model_card import read_scores
 from opencoca.store.model_folder import (
     CONFIG_FILE,
     FORMAT,
@@ -32,13 +33,17 @@ OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin
 
 @dataclass(frozen=True)
 class ShippedModel:
-    """A model that comes with the package; scores in percent, those of its model card."""
+    """A model that comes with the package."""
 
     name: str
     folder: Path
     description: str
     licence: str
-    scores: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """What it scores, in percent, as its folder says: the figures of its model card."""
+        return read_scores(self.folder)
 
 
 _MODELS_FOLDER = Path(__file__).parents[1] / "assets" / "models"
@@ -51,7 +56,6 @@ SHIPPED_MODELS: dict[str, ShippedModel] = {
             folder=_MODELS_FOLDER / "coca-flickr8k",
             description="EfficientNet-Lite2 and a small text decoder, trained on the 6,000 photographs of Flickr8k",
             licence="Apache-2.0; the training photographs and captions are for research use (see its model card)",
-            scores={"flickr8k_text_to_image_r1": 22.7, "flickr8k_image_to_text_r1": 30.0, "flickr8k_cider_d": 53.4},
         ),
     )
 }

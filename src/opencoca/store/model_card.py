@@ -14,6 +14,7 @@ from opencoca.store.model_folder import LoadedModel, save_model_folder
 from opencoca.system.files import atomic_write
 
 CARD_FILE = "README.md"
+SCORES_FILE = "scores.json"
 _TASKS = {
     "captioning": ("image-to-text", "Captioning"),
     "retrieval": ("image-text-retrieval", "Retrieval"),
@@ -48,6 +49,25 @@ class Result:
                 f"{file} holds no scores ({type(error).__name__}: {error}); give a file that "
                 "`opencoca evaluate ... --out FILE` wrote"
             ) from error
+
+
+def write_scores(folder: str | os.PathLike[str], dataset: str, results: Sequence[Result]) -> None:
+    """Stores what a model scores on a data set in its folder, where `read_scores` finds it."""
+    metrics = {name: value for result in results for name, value in result.metrics.items()}
+    with atomic_write(Path(folder) / SCORES_FILE) as partial:
+        partial.write_text(json.dumps({"dataset": dataset, "metrics": metrics}, indent=2) + "\n", encoding="utf-8")
+
+
+def read_scores(folder: str | os.PathLike[str]) -> dict[str, float]:
+    """The scores stored in a model's folder, fractions in percent, such as flickr8k_cider_d; empty if there are none."""
+    file = Path(folder) / SCORES_FILE
+    if not file.is_file():
+        return {}
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    return {
+        f"{stored['dataset']}_{name}": round(readable_score(name, value), 2)
+        for name, value in stored["metrics"].items()
+    }
 
 
 def write_repository(
@@ -127,7 +147,7 @@ def _index_entry(result: Result) -> dict[str, Any]:
         "task": {"type": kind, "name": name},
         "dataset": {"type": data.lower().replace(" ", "-"), "name": data},
         "metrics": [
-            {"type": metric, "name": metric.replace("_", " "), "value": round(_readable(metric, value), 2)}
+            {"type": metric, "name": metric.replace("_", " "), "value": round(readable_score(metric, value), 2)}
             for metric, value in result.metrics.items()
         ],
     }
@@ -170,7 +190,7 @@ def _scores(results: Sequence[Result]) -> str:
     for result in results:
         images = result.counts.get("images")
         where = f"{_data_name(result)}{f', {images:,} images' if isinstance(images, int) else ''}"
-        rows = [(name, f"{_readable(name, value):.4g}") for name, value in result.metrics.items()]
+        rows = [(name, f"{readable_score(name, value):.4g}") for name, value in result.metrics.items()]
         title = _TASKS.get(result.task, ("", result.task))[1]
         parts.append(f"{title} on {where}; fractions in percent.\n\n{_table(('metric', 'score'), rows)}")
     return "\n\n".join(parts)
@@ -193,7 +213,8 @@ def _without_paths(value: Any) -> Any:
     return value
 
 
-def _readable(name: str, value: float) -> float:
+def readable_score(name: str, value: float) -> float:
+    """A score as tables show it: fractions of 1 in percent, losses, ranks and counts as they are."""
     return value if any(part in name for part in _RAW_SCORES) else 100 * value
 
 
