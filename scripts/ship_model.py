@@ -2,9 +2,9 @@
 
     python scripts/ship_model.py RUN [--out src/opencoca/assets/models/coca-flickr8k]
 
-Paths of the machine it was trained on are left out. The scores, in the card and in scores.json (which `opencoca models`
-prints), are those of the stored, half-precision weights: evaluate the new folder with `opencoca evaluate --out`, and run
-this again with those files after --scores.
+Paths of the machine it was trained on are left out. The scores in the card and in scores.json, which `opencoca models`
+prints, are those of the stored, half-precision weights: evaluate the new folder with `opencoca evaluate --out`, then
+run this again with those files after --scores.
 """
 
 import argparse

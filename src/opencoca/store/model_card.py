@@ -59,7 +59,7 @@ def write_scores(folder: str | os.PathLike[str], dataset: str, results: Sequence
 
 
 def read_scores(folder: str | os.PathLike[str]) -> dict[str, float]:
-    """The scores stored in a model's folder, fractions in percent, such as flickr8k_cider_d; empty if there are none."""
+    """The scores stored in a model's folder, such as flickr8k_cider_d, in percent; empty if there are none."""
     file = Path(folder) / SCORES_FILE
     if not file.is_file():
         return {}
