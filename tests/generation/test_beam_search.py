@@ -8,7 +8,7 @@ import pytest
 import torch
 from captioner import NUM_IMAGES, forbidden_ids, make_model, make_tokens, next_log_probs, teacher_forced
 
-from opencoca.generation import GenerationOptions, generate
+from opencoca.generation import GenerationOptions, generate, loop
 from opencoca.generation.beam_search import BeamSearch
 from opencoca.generation.search import Limits
 from opencoca.model.coca import CoCa
@@ -214,8 +214,8 @@ def test_groups_that_find_the_same_are_searched_once(tokenizer, monkeypatch, pen
     model = make_model(tokenizer)
     tokens = make_tokens(model)
     rows = set()
-    step = type(model).decode_step
-    monkeypatch.setattr(type(model), "decode_step", lambda *args: rows.add(len(args[1])) or step(*args))
+    step = loop.decode_step
+    monkeypatch.setattr(loop, "decode_step", lambda *args: rows.add(len(args[1])) or step(*args))
     options = GenerationOptions(num_beams=6, num_groups=3, num_captions=6, diversity_penalty=penalty, min_new_tokens=4)
     found = generate(model, tokens, tokenizer, options)
     assert max(rows) == texts_an_image * len(tokens)

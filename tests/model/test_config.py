@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from opencoca.generation.decoding.state import start_decoding
 from opencoca.model.coca import CoCa
 from opencoca.model.config import NAMED_SIZES, BlockConfig, CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
 
@@ -107,7 +108,7 @@ def test_fewer_key_value_heads_make_smaller_projections_and_caches(make_config, 
     projections = [m for name, m in model.unimodal_decoder.named_modules() if name.endswith("kv_proj")]
     projections += [m for name, m in model.multimodal_decoder.named_modules() if name.endswith("kv_proj")]
     assert [m.out_features for m in projections] == [2 * expected * 6] * 6
-    state = model.start_decoding(torch.empty(2, 5, 16, device="meta"), capacity=7)
+    state = start_decoding(model, torch.empty(2, 5, 16, device="meta"), capacity=7)
     assert {cache.keys.shape for cache in (*state.unimodal, *state.multimodal)} == {(2, expected, 7, 6)}
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from opencoca.generation.decoding.state import decode_step, start_decoding
 from opencoca.model.layers.blocks import TransformerBlock
 from opencoca.model.text_decoder import UnimodalDecoder
 
@@ -98,10 +99,10 @@ def test_cached_decoding_hides_the_same(make_model, fields: dict, steps: list[in
     images = torch.randn(2, 3, 12, 12, dtype=torch.float64)
     with torch.no_grad():
         whole = model.logits(images, ids)
-        state = model.start_decoding(model.encode_image(images).tokens, texts_per_image=len(ids) // 2)
+        state = start_decoding(model, model.encode_image(images).tokens, texts_per_image=len(ids) // 2)
         start = 0
         for length in steps:
-            logits = model.decode_step(ids[:, start : start + length], state)
+            logits = decode_step(model, ids[:, start : start + length], state)
             start += length
             torch.testing.assert_close(logits, whole[:, start - 1])
 
@@ -111,10 +112,10 @@ def test_cached_decoding_hides_the_same_after_rows_were_reordered(make_model):
     ids, _ = texts()
     images, rows = torch.randn(1, 3, 12, 12, dtype=torch.float64), torch.tensor([4, 2, 2, 0, 5])
     with torch.no_grad():
-        state = model.start_decoding(model.encode_image(images).tokens, texts_per_image=len(ids))
-        model.decode_step(ids[:, :6], state)
+        state = start_decoding(model, model.encode_image(images).tokens, texts_per_image=len(ids))
+        decode_step(model, ids[:, :6], state)
         state.select(rows)
-        logits = model.decode_step(ids[rows, 6:8], state)
+        logits = decode_step(model, ids[rows, 6:8], state)
         torch.testing.assert_close(logits, model.logits(images, ids[rows])[:, 7])
 
 

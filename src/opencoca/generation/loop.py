@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from opencoca.generation.beam_search import BeamSearch
+from opencoca.generation.decoding.graphs import DecodingGraphs, borrow_graphs
+from opencoca.generation.decoding.state import DecodingState, decode_step, embed_decoded, start_decoding
 from opencoca.generation.logit_filters import LogitFilter, make_filters
 from opencoca.generation.options import GeneratedCaption, GenerationOptions
 from opencoca.generation.search import Candidate, Limits, Search, SingleTexts
 from opencoca.model.coca import CoCa
-from opencoca.model.decoding import DecodingState, embed_decoded
-from opencoca.model.decoding_graphs import DecodingGraphs, borrow_graphs
+from opencoca.model.kernels.linear import pack_weights
 from opencoca.tokenizer import Tokenizer
 
 # Texts at a time on a CPU: more of them are no faster, and their keys and values take memory.
@@ -147,8 +148,9 @@ class _Work:
         else:
             search = SingleTexts(options, limits, token_ids, image_seeds)
         if num_images * options.texts_in_work <= _PACK_FOR_TEXTS:
-            model.pack_decoder()
-        state = model.start_decoding(
+            pack_weights(model.unimodal_decoder, model.multimodal_decoder, model.lm_head)
+        state = start_decoding(
+            model,
             image_tokens,
             capacity=limits.max_length,
             num_entries=num_entries,
@@ -175,10 +177,10 @@ class _Work:
     def _next_logits(self) -> Tensor:
         token_ids, state = self.search.token_ids, self.state
         if state.num_words == 0:
-            return self.model.decode_step(token_ids, state)
+            return decode_step(self.model, token_ids, state)
         if self.graphs:
             return self.graphs.step(self.model, token_ids[:, -1:], state)
-        return self.model.decode_step(token_ids[:, -1:], state)
+        return decode_step(self.model, token_ids[:, -1:], state)
 
     def _take_up(self, parents: Tensor) -> None:
         """Makes rows for the texts (R,) that go on from the prompts."""

@@ -14,14 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opencoca.model.config import BlockConfig, CoCaConfig
-from opencoca.model.decoding import DecodingState, decode_step
-from opencoca.model.decoding_arena import DecodingArena
+from opencoca.model.config import CoCaConfig
 from opencoca.model.encoders import build_image_encoder
-from opencoca.model.image_memory import cache_like
 from opencoca.model.init import init_weights
-from opencoca.model.kernels.linear import Linear, pack_weights
-from opencoca.model.layers.attention import KeyValueCache
+from opencoca.model.kernels.linear import Linear
 from opencoca.model.layers.layout import TextLayout, take_rows
 from opencoca.model.layers.poolers import ImagePooling
 from opencoca.model.text_decoder import MultimodalDecoder, UnimodalDecoder, Words
@@ -59,7 +55,7 @@ class CoCaOutput(NamedTuple):
 class CoCa(nn.Module):
     """The model. ``CoCa(CoCaConfig.named("base"))`` is the paper's Base, randomly initialised.
 
-    records_steps: whether captions on a GPU are decoded by CUDA graphs: see `decoding_graphs`.
+    records_steps: whether captions on a GPU are decoded by CUDA graphs: see `opencoca.generation.decoding.graphs`.
     """
 
     records_steps = True
@@ -151,52 +147,6 @@ class CoCa(nn.Module):
             assert image_tokens is not None
             hidden = self.multimodal_decoder.look_at(words, image_tokens)
         return CoCaOutput(image_embed, text_embed, hidden, next_ids, self.logit_scale)
-
-    def pack_decoder(self) -> None:
-        """Makes decoding of few texts faster on a CPU, for as much memory again as the decoder: see `pack_weights`."""
-        pack_weights(self.unimodal_decoder, self.multimodal_decoder, self.lm_head)
-
-    def start_decoding(
-        self,
-        image_tokens: Tensor,
-        texts_per_image: int = 1,
-        capacity: int | None = None,
-        num_entries: int | None = None,
-        words_per_image: int | None = None,
-        arena: DecodingArena | None = None,
-    ) -> DecodingState:
-        """A state without words for I x texts_per_image texts; image_tokens (I, Q, D).
-
-        capacity: the most words that a text will have (default: context_length); num_entries: how many the caches
-        hold, where texts will share their rows (default: capacity); words_per_image: about how many words all texts
-        of an image will have together, by which the cheaper form of cross-attention is chosen (default: keys and
-        values); arena: where it is to lie, if it has a place.
-        Raises ValueError if capacity is more than context_length.
-        """
-        num_rows = image_tokens.shape[0] * texts_per_image
-        text = self.config.text
-        capacity = text.context_length if capacity is None else capacity
-        if not 0 < capacity <= text.context_length:
-            # Beyond it a learned position is missing, and the row after the last belongs to [CLS].
-            raise ValueError(f"capacity {capacity} must be from 1 to context_length {text.context_length}")
-        entries = num_entries or capacity
-        images = self.multimodal_decoder.remember(image_tokens, words_per_image, arena)
-        if arena is not None:
-            return DecodingState(images, *arena.new_caches(num_rows, entries), arena=arena)
-
-        def caches(depth: int, block: BlockConfig) -> list[KeyValueCache]:
-            return [KeyValueCache(num_rows, block, entries, like) for _ in range(depth)]
-
-        like = cache_like(images)
-        return DecodingState(
-            images,
-            caches(text.unimodal_depth, text.block_config()),
-            caches(text.multimodal_depth, text.multimodal_block_config()),
-        )
-
-    def decode_step(self, token_ids: Tensor, state: DecodingState) -> Tensor:
-        """token_ids (B, T): the next words of each text -> logits (B, V) after the last of them; extends the state."""
-        return decode_step(self, token_ids, state)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -7,20 +7,16 @@ Letters: B batch, T text positions, S real positions of the batch, D width, V vo
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from opencoca.model.config import TextConfig
-from opencoca.model.image_memory import CrossKeysValues, ImageMemories, num_images, remember
 from opencoca.model.kernels.image_attention import SharedImages, pays
-from opencoca.model.layers.attention import KeyValueCache, WordCache, trains_on_cpu
+from opencoca.model.layers.attention import CrossKeysValues, WordCache, trains_on_cpu
 from opencoca.model.layers.blocks import Dropout, LookedAt, TransformerBlock, make_block, make_norm
 from opencoca.model.layers.layout import TextLayout, put_rows, take_rows
-
-if TYPE_CHECKING:
-    from opencoca.model.decoding_arena import DecodingArena
 
 # Stands for [CLS] among token ids; no word has it.
 _CLS_ID = -1
@@ -138,19 +134,6 @@ class UnimodalDecoder(nn.Module):
         visible[:, 0] = True
         return replace(layout, visible=visible)
 
-    def visible_in_cache(self, token_ids: Tensor, cache: KeyValueCache) -> Tensor | None:
-        """(B, N) what the next words token_ids (B, T) may see of themselves and of those before them; None = all."""
-        if self.hidden_id is None:
-            return None
-        batch_size, _, capacity, _ = cache.keys.shape
-        if cache.visible is None:
-            cache.visible = torch.ones(batch_size, capacity, dtype=torch.bool, device=token_ids.device)
-        end = cache.length + token_ids.shape[1]
-        decided = cache.visible[:, cache.length + self.hide_next : end + self.hide_next]
-        decided.copy_((token_ids != self.hidden_id)[:, : decided.shape[1]])
-        cache.visible[:, 0] = True
-        return cache.visible[:, :end]
-
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         x = self.token_embed(ids)
         if self.pos_embed is not None:
@@ -193,15 +176,10 @@ class MultimodalDecoder(nn.Module):
 
     def project_image(self, image_tokens: Tensor) -> list[CrossKeysValues]:
         """image_tokens (I, Q, D) -> keys and values of every layer."""
-        return [block.project_context(image_tokens) for block in self._cross_blocks()]
+        return [block.project_context(image_tokens) for block in self.cross_blocks()]
 
-    def remember(
-        self, image_tokens: Tensor, words_per_image: int | None = None, arena: "DecodingArena | None" = None
-    ) -> ImageMemories:
-        """image_tokens (I, Q, D) -> what every layer needs of them: see `image_memory.remember`."""
-        return remember(image_tokens, self._cross_blocks(), words_per_image, arena)
-
-    def _cross_blocks(self) -> list[TransformerBlock]:
+    def cross_blocks(self) -> list[TransformerBlock]:
+        """The blocks that look at the images, in their order."""
         return [layer.cross_block for layer in self.layers]  # pyright: ignore[reportReturnType]
 
     def look_at(self, words: Words, image_tokens: Tensor) -> Tensor:
@@ -222,16 +200,17 @@ class MultimodalDecoder(nn.Module):
     def forward(
         self,
         words: Words,
-        images: ImageMemories,
+        images: Sequence[LookedAt],
         caches: Sequence[WordCache] | None = None,
     ) -> Tensor:
         """words of B texts over I images (text row r looks at image r // (B / I)) -> hidden (S, D), packed.
 
         Raises ValueError if B is not a multiple of I.
         """
-        num_texts = words.layout.batch_size
-        if num_texts % num_images(images):
-            raise ValueError(f"{num_texts} texts cannot be shared out evenly among {num_images(images)} images")
+        num_texts, first = words.layout.batch_size, images[0]
+        num_images = first[0].shape[0] if isinstance(first, tuple) else first.num_images
+        if num_texts % num_images:
+            raise ValueError(f"{num_texts} texts cannot be shared out evenly among {num_images} images")
         x = words.states
         for index, (layer, looked_at) in enumerate(zip(self.layers, images, strict=True)):
             x = layer(x, looked_at, words.layout, caches[index] if caches is not None else None)

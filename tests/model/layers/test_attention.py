@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opencoca.generation.decoding.cache import KeyValueCache
 from opencoca.model.config import BlockConfig
-from opencoca.model.layers.attention import Attention, KeyValueCache, attend, causal_mask, rotary_angles, rotate
+from opencoca.model.layers.attention import Attention, attend, causal_mask, rotary_angles, rotate
 from opencoca.model.layers.layout import TextLayout
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from opencoca.data.transforms import PreprocessConfig
+from opencoca.generation.decoding.state import decode_step, start_decoding
 from opencoca.losses import captioning_loss, contrastive_loss
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
@@ -380,8 +381,8 @@ def test_cached_decoding_gives_the_same_logits():
     images = torch.randn(2, 3, GRID * PATCH, GRID * PATCH, dtype=torch.float64)
     ids = torch.randint(1, sizes.num_tokens, (2, 6))
     with torch.no_grad():
-        state = model.start_decoding(model.encode_image(images).tokens)
-        steps = [model.decode_step(ids[:, t : t + 1], state) for t in range(6)]
+        state = start_decoding(model, model.encode_image(images).tokens)
+        steps = [decode_step(model, ids[:, t : t + 1], state) for t in range(6)]
         assert relative(torch.stack(steps, dim=1), model.logits(images, ids)) < 1e-9
 
 

@@ -10,65 +10,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opencoca.model.config import BlockConfig
-from opencoca.model.image_memory import FoldedImages
 from opencoca.model.kernels.dense_attention import dense_attention, is_best_written_out
 from opencoca.model.kernels.image_attention import SharedImages, attend_to_images
 from opencoca.model.kernels.linear import Linear
 from opencoca.model.kernels.packed_attention import packed_cross_attention, packed_self_attention, split_keys_values
 from opencoca.model.layers.layout import TextLayout
 
+CrossKeysValues = tuple[Tensor, Tensor]
+
 
 class WordCache(Protocol):
-    """What self-attention needs of a cache: see `KeyValueCache`."""
+    """Keeps the keys and values of words that are there already: see `opencoca.generation.decoding.cache`."""
 
     texts_per_row: int
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
-class KeyValueCache:
-    """Keys and values of one self-attention layer, of the positions that have been decoded so far.
-
-    keys, values: (B, K, capacity, d), allocated once; ``length`` positions of them are filled. On a CPU they are
-        float32 at least: attention of few words in half precision takes up to three times as long there.
-    visible: (B, capacity) which positions attention may see; None = all of them.
-    texts_per_row: how many texts write into each row, side by side, and see what a mask lets them see.
-    """
-
-    def __init__(self, batch_size: int, config: BlockConfig, capacity: int, like: Tensor):
-        shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
-        on_cpu = like.device.type == "cpu"
-        dtype = torch.promote_types(like.dtype, torch.float32) if on_cpu else like.dtype
-        self.keys, self.values = like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=dtype)
-        self.visible: Tensor | None = None
-        self.texts_per_row = 1
-        self.length = 0
-
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores keys, values (B, K, T, d) behind those there; returns views of all: (B, K, length, d)."""
-        end = self.length + keys.shape[2]
-        assert end <= self.keys.shape[2], "the cache is full"
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        """Stores keys, values (B, K, T, d) of new words; returns those of all words: (B, K, N, d)."""
+        ...
 
-    def select(self, rows: Tensor) -> None:
-        """Keeps these rows (R,), in this order: drops finished texts, reorders beams."""
-        self.keys = self.keys.index_select(0, rows)
-        self.values = self.values.index_select(0, rows)
-        if self.visible is not None:
-            self.visible = self.visible.index_select(0, rows)
 
-    def branch(self, rows: Tensor, texts_per_row: int, extra: int) -> "KeyValueCache":
-        """A copy of these rows (R,) with room for so many more entries."""
-        copy = KeyValueCache.__new__(KeyValueCache)
-        shape = (rows.shape[0], self.keys.shape[1], self.length + extra, self.keys.shape[3])
-        copy.keys, copy.values = self.keys.new_empty(shape), self.values.new_empty(shape)
-        copy.keys[:, :, : self.length] = self.keys[rows, :, : self.length]
-        copy.values[:, :, : self.length] = self.values[rows, :, : self.length]
-        copy.visible, copy.texts_per_row, copy.length = None, texts_per_row, self.length
-        return copy
+class ImageMemory(Protocol):
+    """Stands for one layer's keys and values of the images: see `opencoca.generation.decoding.image_memory`."""
+
+    @property
+    def num_images(self) -> int: ...
+
+    def attend(self, queries: Tensor) -> Tensor:
+        """queries (I, H, T, d) -> what they mixed (I, H, T, d)."""
+        ...
 
 
 class Attention(nn.Module):
@@ -138,9 +107,9 @@ class Attention(nn.Module):
         queries = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         return self.out_proj(attend_to_images(queries, images, self.kv_proj, norm, self.num_kv_heads).flatten(1))
 
-    def attend_to_folded(self, x: Tensor, images: FoldedImages, layout: TextLayout) -> Tensor:
-        """As `cross_attend`, over what decoding keeps in place of keys and values: (S, D) -> (S, D)."""
-        group = layout.batch_size // images.tokens.shape[0]
+    def attend_to_memory(self, x: Tensor, images: ImageMemory, layout: TextLayout) -> Tensor:
+        """As `cross_attend`, over what is kept in place of keys and values: (S, D) -> (S, D)."""
+        group = layout.batch_size // images.num_images
         (queries,) = layout.pad_heads(self.q_proj(x), 1, self.head_dim, group)
         return self.out_proj(layout.pack_heads(images.attend(queries), group))
 

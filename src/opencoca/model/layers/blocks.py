@@ -13,13 +13,12 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from opencoca.model.config import BlockConfig
-from opencoca.model.image_memory import CrossKeysValues, FoldedImages
 from opencoca.model.kernels.image_attention import SharedImages
 from opencoca.model.kernels.linear import Linear
-from opencoca.model.layers.attention import Attention, WordCache
+from opencoca.model.layers.attention import Attention, CrossKeysValues, ImageMemory, WordCache
 from opencoca.model.layers.layout import TextLayout
 
-LookedAt = CrossKeysValues | FoldedImages | SharedImages
+LookedAt = CrossKeysValues | ImageMemory | SharedImages
 
 
 def make_norm(config: BlockConfig, width: int | None = None) -> nn.LayerNorm:
@@ -228,9 +227,9 @@ class TransformerBlock(nn.Module):
         normed = self.norm1(x)
         if isinstance(images, SharedImages):
             return self.add_mlp(x, normed, self.attn.attend_to_images(normed, images, self.norm_context))
-        if isinstance(images, FoldedImages):
-            return self.add_mlp(x, normed, self.attn.attend_to_folded(normed, images, layout))
-        return self.add_mlp(x, normed, self.attn.cross_attend(normed, *images, layout))
+        if isinstance(images, tuple):
+            return self.add_mlp(x, normed, self.attn.cross_attend(normed, *images, layout))
+        return self.add_mlp(x, normed, self.attn.attend_to_memory(normed, images, layout))
 
 
 class ParallelBlock(TransformerBlock):

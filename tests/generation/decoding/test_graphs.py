@@ -12,9 +12,9 @@ from recorded_ops import RecordedOps
 from torch import Tensor
 
 from opencoca.generation import GeneratedCaption, GenerationOptions, generate
-from opencoca.model import decoding_graphs
+from opencoca.generation.decoding import graphs as decoding_graphs
+from opencoca.generation.decoding.arena import ArenaSize, DecodingArena
 from opencoca.model.coca import CoCa
-from opencoca.model.decoding_arena import ArenaSize, DecodingArena
 from opencoca.tokenizer import Tokenizer
 
 HIDDEN_ID = 242

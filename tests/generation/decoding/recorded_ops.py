@@ -1,4 +1,4 @@
-"""A recorder for `decoding_graphs` without CUDA: it replays operations on the tensors that they had, as a graph does.
+"""A recorder of decoding steps without CUDA: it replays operations on the tensors that they had, as a graph does.
 
 Whatever was a number in Python when a step was recorded is the same in every replay; so is where tensors lie.
 """

@@ -8,19 +8,15 @@ Letters: I images, N image tokens, C their width, H heads, K key-value heads, d 
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opencoca.generation.decoding.arena import DecodingArena
 from opencoca.model.kernels.image_attention import fold, pays
-
-if TYPE_CHECKING:
-    from opencoca.model.decoding_arena import DecodingArena
-    from opencoca.model.layers.blocks import TransformerBlock
-
-CrossKeysValues = tuple[Tensor, Tensor]
+from opencoca.model.layers.attention import CrossKeysValues
+from opencoca.model.layers.blocks import TransformerBlock
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,10 @@ class FoldedImages:
     key_weight: Tensor
     value_weight: Tensor
     constant: Tensor | None
+
+    @property
+    def num_images(self) -> int:
+        return self.tokens.shape[0]
 
     def attend(self, queries: Tensor) -> Tensor:
         """queries (I, H, T, d) -> what they mixed (I, H, T, d)."""
@@ -55,9 +55,9 @@ ImageMemories = list[CrossKeysValues] | list[FoldedImages]
 
 def remember(
     image_tokens: Tensor,
-    blocks: "list[TransformerBlock]",
+    blocks: list[TransformerBlock],
     words_per_image: int | None = None,
-    arena: "DecodingArena | None" = None,
+    arena: DecodingArena | None = None,
 ) -> ImageMemories:
     """What the cross-attention of each block needs of image_tokens (I, N, C), computed once for all words to come.
 
@@ -93,7 +93,7 @@ def select_images(memories: ImageMemories, images: Tensor) -> ImageMemories:
     return [tuple(part.index_select(0, images) for part in memory) for memory in memories]  # pyright: ignore
 
 
-def _folds(image_tokens: Tensor, blocks: "list[TransformerBlock]", words_per_image: int) -> bool:
+def _folds(image_tokens: Tensor, blocks: list[TransformerBlock], words_per_image: int) -> bool:
     if image_tokens.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     for attn in (block.attn for block in blocks):
@@ -103,7 +103,7 @@ def _folds(image_tokens: Tensor, blocks: "list[TransformerBlock]", words_per_ima
     return True
 
 
-def _fold_all(image_tokens: Tensor, blocks: "list[TransformerBlock]") -> list[FoldedImages]:
+def _fold_all(image_tokens: Tensor, blocks: list[TransformerBlock]) -> list[FoldedImages]:
     norm = blocks[0].norm_context
     if isinstance(norm, nn.LayerNorm):
         image_tokens = F.layer_norm(image_tokens, image_tokens.shape[-1:], eps=norm.eps)

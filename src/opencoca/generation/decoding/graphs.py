@@ -15,19 +15,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from opencoca.model.decoding import DecodingState, Sight, decode_step, next_logits
-from opencoca.model.decoding_arena import ArenaSize, DecodingArena, Window
-from opencoca.model.image_memory import ImageMemories, num_images
+from opencoca.generation.decoding.arena import ArenaSize, DecodingArena, Window
+from opencoca.generation.decoding.image_memory import ImageMemories, num_images
+from opencoca.generation.decoding.state import DecodingState, Sight, decode_step, next_logits
+from opencoca.model.coca import CoCa
 from opencoca.model.layers.layout import TextLayout
-
-if TYPE_CHECKING:
-    from opencoca.model.coca import CoCa
 
 # Steps of more texts keep a GPU busy for longer than they take to start.
 _MOST_TEXTS = 1024
@@ -93,7 +91,7 @@ _graphs: "WeakKeyDictionary[CoCa, DecodingGraphs]" = WeakKeyDictionary()
 
 @contextmanager
 def borrow_graphs(
-    model: "CoCa", image_tokens: Tensor, rows_per_image: int, entries: int, texts_per_image: int
+    model: CoCa, image_tokens: Tensor, rows_per_image: int, entries: int, texts_per_image: int
 ) -> "Iterator[DecodingGraphs | None]":
     """The model's recorded steps, for one search alone, over image_tokens (I, Q, D); None where there are none.
 
@@ -139,7 +137,7 @@ class DecodingGraphs:
         assert self._arena is not None, "not prepared"
         return self._arena
 
-    def prepare(self, model: "CoCa", size: ArenaSize, like: Tensor) -> bool:
+    def prepare(self, model: CoCa, size: ArenaSize, like: Tensor) -> bool:
         """Makes sure that there is an arena of this size, of tensors like this; False if steps cannot be recorded."""
         weights = _places_of_weights(model)
         if self._weights != weights:  # steps read them where they were
@@ -159,7 +157,7 @@ class DecodingGraphs:
         self._steps.clear()
         self._arena = None
 
-    def step(self, model: "CoCa", token_ids: Tensor, state: DecodingState) -> Tensor:
+    def step(self, model: CoCa, token_ids: Tensor, state: DecodingState) -> Tensor:
         """As `decode_step`: one word (R, 1) of texts that share rows in the arena -> logits (R, V).
 
         The next step overwrites the logits.
@@ -227,7 +225,7 @@ class _Step:
             assert visible is not None, "the texts share no rows"
             mask[: visible.shape[0]] = visible
 
-    def record(self, model: "CoCa", recorder: Recorder) -> None:
+    def record(self, model: CoCa, recorder: Recorder) -> None:
         """Makes `replay`, which gives logits (rows x P, V)."""
         arena, shape = self._arena, self._shape
         layout = TextLayout(self.token_ids.shape[0], 1, None, self.positions)
@@ -241,14 +239,14 @@ class _Step:
         )
 
 
-def _places_of_weights(model: "CoCa") -> list[tuple[object, ...]]:
+def _places_of_weights(model: CoCa) -> list[tuple[object, ...]]:
     """Where the decoder's weights lie, and as what."""
     modules = (model.unimodal_decoder, model.multimodal_decoder, model.lm_head)
     tensors = chain.from_iterable((*module.parameters(), *module.buffers()) for module in modules)
     return [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
 
 
-def _has_hooks(model: "CoCa") -> bool:
+def _has_hooks(model: CoCa) -> bool:
     return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from opencoca.model import image_memory
-from opencoca.model.image_memory import FoldedImages
+from opencoca.generation.decoding import image_memory
+from opencoca.generation.decoding.image_memory import FoldedImages
+from opencoca.generation.decoding.state import decode_step, start_decoding
 
 KINDS = {
     "plain": {},
@@ -33,15 +34,15 @@ def test_equal_to_keys_and_values(make_model, always_folds: None, kind: str) -> 
     ids = torch.randint(3, 30, (6, 6))
     with torch.inference_mode():
         tokens = model.encode_image(images).tokens
-        states = [model.start_decoding(tokens, 2, words_per_image=words) for words in (None, 1)]
+        states = [start_decoding(model, tokens, 2, words_per_image=words) for words in (None, 1)]
         assert isinstance(states[0].images[0], tuple)
         assert all(isinstance(memory, FoldedImages) for memory in states[1].images)
         for start, end in ((0, 3), (3, 4), (4, 5)):
-            expected, found = (model.decode_step(ids[:, start:end], state) for state in states)
+            expected, found = (decode_step(model, ids[:, start:end], state) for state in states)
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
         for state in states:
             state.select(torch.tensor([4, 5, 0, 1]), torch.tensor([2, 0]))
-        expected, found = (model.decode_step(ids[[4, 5, 0, 1], 5:], state) for state in states)
+        expected, found = (decode_step(model, ids[[4, 5, 0, 1], 5:], state) for state in states)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
@@ -49,7 +50,7 @@ def test_all_layers_read_the_same_tokens(make_model, always_folds: None) -> None
     model = make_model(multimodal_depth=3)
     with torch.inference_mode():
         tokens = model.encode_image(torch.randn(4, 3, *model.config.image.image_size)).tokens
-        state = model.start_decoding(tokens, words_per_image=5)
+        state = start_decoding(model, tokens, words_per_image=5)
         state.select(torch.tensor([1, 3]), torch.tensor([1, 3]))
     first, *others = [memory.tokens for memory in state.images]
     assert first.shape[0] == 2
@@ -63,7 +64,7 @@ def test_few_words_of_many_tokens_fold(make_model) -> None:
 
     def kinds(words: int | None, tokens: torch.Tensor = tokens) -> set[type]:
         with torch.no_grad():
-            return set(map(type, model.start_decoding(tokens, words_per_image=words).images))
+            return set(map(type, start_decoding(model, tokens, words_per_image=words).images))
 
     assert kinds(2) == {FoldedImages}
     assert kinds(None) == kinds(500) == {tuple}

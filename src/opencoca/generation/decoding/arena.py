@@ -4,16 +4,13 @@ Letters: I images, N image tokens, C cache rows, K key-value heads, d head width
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from opencoca.generation.decoding.cache import KeyValueCache
+from opencoca.model.coca import CoCa
 from opencoca.model.config import BlockConfig
-from opencoca.model.layers.attention import KeyValueCache
-
-if TYPE_CHECKING:
-    from opencoca.model.coca import CoCa
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class ArenaSize:
             self.image_tokens,
         )
 
-    def num_bytes(self, model: "CoCa", dtype: torch.dtype) -> int:
+    def num_bytes(self, model: CoCa, dtype: torch.dtype) -> int:
         """Of an arena of this size."""
         text = model.config.text
         own, cross = text.block_config(), text.multimodal_block_config()
@@ -97,7 +94,7 @@ class Window:
 class DecodingArena:
     """Caches of both halves of the decoder, and keys and values of the images, of every layer: (2, ...) each."""
 
-    def __init__(self, model: "CoCa", size: ArenaSize, like: Tensor):
+    def __init__(self, model: CoCa, size: ArenaSize, like: Tensor):
         text = model.config.text
 
         def new(depth: int, rows: int, block: BlockConfig, length: int) -> list[Tensor]:

@@ -10,20 +10,18 @@ N cache entries, D width, E embed_dim, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from opencoca.model.image_memory import ImageMemories, num_images, select_images
-from opencoca.model.layers.attention import KeyValueCache, WordCache
+from opencoca.generation.decoding.arena import DecodingArena
+from opencoca.generation.decoding.cache import KeyValueCache
+from opencoca.generation.decoding.image_memory import ImageMemories, cache_like, num_images, remember, select_images
+from opencoca.model.coca import CoCa
+from opencoca.model.config import BlockConfig
+from opencoca.model.layers.attention import WordCache
 from opencoca.model.layers.layout import TextLayout
 from opencoca.model.text_decoder import UnimodalDecoder, Words
-
-if TYPE_CHECKING:
-    from opencoca.model.coca import CoCa
-    from opencoca.model.decoding_arena import DecodingArena
-
 
 Sight = tuple[Tensor | None, Tensor | None]
 """What the new words see of the cache entries in the unimodal and in the multimodal half; None = all."""
@@ -47,7 +45,7 @@ class DecodingState:
     seen: Tensor | None = None
     hidden: Tensor | None = None
     last_ids: Tensor | None = None
-    arena: "DecodingArena | None" = None
+    arena: DecodingArena | None = None
 
     @property
     def num_entries(self) -> int:
@@ -112,7 +110,7 @@ class DecodingState:
         """
         if self.seen is None:
             self.last_ids = token_ids[:, -1:]
-            return decoder.visible_in_cache(token_ids, self.unimodal[0]), None
+            return _visible_in_cache(decoder, token_ids, self.unimodal[0]), None
         assert token_ids.shape[1] == 1, "texts that share rows go on word by word"
         assert self.last_ids is not None, "there is no prompt"
         start, end = self.num_entries, self.num_entries + self.texts_per_row
@@ -126,7 +124,60 @@ class DecodingState:
         return visible & ~self.hidden[:, None, : width or end], visible
 
 
-def decode_step(model: "CoCa", token_ids: Tensor, state: DecodingState) -> Tensor:
+def _visible_in_cache(decoder: UnimodalDecoder, token_ids: Tensor, cache: KeyValueCache) -> Tensor | None:
+    """(B, N) what the next words token_ids (B, T) may see of themselves and of those before them; None = all."""
+    if decoder.hidden_id is None:
+        return None
+    batch_size, _, capacity, _ = cache.keys.shape
+    if cache.visible is None:
+        cache.visible = torch.ones(batch_size, capacity, dtype=torch.bool, device=token_ids.device)
+    end = cache.length + token_ids.shape[1]
+    decided = cache.visible[:, cache.length + decoder.hide_next : end + decoder.hide_next]
+    decided.copy_((token_ids != decoder.hidden_id)[:, : decided.shape[1]])
+    cache.visible[:, 0] = True
+    return cache.visible[:, :end]
+
+
+def start_decoding(
+    model: CoCa,
+    image_tokens: Tensor,
+    texts_per_image: int = 1,
+    capacity: int | None = None,
+    num_entries: int | None = None,
+    words_per_image: int | None = None,
+    arena: DecodingArena | None = None,
+) -> DecodingState:
+    """A state without words for I x texts_per_image texts; image_tokens (I, Q, D).
+
+    capacity: the most words that a text will have (default: context_length); num_entries: how many the caches
+    hold, where texts will share their rows (default: capacity); words_per_image: about how many words all texts
+    of an image will have together, by which the cheaper form of cross-attention is chosen (default: keys and
+    values); arena: where it is to lie, if it has a place.
+    Raises ValueError if capacity is more than context_length.
+    """
+    num_rows = image_tokens.shape[0] * texts_per_image
+    text = model.config.text
+    capacity = text.context_length if capacity is None else capacity
+    if not 0 < capacity <= text.context_length:
+        # Beyond it a learned position is missing, and the row after the last belongs to [CLS].
+        raise ValueError(f"capacity {capacity} must be from 1 to context_length {text.context_length}")
+    entries = num_entries or capacity
+    images = remember(image_tokens, model.multimodal_decoder.cross_blocks(), words_per_image, arena)
+    if arena is not None:
+        return DecodingState(images, *arena.new_caches(num_rows, entries), arena=arena)
+
+    def caches(depth: int, block: BlockConfig) -> list[KeyValueCache]:
+        return [KeyValueCache(num_rows, block, entries, like) for _ in range(depth)]
+
+    like = cache_like(images)
+    return DecodingState(
+        images,
+        caches(text.unimodal_depth, text.block_config()),
+        caches(text.multimodal_depth, text.multimodal_block_config()),
+    )
+
+
+def decode_step(model: CoCa, token_ids: Tensor, state: DecodingState) -> Tensor:
     """token_ids (R, T): the next words of each text -> logits (R, V) after the last of them; extends the state."""
     sight = state.begin_words(token_ids, model.unimodal_decoder)
     num_texts, num_words = token_ids.shape
@@ -137,7 +188,7 @@ def decode_step(model: "CoCa", token_ids: Tensor, state: DecodingState) -> Tenso
 
 
 def next_logits(
-    model: "CoCa",
+    model: CoCa,
     token_ids: Tensor,
     layout: TextLayout,
     sight: Sight,
@@ -151,7 +202,7 @@ def next_logits(
 
 
 def embed_decoded(
-    model: "CoCa", state: DecodingState, rows: Tensor, seen: Tensor, texts: Sequence[Sequence[int]], eos_id: int
+    model: CoCa, state: DecodingState, rows: Tensor, seen: Tensor, texts: Sequence[Sequence[int]], eos_id: int
 ) -> Tensor:
     """text_embed (C', P', E) of texts whose words, all but the last, are in the caches; the state stays as it is.
 

@@ -1,0 +1,1 @@
+"""Decoding word by word, with what is kept from word to word."""
