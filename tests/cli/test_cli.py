@@ -249,6 +249,7 @@ def test_classify(model: str, pipeline: Pipeline, images: Path, capsys: pytest.C
 def test_classify_mistakes(model: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["classify", str(images), "--model", model, "--labels"]
     assert_mistake(capsys, [*argv, ","], "labels")
+    assert_mistake(capsys, argv[:-1], "give the labels to choose from")
     assert_mistake(capsys, [*argv, "cat,dog,cat"], "'cat'", "more than once")
     assert_mistake(capsys, [*argv, "cat", "--templates", str(tmp_path / "no.txt")], "no.txt")
     (tmp_path / "bad.txt").write_text("a photo\n")

@@ -19,8 +19,9 @@ from opencoca.data.images import ImageError
 from opencoca.data.transforms import EvalTransform, PreprocessConfig
 from opencoca.generation import GenerationOptions, generate
 from opencoca.inference import loading
+from opencoca.inference.labels import LabelScore
 from opencoca.inference.loading import ShippedModel, available_models, load
-from opencoca.inference.pipeline import LabelScore, Pipeline
+from opencoca.inference.pipeline import Pipeline
 from opencoca.inference.preprocess import Preprocess
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig

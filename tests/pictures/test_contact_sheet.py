@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from opencoca.inference.pipeline import LabelScore
+from opencoca.inference.labels import LabelScore
 from opencoca.pictures import contact_sheet, drawing
 from opencoca.pictures.contact_sheet import Finding, Photograph, write_contact_sheet
 

@@ -37,7 +37,7 @@ def add_commands(commands: Any) -> None:
         more=_BROKEN,
     )
     classify.add_argument("images", nargs="+", metavar="IMAGE", help=_IMAGES)
-    classify.add_argument("--labels", required=True, metavar="A,B,C", help="what to choose from, separated by commas")
+    classify.add_argument("--labels", metavar="A,B,C", help="what to choose from, separated by commas")
     classify.add_argument(
         "--templates",
         metavar="T",
@@ -80,22 +80,22 @@ def add_commands(commands: Any) -> None:
 def run_classify(arguments: argparse.Namespace) -> int:
     from opencoca.evaluation.encoding import encode_images
     from opencoca.evaluation.prompts import load_templates
-    from opencoca.inference.pipeline import DEFAULT_TEMPLATES
+    from opencoca.inference.labels import DEFAULT_TEMPLATES
 
     paths = expand_images(arguments.images)
-    labels = [label.strip() for label in arguments.labels.split(",") if label.strip()]
+    labels = None
+    if arguments.labels is not None:
+        labels = [label.strip() for label in arguments.labels.split(",") if label.strip()]
     templates = load_templates(arguments.templates) if arguments.templates else DEFAULT_TEMPLATES
     pipeline = load_pipeline(arguments)
-    logits_of = pipeline.label_logits(labels, templates, arguments.by)
+    classifier = pipeline.classifier(labels, templates, arguments.by)
     failed = False
     for batch in encode_images(pipeline, paths, arguments.batch_size, progress=shows_progress()):
         for broken in batch.broken:
             complain(broken.reason)
             failed = True
-        probabilities = logits_of(batch.tokens, batch.embed).softmax(dim=-1)
-        values, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        for index, row, positions in zip(batch.indices, values.tolist(), order.tolist(), strict=True):
-            best = [(labels[position], value) for position, value in zip(positions, row, strict=True)][: arguments.top]
+        for index, ranked in zip(batch.indices, classifier.rank(batch.tokens, batch.embed), strict=True):
+            best = ranked[: arguments.top]
             if arguments.json:
                 scores = [{"label": label, "probability": value} for label, value in best]
                 print(json.dumps({"image": paths[index], "labels": scores}, ensure_ascii=False))

@@ -10,7 +10,8 @@ from opencoca.data import ImageTextSource, Subset
 from opencoca.evaluation.encoding import BrokenImage, encode_images, require_images
 from opencoca.evaluation.likelihood_retrieval import less_prior, reranked_scores, score_shortlist, shortlist
 from opencoca.evaluation.retrieval_metrics import RetrievalScores, retrieval_scores
-from opencoca.inference.pipeline import Pipeline, Rule
+from opencoca.inference.labels import Rule
+from opencoca.inference.pipeline import Pipeline
 
 DEFAULT_RERANK_TOP = 16
 

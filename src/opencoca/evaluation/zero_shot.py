@@ -14,7 +14,8 @@ from tqdm import tqdm
 from opencoca.data import ImageFolder, ImageTextSource, list_images, open_source
 from opencoca.evaluation.encoding import BrokenImage, encode_images, require_images
 from opencoca.evaluation.prompts import ClassificationScores, classification_scores, zero_shot_weights
-from opencoca.inference.pipeline import Pipeline, Rule
+from opencoca.inference.labels import Rule
+from opencoca.inference.pipeline import Pipeline
 
 
 @dataclass(frozen=True)

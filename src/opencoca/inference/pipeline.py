@@ -5,7 +5,7 @@ Letters: I images, B texts, L labels, E embed_dim.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, Unpack, get_args, overload
+from typing import Any, Literal, Unpack, get_args, overload
 
 import torch
 import torch.nn.functional as F
@@ -17,26 +17,15 @@ from opencoca.generation.explanation import Explanation, visible_box
 from opencoca.generation.options import GenerationKeywords, shows_generation_options
 from opencoca.generation.rerank import generate_reranked, rerank_weight
 from opencoca.generation.scoring import TextScorer, label_scores, pointwise_mutual_information, prior_of_texts
+from opencoca.inference.labels import DEFAULT_TEMPLATES, Classifier, LabelScore, Rule, label_texts
 from opencoca.inference.preprocess import ImageLike, Preprocess, as_pil
 from opencoca.model.coca import CoCa, ImageOutput
 from opencoca.tokenizer import Tokenizer
 
-DEFAULT_TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "{}")
 _TEXT_BATCH_SIZE = 256
-
-Rule = Literal["similarity", "likelihood", "both"]
-"""By what texts are compared for an image: the embeddings' cosine, the captioner's likelihood, or the sum of both."""
-
 
 Images = ImageLike | Iterable[ImageLike]
 """One image or several, of any kind that `ImageLike` lists."""
-
-
-class LabelScore(NamedTuple):
-    """A label and its probability among the labels that were given."""
-
-    label: str
-    probability: float
 
 
 class Pipeline:
@@ -262,7 +251,7 @@ class Pipeline:
     def classify(
         self,
         images: Images,
-        labels: Sequence[str],
+        labels: Sequence[str] | None = None,
         templates: str | Sequence[str] = DEFAULT_TEMPLATES,
         *,
         by: Rule = "similarity",
@@ -277,26 +266,35 @@ class Pipeline:
         Raises:
             ValueError: no labels, the same one twice, a template without {}, or no such rule.
         """
-        logits_of = self.label_logits(labels, templates, by)
+        classifier = self.classifier(labels, templates, by)
         ranked = []
         for pixels in self._batches(images, batch_size):
             with torch.inference_mode():
                 output = self.model.encode_image(pixels)
-            for row in logits_of(output.tokens, output.embed).softmax(dim=-1).tolist():
-                order = sorted(range(len(row)), key=lambda i, row=row: -row[i])
-                ranked.append([LabelScore(labels[index], row[index]) for index in order])
+            ranked += classifier.rank(output.tokens, output.embed)
         return ranked
+
+    def classifier(
+        self,
+        labels: Sequence[str] | None = None,
+        templates: str | Sequence[str] = DEFAULT_TEMPLATES,
+        by: Rule = "similarity",
+    ) -> Classifier:
+        """What `classify` ranks labels with, for images that are encoded already; raises ValueError as it does."""
+        if labels is None:
+            raise ValueError("this model was not trained on classes of its own; give the labels to choose from")
+        return Classifier(tuple(labels), self.label_logits(labels, templates, by))
 
     def label_logits(
         self, labels: Sequence[str], templates: str | Sequence[str] = DEFAULT_TEMPLATES, by: Rule = "similarity"
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """What `classify` takes the softmax of, as a function of an image's tokens (I, Q, D) and embedding (I, E).
+        """The logits of `Classifier` for these labels, which pass the text decoder once, here.
 
-        It returns (I, L) float32 on the CPU. Labels pass the text decoder once, here. Raises ValueError as `classify`.
+        Raises ValueError as `classify` does.
         """
         if by not in get_args(Rule):
             raise ValueError(f"cannot classify by {by!r}; choose {', '.join(get_args(Rule))}")
-        texts = _label_texts(labels, templates)
+        texts = label_texts(labels, templates)
         embeds = None if by == "likelihood" else self.embed_labels(labels, templates)
         scorer = None if by == "similarity" else self.text_scorer(texts)
         prior = None if scorer is None else self.text_prior(scorer)
@@ -315,7 +313,7 @@ class Pipeline:
 
     def embed_labels(self, labels: Sequence[str], templates: str | Sequence[str] = DEFAULT_TEMPLATES) -> Tensor:
         """Embeddings (L, E) of labels, as `classify` compares images with; raises ValueError as it does."""
-        embeds = self.embed_texts(_label_texts(labels, templates)).unflatten(0, (len(labels), -1))
+        embeds = self.embed_texts(label_texts(labels, templates)).unflatten(0, (len(labels), -1))
         return F.normalize(embeds.mean(dim=1), dim=-1)
 
     def _batches(self, images: Images, batch_size: int) -> Iterator[Tensor]:
@@ -334,27 +332,3 @@ def _with_keywords(
 def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
-
-
-def _label_texts(labels: Sequence[str], templates: str | Sequence[str]) -> list[str]:
-    """Every label in every template, those of a label side by side."""
-    templates = [templates] if isinstance(templates, str) else list(templates)
-    _check_labels(labels, templates)
-    # Not str.format: a label or template may hold other braces.
-    return [template.replace("{}", label) for label in labels for template in templates]
-
-
-def _check_labels(labels: Sequence[str], templates: Sequence[str]) -> None:
-    if isinstance(labels, str):
-        raise ValueError(f"labels is the single text {labels[:40]!r}; give a list of labels")
-    if not labels:
-        raise ValueError("there are no labels to choose from; give at least one")
-    for position, label in enumerate(labels):
-        if not isinstance(label, str):
-            raise ValueError(f"label number {position} is {label!r}, not a string")
-    if twice := [label for position, label in enumerate(labels) if label in labels[:position]]:
-        raise ValueError(f"the label {twice[0]!r} is given more than once; give each label once")
-    if not templates:
-        raise ValueError("there are no templates; give at least one, such as 'a photo of a {}.'")
-    if without := [template for template in templates if "{}" not in template]:
-        raise ValueError(f"the template {without[0]!r} has no {{}} for the label; write it as in 'a photo of a {{}}.'")

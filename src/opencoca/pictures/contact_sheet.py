@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from opencoca.inference.pipeline import LabelScore
+from opencoca.inference.labels import LabelScore
 from opencoca.inference.preprocess import ImageLike, as_pil
 from opencoca.pictures.drawing import (
     ACCENT,
