@@ -22,7 +22,7 @@ from opencoca.model.coca import CoCa
 from opencoca.system.allocator import keep_freed_memory
 from opencoca.train import load_recipe
 from opencoca.train.objective import autocast, compute_losses
-from opencoca.train.optim.optimizer import WeightAverage, build_optimizer, freeze_image_stages
+from opencoca.train.optim.optimizer import WeightAverage, build_optimizer, freeze
 from opencoca.train.step import TrainStep
 
 # Token counts of Flickr8k's training captions in the recipe's vocabulary: mean 13.3, 99th percentile 26.
@@ -81,7 +81,7 @@ def main() -> None:
     recipe = load_recipe(arguments.recipe, [])
     frozen = recipe.encoder.frozen_stages if arguments.frozen_stages is None else arguments.frozen_stages
     model = CoCa(replace(recipe.model, text=replace(recipe.model.text, vocab_size=arguments.vocab_size)))
-    stages = freeze_image_stages(model, frozen)
+    stages = freeze(model, replace(recipe, encoder=replace(recipe.encoder, frozen_stages=frozen)))
     average = WeightAverage(model, recipe.optimizer.ema_decay) if recipe.optimizer.ema_decay else None
     step = TrainStep(model, build_optimizer(model, recipe), average, recipe)
     batch = random_batch(model, stages, recipe.batch_size, recipe.data.captions_per_image, arguments.vocab_size)

@@ -17,7 +17,7 @@ from opencoca.data import Batch, EpochOrder
 from opencoca.distributed.world import World, full_tensor, join_world
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
-from opencoca.train.optim.optimizer import WeightAverage, build_optimizer, freeze_unused
+from opencoca.train.optim.optimizer import WeightAverage, build_optimizer
 from opencoca.train.parallel import ParallelModel
 from opencoca.train.recipe.recipe import DistributedRecipe, LossRecipe, OptimizerRecipe, Recipe
 from opencoca.train.step import NonFiniteLossError, TrainStep
@@ -121,7 +121,8 @@ def make_model(case: Case, recipe: Recipe) -> CoCa:
             if name != "log_logit_scale":
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.image_encoder.stages[: case.frozen_stages].requires_grad_(False)
-    freeze_unused(model, case.contrastive_weight != 0, case.caption_weight != 0)
+    for parameter in model.unused_parameters(case.contrastive_weight != 0, case.caption_weight != 0):
+        parameter.requires_grad_(False)
     return model.double() if case.double else model
 
 

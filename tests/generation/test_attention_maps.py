@@ -7,13 +7,11 @@ from hypothesis import strategies as st
 
 from opencoca.generation.attention_maps import (
     WordMaps,
-    cross_attention,
     feature_grid,
-    pooler_attention,
     split_words,
-    text_attention_weights,
     word_maps,
 )
+from opencoca.model.attention_maps import cross_attention, pooler_attention, text_attention_weights
 from opencoca.model.coca import CoCa
 from opencoca.model.layers.layout import TextLayout
 from opencoca.tokenizer import Tokenizer, train_tokenizer
@@ -67,7 +65,7 @@ def test_pooler_weights_times_values_are_the_image_tokens(make_model, pooler):
     model = make_model(pooler=POOLERS[pooler]).double()
     with torch.inference_mode():
         features = model.image_encoder(torch.randn(2, 3, 12, 12).double())
-        weights = pooler_attention(model.image_pooling, features)
+        weights = pooler_attention(model, features)
         tokens = model.pool_image(features).tokens
         if pooler == "features":
             assert weights is None
@@ -142,7 +140,7 @@ def test_a_map_follows_the_place_that_is_looked_at(make_model, tokenizer):
             keys[:, 0] = 500
     features = torch.zeros(1, 9, 24).double()
     features[0, 5, :] = torch.linspace(1, -1, 24).double()
-    model.image_encoder.forward = lambda images: features  # pyright: ignore
+    model.image_encoder.run_stages = lambda *_: features  # pyright: ignore
     with torch.no_grad():
         tokens = model.pool_image(features).tokens
         best = int(tokens[0, :, 0].argmax())

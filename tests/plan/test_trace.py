@@ -6,6 +6,7 @@ import torch
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
 from opencoca.model.init import without_values
+from opencoca.model.structure import PARTS
 from opencoca.plan.lengths import batch_of, likely_lengths
 from opencoca.plan.trace import Trace, trace_forward
 from opencoca.train.objective import autocast
@@ -80,7 +81,7 @@ def test_a_half_that_is_not_wanted_is_not_kept(wants: dict[str, bool]) -> None:
 
 def test_units_are_the_parts_and_blocks_of_the_model() -> None:
     trace = traced(config(), likely_lengths(6, 12, 30), "fp32")
-    assert set(trace.by_part()) == {"image_encoder", "poolers", "unimodal", "multimodal"}
+    assert set(trace.by_part()) == set(PARTS)
     assert sum(trace.by_part().values()) == trace.activation_bytes
     blocks = [name for name, unit in trace.units.items() if unit.recomputable]
     assert blocks == [

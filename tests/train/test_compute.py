@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from opencoca.model.coca import CoCa
 from opencoca.model.layers.blocks import TransformerBlock
+from opencoca.model.structure import PARTS
 from opencoca.train import train
 from opencoca.train.optim.adafactor import Adafactor
 from opencoca.train.optim.muon import Muon
-from opencoca.train.optim.optimizer import layers_behind, parameter_groups
-from opencoca.train.recipe.optimizer import PARTS
+from opencoca.train.optim.optimizer import parameter_groups
 from opencoca.train.trainer import Trainer
 
 from .helpers import Pairs, run_until_stopped, tiny_recipe
@@ -99,10 +98,6 @@ class TestCompile:
 
 
 class TestParts:
-    def test_every_parameter_is_in_one_part(self, pairs: Pairs, output: Path) -> None:
-        for name, _ in Trainer(tiny_recipe(pairs, output)).model.named_parameters():
-            assert sum(name.startswith(starts) for starts in PARTS.values()) == 1, name
-
     @pytest.mark.parametrize("frozen", [["image_encoder"], ["image_encoder", "image_pooling"], ["unimodal_decoder"]])
     def test_what_is_frozen_stays(self, pairs: Pairs, output: Path, frozen: list[str]) -> None:
         changes: dict[str, Any] = {"optimizer__frozen": frozen, "model__text__tie_embeddings": False}
@@ -146,34 +141,13 @@ class TestParts:
 
 
 class TestLayerDecay:
-    def test_layers_are_counted_from_the_outputs(self, pairs: Pairs, output: Path) -> None:
-        changes: dict[str, Any] = {"model__text__unimodal_depth": 2, "model__text__multimodal_depth": 3}
-        model: CoCa = Trainer(tiny_recipe(pairs, output, model__text__tie_embeddings=False, **changes)).model
-        expected = {
-            "image_encoder.stages.0.pos_embed": 3,
-            "image_encoder.stages.1.norm1.weight": 2,
-            "image_encoder.stages.3.weight": 0,
-            "unimodal_decoder.token_embed.weight": 5,
-            "unimodal_decoder.pos_embed": 5,
-            "unimodal_decoder.blocks.0.attn.q_proj.weight": 4,
-            "unimodal_decoder.blocks.1.attn.q_proj.weight": 3,
-            "multimodal_decoder.layers.0.self_block.norm1.weight": 2,
-            "multimodal_decoder.layers.2.cross_block.norm1.weight": 0,
-            "unimodal_decoder.norm.weight": 0,
-            "lm_head.weight": 0,
-            "log_logit_scale": 0,
-        }
-        names = {name for name, _ in model.named_parameters()}
-        assert expected.keys() <= names
-        assert {name: layers_behind(model, name) for name in expected} == expected
-
     def test_rates_fall_by_the_factor(self, pairs: Pairs, output: Path) -> None:
         recipe = tiny_recipe(pairs, output, optimizer__layer_decay=0.5, optimizer__learning_rate=1.0)
         model = Trainer(recipe).model
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for group in parameter_groups(model, recipe):
             for parameter in group["params"]:
-                assert group["peak_lr"] == 0.5 ** layers_behind(model, names[id(parameter)])
+                assert group["peak_lr"] == 0.5 ** model.structure().layers_behind(names[id(parameter)])
 
 
 class TestPatchDropout:

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from opencoca.data.transforms import PreprocessConfig
-from opencoca.export.graphs import DecoderGraph, ImageGraph, TextGraph, empty_cache
 from opencoca.inference.pipeline import Pipeline
 from opencoca.model.coca import CoCa
+from opencoca.model.traceable import DecoderGraph, ImageGraph, TextGraph, empty_cache
 from opencoca.store.quantization import dequantize, is_quantized
 from opencoca.system.files import atomic_write
 from opencoca.tokenizer import Tokenizer

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opencoca.export.graphs import empty_cache
 from opencoca.export.onnx import (
     DECODER_FILE,
     IMAGE_FILE,
@@ -26,6 +25,7 @@ from opencoca.generation import GenerationOptions, generate
 from opencoca.inference.pipeline import Pipeline
 from opencoca.inference.preprocess import ImageLike
 from opencoca.model.coca import CoCa
+from opencoca.model.traceable import empty_cache
 
 TOLERANCE = 1e-4
 _TEXTS = ("a dog", "two children are playing in the water at the beach", "A man in a red jacket climbs a rock .", "")

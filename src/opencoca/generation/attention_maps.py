@@ -16,11 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opencoca.generation.scoring import word_log_probs
+from opencoca.model.attention_maps import cross_attention, pooler_attention
 from opencoca.model.coca import CoCa
-from opencoca.model.layers.attention import Attention
-from opencoca.model.layers.layout import TextLayout
-from opencoca.model.layers.poolers import AttentionalPooler, ImagePooling, SharedPooler
-from opencoca.model.text_decoder import Words
 from opencoca.tokenizer import Tokenizer
 
 # Encoders round the number of cells along a side; a cell is stretched by that, never by much more.
@@ -64,13 +61,13 @@ def word_maps(model: CoCa, tokenizer: Tokenizer, image: Tensor, text: str) -> Wo
     Raises ValueError if the text has no words, or the features are no grid.
     """
     batch = tokenizer([text], model.config.text.context_length)
-    features = model.image_encoder(image.unsqueeze(0))
+    features = model.image_features(image.unsqueeze(0))
     grid = feature_grid(features.shape[1], (image.shape[1], image.shape[2]))
     image_tokens = model.pool_image(features).tokens
     token_ids = batch.token_ids.to(image.device)
     attention, hidden = cross_attention(model, token_ids[:, :-1], image_tokens)
     log_probs = word_log_probs(model, hidden[0], token_ids[0, 1:])
-    pooled = pooler_attention(model.image_pooling, features)
+    pooled = pooler_attention(model, features)
     weights = attention[:, 0] if pooled is None else attention[:, 0] @ pooled.mean(dim=1)
     words, word_of_token = split_words(tokenizer, token_ids[0, 1:-1].tolist())
     if not words:
@@ -84,52 +81,6 @@ def word_maps(model: CoCa, tokenizer: Tokenizer, image: Tensor, text: str) -> Wo
         grid=grid,
         log_probs=(member.to(log_probs) @ log_probs[:-1]).cpu(),
     )
-
-
-@torch.inference_mode()
-def cross_attention(model: CoCa, token_ids: Tensor, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The decoder's attention over the image tokens: token_ids (B, T), image_tokens (I, Q, D) -> (L, B, H, T, Q).
-
-    Also the hidden states (B, T, D) that the pass ends in. No mask: all tokens are real.
-    """
-    words, _ = model.unimodal_decoder(token_ids, with_cls=False)
-    decoder = model.multimodal_decoder
-    x, maps = words.states, []
-    for layer, (keys, values) in zip(decoder.layers, decoder.project_image(image_tokens), strict=True):
-        x = layer.self_block.self_attend(x, words.layout)  # pyright: ignore
-        block = layer.cross_block
-        maps.append(text_attention_weights(block.attn, block.norm1(x), keys, words.layout))  # pyright: ignore
-        x = block.cross_attend(x, (keys, values), words.layout)  # pyright: ignore
-    return torch.stack(maps), Words(decoder.norm(x), words.layout).padded()
-
-
-def text_attention_weights(attn: Attention, x: Tensor, keys: Tensor, layout: TextLayout) -> Tensor:
-    """The weights with which `Attention.cross_attend` mixes values: x (S, D), keys (I, K, Q, d) -> (B, H, T, Q)."""
-    group = layout.batch_size // keys.shape[0]
-    queries = layout.pad(attn.q_proj(x)).unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2)
-    return attention_weights(queries, keys.repeat_interleave(group, dim=0))
-
-
-def pooler_attention(pooling: ImagePooling, features: Tensor) -> Tensor | None:
-    """features (I, N, C) -> (I, H, Q, N): what each image token is made of; None if the tokens are the features."""
-    poolers = pooling.poolers
-    shared = isinstance(poolers, SharedPooler)
-    pooler = poolers.pooler if shared else getattr(poolers, "caption_pooler", None)
-    if not isinstance(pooler, AttentionalPooler):
-        return None
-    context = pooler.norm_context(features)
-    keys, _ = pooler.attn.project_context(context)
-    queries = pooler.attn.q_proj(pooler.norm_query(pooler.query).to(context.dtype).unsqueeze(0))
-    queries = queries.unflatten(-1, (pooler.attn.num_heads, pooler.attn.head_dim)).transpose(1, 2)
-    weights = attention_weights(queries.expand(features.shape[0], -1, -1, -1), keys)
-    return weights[:, :, 1:] if shared else weights  # the shared pooler's first query is the image vector
-
-
-def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
-    """softmax(queries keys^T / sqrt(d)): queries (B, H, T, d), keys (B, K, N, d) -> (B, H, T, N), float32 or wider."""
-    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
-    scores = torch.matmul(queries * queries.shape[-1] ** -0.5, keys.transpose(-2, -1))
-    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 def feature_grid(num_features: int, image_size: tuple[int, int]) -> tuple[int, int]:

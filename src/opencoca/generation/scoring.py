@@ -65,9 +65,8 @@ class TextScorer:
         states = []
         for start in range(0, self.num_texts, _TEXTS_AT_A_TIME):
             part = slice(start, start + _TEXTS_AT_A_TIME)
-            words, _ = self.model.unimodal_decoder(token_ids[part], token_mask[part], with_cls=False)
-            states.append(words.states)
-        return torch.cat(states) if states else self.model.unimodal_decoder.token_embed.weight[:0]
+            states.append(self.model.word_states(token_ids[part], token_mask[part]).states)
+        return torch.cat(states) if states else self.model.vocab_weight[:0]
 
     def score_all(self, image_tokens: Tensor) -> Tensor:
         """image_tokens (I, Q, D), as `CoCa.encode_image` gives them -> (I, B): log p(text | image), in nats."""
@@ -88,7 +87,7 @@ class TextScorer:
         images_at_a_time = max(1, self._words_at_a_time // (longest * texts_at_a_time))
         for image in range(0, num_images, images_at_a_time):
             images = slice(image, image + images_at_a_time)
-            keys_values = self.model.multimodal_decoder.project_image(image_tokens[images])
+            keys_values = self.model.project_image(image_tokens[images])
             for text in range(0, num_chosen, texts_at_a_time):
                 part = chosen[images, text : text + texts_at_a_time]
                 scores[images, text : text + texts_at_a_time] = self._score(keys_values, part.flatten()).view_as(part)
@@ -103,7 +102,7 @@ class TextScorer:
         words = self._starts[texts][row_of_word] + positions
         longest = int(lengths.max())
         layout = TextLayout(texts.shape[0], longest, row_of_word * longest + positions, positions)
-        hidden = self.model.multimodal_decoder(Words(self._states[words], layout), keys_values)
+        hidden = self.model.hidden_states(Words(self._states[words], layout), keys_values)
         gained = word_log_probs(self.model, hidden, self._next_ids[words])
         return gained.new_zeros(texts.shape[0]).index_add_(0, row_of_word, gained)
 
@@ -114,7 +113,7 @@ def word_log_probs(model: CoCa, hidden: Tensor, next_ids: Tensor) -> Tensor:
     rows = max(1, _LOGITS_AT_A_TIME // model.config.text.vocab_size)
     found = []
     for start in range(0, hidden.shape[0], rows):
-        logits = model.lm_head(hidden[start : start + rows])
+        logits = model.word_logits(hidden[start : start + rows])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         right = logits.gather(1, next_ids[start : start + rows, None]).squeeze(1)
         found.append(right - logits.logsumexp(dim=-1))

@@ -50,11 +50,11 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        return self.model.unimodal_decoder.token_embed.weight.device
+        return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.unimodal_decoder.token_embed.weight.dtype
+        return self.model.dtype
 
     @overload
     def caption(

@@ -8,6 +8,8 @@ T text positions, S words that have a next word, D width, E embed_dim, V vocabul
 """
 
 import math
+from collections.abc import Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -16,10 +18,13 @@ from torch import Tensor, nn
 
 from opencoca.model.config import CoCaConfig
 from opencoca.model.encoders import build_image_encoder
+from opencoca.model.encoders.vit import VisionTransformer
 from opencoca.model.init import init_weights
 from opencoca.model.kernels.linear import Linear
+from opencoca.model.layers.attention import CrossKeysValues
 from opencoca.model.layers.layout import TextLayout, take_rows
-from opencoca.model.layers.poolers import ImagePooling
+from opencoca.model.layers.poolers import ImagePooling, PooledImage
+from opencoca.model.structure import Part, Structure, numbered
 from opencoca.model.text_decoder import MultimodalDecoder, UnimodalDecoder, Words
 
 
@@ -70,13 +75,87 @@ class CoCa(nn.Module):
         self.unimodal_decoder = UnimodalDecoder(config.text)
         self.multimodal_decoder = MultimodalDecoder(config.text)
         self.lm_head = Linear(width, config.text.vocab_size, bias=False)
-        if config.text.tie_embeddings:
-            self.lm_head.weight = self.unimodal_decoder.token_embed.weight
-        projected = config.embed_dim != width if config.project_embeds is None else config.project_embeds
+        self.tie_head()
+        projected = config.projects_embeds
         self.image_proj = nn.Linear(width, config.embed_dim, bias=False) if projected else nn.Identity()
         self.text_proj = nn.Linear(width, config.embed_dim, bias=False) if projected else nn.Identity()
-        self.log_logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.initial_temperature)))
+        self.log_logit_scale = nn.Parameter(torch.empty(()))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draws all weights anew, but those of an image encoder that fills its own."""
         init_weights(self)
+        with torch.no_grad():
+            self.log_logit_scale.fill_(math.log(1 / self.config.initial_temperature))
+
+    def tie_head(self) -> None:
+        """Makes the vocabulary head use the embedding's weights, in whatever form they are, if both are to be one."""
+        if self.config.text.tie_embeddings:
+            embedding = self.unimodal_decoder.token_embed
+            for name, tensor in (*embedding.named_parameters(), *embedding.named_buffers()):
+                setattr(self.lm_head, name, tensor)
+
+    def stored_weights(self) -> dict[str, Tensor]:
+        """All weights and buffers, once: without the head's where it shares the embedding's."""
+        is_tied = self.config.text.tie_embeddings
+        return {name: t for name, t in self.state_dict().items() if not (is_tied and name.startswith("lm_head."))}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.log_logit_scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type that the weights are computed with."""
+        return self.unimodal_decoder.token_embed.weight.dtype
+
+    @property
+    def vocab_weight(self) -> Tensor:
+        """(V, D): what states of words are multiplied with to become logits, for losses that build them in parts."""
+        return self.lm_head.weight
+
+    def structure(self) -> Structure:
+        """The parts of this network and the order of their layers."""
+        encoder, text = self.image_encoder, self.config.text
+        # An embedding that is the vocabulary head as well is as near to the outputs as to the inputs.
+        stem = ("unimodal_decoder.cls_embed", "unimodal_decoder.pos_embed")
+        stem += () if text.tie_embeddings else ("unimodal_decoder.token_embed",)
+        stages = numbered("image_encoder.stages", encoder.num_stages)
+        unimodal = numbered("unimodal_decoder.blocks", text.unimodal_depth)
+        multimodal = numbered("multimodal_decoder.layers", text.multimodal_depth)
+        parts = (
+            Part("image_encoder", ("image_encoder",), "image", layers=stages),
+            Part("image_pooling", ("image_pooling",)),
+            Part("unimodal_decoder", ("unimodal_decoder",), "text", stem, unimodal),
+            Part("multimodal_decoder", ("multimodal_decoder",), "text", layers=multimodal),
+            Part("heads", ("lm_head", "image_proj", "text_proj", "log_logit_scale")),
+        )
+        return Structure(self, encoder, parts)
+
+    def unused_parameters(self, contrastive: bool, captioning: bool) -> Iterator[nn.Parameter]:
+        """What `forward` never reaches where a half is switched off."""
+        unused = self.image_pooling.unused(captioning, contrastive)
+        if not captioning:
+            unused += (
+                [self.multimodal_decoder]
+                if self.config.text.tie_embeddings
+                else [self.multimodal_decoder, self.lm_head]
+            )
+        if not contrastive:
+            unused += [self.unimodal_decoder.norm, self.text_proj, self.image_proj]
+            yield from (self.unimodal_decoder.cls_embed, self.log_logit_scale)
+        yield from chain.from_iterable(module.parameters() for module in unused)
+
+    def set_patch_dropout(self, share: float) -> None:
+        """The share of an image's patches that training leaves out, drawn anew each time.
+
+        Raises ValueError if the image encoder has no patches to leave out.
+        """
+        if isinstance(self.image_encoder, VisionTransformer):
+            self.image_encoder.patch_dropout = share
+        elif share:
+            raise ValueError(f"encoder.patch_dropout needs the image encoder vit, not {self.config.image.name}")
 
     @property
     def logit_scale(self) -> Tensor:
@@ -88,13 +167,25 @@ class CoCa(nn.Module):
         """Brings the stored scale back to its maximum: beyond it, it would have no gradient to return with."""
         self.log_logit_scale.clamp_(max=math.log(self.config.max_logit_scale))
 
+    def image_features(self, images: Tensor, from_stage: int = 0, to_stage: int | None = None) -> Tensor:
+        """images (I, 3, height, width), or what stage ``from_stage`` of the image encoder takes -> features (I, N, C).
+
+        to_stage: what this stage takes instead of the features.
+        """
+        encoder = self.image_encoder
+        return encoder.run_stages(images, from_stage, encoder.num_stages if to_stage is None else to_stage)
+
     def encode_image(self, images: Tensor) -> ImageOutput:
         """images (I, 3, height, width), preprocessed -> tokens and embedding."""
-        return self.pool_image(self.image_encoder(images))
+        return self.pool_image(self.image_features(images))
+
+    def pool_features(self, features: Tensor, captioning: bool = True, contrastive: bool = True) -> PooledImage:
+        """features (I, N, C) -> the tokens and the vector of each image, as far as they are wanted."""
+        return self.image_pooling(features, captioning=captioning, contrastive=contrastive)
 
     def pool_image(self, features: Tensor) -> ImageOutput:
         """features (I, N, C) of the image encoder -> tokens and embedding."""
-        tokens, vector = self.image_pooling(features)
+        tokens, vector = self.pool_features(features)
         assert tokens is not None
         assert vector is not None
         return ImageOutput(tokens, _unit(self.image_proj(vector)))
@@ -111,13 +202,28 @@ class CoCa(nn.Module):
 
     def decode(self, words: Words, image_tokens: Tensor) -> Tensor:
         """words of B texts, image_tokens (I, Q, D) -> hidden (B, T, D), zeros at padding."""
-        keys_values = self.multimodal_decoder.project_image(image_tokens)
-        return words.layout.pad(self.multimodal_decoder(words, keys_values))
+        return words.layout.pad(self.hidden_states(words, self.project_image(image_tokens)))
 
     def logits(self, images: Tensor, token_ids: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Next-word logits (B, T, V) after every word, for those who want them all; training never builds them."""
-        words, _ = self.unimodal_decoder(token_ids, token_mask, with_cls=False)
-        return self.lm_head(self.decode(words, self.encode_image(images).tokens))
+        words = self.word_states(token_ids, token_mask)
+        return self.word_logits(self.decode(words, self.encode_image(images).tokens))
+
+    def word_states(self, token_ids: Tensor, token_mask: Tensor | None = None) -> Words:
+        """token_ids (B, T), token_mask (B, T) True = real -> unimodal states of the words, without [CLS]."""
+        return self.unimodal_decoder(token_ids, token_mask, with_cls=False).words
+
+    def project_image(self, image_tokens: Tensor) -> list[CrossKeysValues]:
+        """image_tokens (I, Q, D) -> keys and values of every layer, for `hidden_states`."""
+        return self.multimodal_decoder.project_image(image_tokens)
+
+    def hidden_states(self, words: Words, keys_values: list[CrossKeysValues]) -> Tensor:
+        """words of B texts over the keys and values of I images -> hidden (S, D), packed as the words are."""
+        return self.multimodal_decoder(words, keys_values)
+
+    def word_logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., D) -> next-word logits (..., V)."""
+        return self.lm_head(hidden)
 
     def forward(
         self,
@@ -134,9 +240,8 @@ class CoCa(nn.Module):
         images (I, 3, height, width), or what the image encoder's stage ``from_stage`` takes (its cached features);
         token_ids (B, T), token_mask (B, T) True = real. A half that is switched off costs nothing.
         """
-        encoder = self.image_encoder
-        features = encoder.run_stages(images, from_stage, encoder.num_stages)
-        image_tokens, image_vector = self.image_pooling(features, captioning=captioning, contrastive=contrastive)
+        features = self.image_features(images, from_stage)
+        image_tokens, image_vector = self.pool_features(features, captioning, contrastive)
         image_embed = None if image_vector is None else _unit(self.image_proj(image_vector))
         words, cls = self.unimodal_decoder(token_ids, token_mask, with_cls=contrastive)
         text_embed = None if cls is None else _unit(self.text_proj(cls))

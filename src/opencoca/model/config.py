@@ -71,6 +71,11 @@ class CoCaConfig:
                 f"{1 / self.max_logit_scale if self.max_logit_scale > 0 else float('inf'):.3g}"
             )
 
+    @property
+    def projects_embeds(self) -> bool:
+        """Whether the vectors of images and texts are projected into the space that they share."""
+        return self.embed_dim != self.text.width if self.project_embeds is None else self.project_embeds
+
     @classmethod
     def named(cls, name: str, **changes: Any) -> "CoCaConfig":
         """The configuration with this name, with fields replaced.

@@ -14,7 +14,6 @@ from opencoca.losses.contrastive import CHUNK_SIMILARITIES
 from opencoca.model.coca import CoCa
 from opencoca.plan.trace import Kept, Trace
 from opencoca.train.optim.adafactor import Adafactor
-from opencoca.train.optim.muon import hidden_matrices
 from opencoca.train.optim.optimizer import parameter_groups
 from opencoca.train.recipe.recipe import Recipe
 
@@ -87,34 +86,26 @@ class Memory:
     moment: str
 
 
-def model_bytes(model: CoCa, recipe: Recipe, unit_of: dict[str, str]) -> ModelBytes:
-    """unit_of: parameter name -> unit of the trace."""
+def model_bytes(model: CoCa, recipe: Recipe) -> ModelBytes:
+    """The bytes of a model that is trained with this recipe."""
+    structure = model.structure()
     sizes = {name: 4 * parameter.numel() for name, parameter in model.named_parameters()}
     trained = {name: sizes[name] for name, p in model.named_parameters() if p.requires_grad}
-    blocks: dict[str, int] = {}
-    for name, size in sizes.items():
-        block = _block_of(name)
-        if block:
-            blocks[block] = blocks.get(block, 0) + size
+    gathered = [{p for module in unit for p in module.parameters()} for unit in structure.shard_units()]
+    in_blocks = sum(4 * parameter.numel() for parameter in set().union(*gathered))
     gradients: dict[str, int] = {}
     for name, size in trained.items():
-        gradients[unit_of[name]] = gradients.get(unit_of[name], 0) + size
+        unit = structure.unit_of(name.rpartition(".")[0] or name).name
+        gradients[unit] = gradients.get(unit, 0) + size
     return ModelBytes(
         weights=sum(sizes.values()) + sum(4 * buffer.numel() for buffer in model.buffers()),
         trained=sum(trained.values()),
         optimizer=_optimizer_bytes(model, recipe),
         average=sum(trained.values()) if recipe.optimizer.ema_decay else 0,
-        shared_weights=sum(sizes.values()) - sum(blocks.values()),
-        largest_unit=max(blocks.values(), default=0),
+        shared_weights=sum(sizes.values()) - in_blocks,
+        largest_unit=max((sum(4 * p.numel() for p in unit) for unit in gathered), default=0),
         unit_gradients=gradients,
     )
-
-
-def _block_of(name: str) -> str | None:
-    path = name.split(".")
-    if path[0] == "image_encoder" and len(path) > 3 and path[3] in ("norm1", "attn", "norm2", "mlp"):
-        return ".".join(path[:3])
-    return ".".join(path[:3]) if path[1:2] in (["blocks"], ["layers"]) else None
 
 
 def _optimizer_bytes(model: CoCa, recipe: Recipe) -> int:
@@ -122,7 +113,7 @@ def _optimizer_bytes(model: CoCa, recipe: Recipe) -> int:
     if recipe.optimizer.name == "adamw":
         return sum(8 * parameter.numel() for parameter in trained)
     if recipe.optimizer.name == "muon":
-        hidden = hidden_matrices(model)
+        hidden = model.structure().hidden_matrices()
         return sum((4 if parameter in hidden else 8) * parameter.numel() for parameter in trained)
     optimizer = Adafactor(parameter_groups(model, recipe), recipe.optimizer.learning_rate, recipe.optimizer.betas)
     for parameter in trained:
@@ -198,9 +189,8 @@ def with_recompute(recipe: Recipe, kind: Literal["none", "image", "text", "all"]
 def _recomputed(trace: Trace, recipe: Recipe) -> set[str]:
     """The units whose inside the recipe computes again."""
     options = recipe.compute
-    parts = {"image": ("image_encoder",), "text": ("unimodal", "multimodal")}
-    wanted = [p for kind, names in parts.items() if options.recompute in (kind, "all") for p in names]
-    blocks = [name for name, unit in trace.units.items() if unit.recomputable and unit.part in wanted]
+    wanted = ("image", "text") if options.recompute == "all" else (options.recompute,)
+    blocks = [name for name, unit in trace.units.items() if unit.recomputable in wanted]
     return {name for number, name in enumerate(blocks) if (number + 1) % options.recompute_every == 0}
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
 from opencoca.model.init import without_values
+from opencoca.model.structure import PARTS
 from opencoca.plan.lengths import batch_of, likely_lengths
 from opencoca.plan.memory import (
     STRATEGIES,
@@ -19,10 +20,11 @@ from opencoca.plan.memory import (
     model_bytes,
     with_recompute,
 )
-from opencoca.plan.trace import Trace, trace_forward, unit_of
+from opencoca.plan.trace import Trace, trace_forward
 from opencoca.system.memory_use import resident_bytes
 from opencoca.tokenizer import Tokenizer
-from opencoca.train.flops import ModelFlops, StepFlops, freeze, recipe_stages
+from opencoca.train.flops import ModelFlops, StepFlops
+from opencoca.train.optim.optimizer import freeze
 from opencoca.train.recipe.optimizer import SHARDABLE
 from opencoca.train.recipe.recipe import Recipe
 
@@ -73,11 +75,10 @@ class Planner:
         self.config: CoCaConfig = replace(recipe.model, text=text)
         with without_values():
             self.network = CoCa(self.config)
-        freeze(self.network, recipe)
-        self.network.image_encoder.patch_dropout = recipe.encoder.patch_dropout  # pyright: ignore
+        self.frozen_stages = freeze(self.network, recipe)
+        self.network.set_patch_dropout(recipe.encoder.patch_dropout)
         self.network.train()
-        units = {name: unit_of(name)[0] for name, _ in self.network.named_parameters()}
-        self.model: ModelBytes = model_bytes(self.network, recipe, units)
+        self.model: ModelBytes = model_bytes(self.network, recipe)
         per_image = recipe.data.captions_per_image
         local = recipe.batch_size // cluster.devices // recipe.accumulation_steps
         if lengths is None:
@@ -123,7 +124,7 @@ class Planner:
             # Of a part of the batch, texts that are spread as all are.
             every = torch.linspace(0, len(self.lengths) - 1, texts).round().long()
             ids, mask = batch_of(self.lengths[every])
-            start = recipe_stages(self.network, self.recipe) if self.recipe.encoder.cache_features else 0
+            start = self.frozen_stages if self.recipe.encoder.cache_features else 0
             self._traces[images] = trace_forward(
                 self.network,
                 images,
@@ -159,15 +160,11 @@ class Planner:
         return again
 
     def parameters(self) -> dict[str, int]:
-        model = self.network
-        count = {
-            "image encoder": sum(p.numel() for p in model.image_encoder.parameters()),
-            "poolers": sum(p.numel() for p in model.image_pooling.parameters()),
-            "unimodal decoder": sum(p.numel() for p in model.unimodal_decoder.parameters()),
-            "multimodal decoder": sum(p.numel() for p in model.multimodal_decoder.parameters()),
-            "vocabulary head": 0 if self.config.text.tie_embeddings else model.lm_head.weight.numel(),
-        }
-        count["projections, temperature"] = sum(p.numel() for p in model.parameters()) - sum(count.values())
+        structure = self.network.structure()
+        count = {part: sum(p.numel() for p in structure.parameters(part)) for part in PARTS}
+        heads = count.pop("heads")
+        count["vocabulary head"] = 0 if self.config.text.tie_embeddings else self.network.vocab_weight.numel()
+        count["projections, temperature"] = heads - count["vocabulary head"]
         return count
 
     def remedy(self, usable: int) -> str:

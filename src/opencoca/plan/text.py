@@ -4,11 +4,15 @@ from collections.abc import Iterable, Sequence
 
 from opencoca.plan.forecast import Plan
 
-_FLOP_NAMES = {
+_NAMES = {
     "image_encoder": "image encoder",
+    "image_pooling": "poolers",
     "poolers": "poolers",
+    "unimodal_decoder": "unimodal decoder",
     "unimodal": "unimodal decoder",
+    "multimodal_decoder": "multimodal decoder",
     "multimodal": "multimodal decoder",
+    "heads": "projections, vocabulary head",
     "vocabulary_loss": "vocabulary loss",
     "contrastive_loss": "contrastive loss",
 }
@@ -43,7 +47,7 @@ def _heading(plan: Plan) -> str:
 
 def _parameters(plan: Plan) -> str:
     total = sum(plan.parameters.values())
-    rows = [(name, f"{count / 1e6:,.1f} M") for name, count in plan.parameters.items() if count]
+    rows = [(_NAMES.get(name, name), f"{count / 1e6:,.1f} M") for name, count in plan.parameters.items() if count]
     return _table("parameters", [*rows, ("all", f"{total / 1e6:,.1f} M"), ("trained", _millions(plan))])
 
 
@@ -54,7 +58,7 @@ def _millions(plan: Plan) -> str:
 def _flops(plan: Plan) -> str:
     total = plan.flops.total
     rows = [
-        (_FLOP_NAMES[name], f"{value / 1e12:,.2f} TFLOP", f"{100 * value / total:.1f} %")
+        (_NAMES[name], f"{value / 1e12:,.2f} TFLOP", f"{100 * value / total:.1f} %")
         for name, value in plan.flops._asdict().items()
     ]
     rows.append(("all", f"{total / 1e12:,.2f} TFLOP", ""))
@@ -70,7 +74,7 @@ def _memory(plan: Plan) -> str:
         ("gradients", memory.gradients),
         ("optimizer state", memory.optimizer),
         ("averaged weights", memory.average),
-        *((f"activations, {_FLOP_NAMES.get(part, part)}", size) for part, size in memory.activations.items()),
+        *((f"activations, {_NAMES.get(part, part)}", size) for part, size in memory.activations.items()),
         ("weights, cast or gathered", memory.weight_copies),
         ("logits in work, and their gradients", memory.logits),
         ("embeddings of all devices, similarities", memory.gathered),

@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from opencoca.model.coca import CoCa, CoCaOutput
+from opencoca.model.structure import Tower, Unit
 
 _LOW = {
     "linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "conv2d", "einsum",
@@ -32,11 +33,11 @@ class Kept:
     """Bytes that one unit (a block, a stage, a pooler) keeps for its gradient.
 
     input_bytes: of its input, which is all that stays if its inside is computed again. largest_bytes: of its largest
-    tensor. recomputable: whether it is a block that can be.
+    tensor. recomputable: the tower that it is a block of, if it is one; the inside of others cannot be computed again.
     """
 
     part: str
-    recomputable: bool
+    recomputable: Tower | None = None
     kept_bytes: int = 0
     input_bytes: int = 0
     largest_bytes: int = 0
@@ -113,7 +114,7 @@ def trace_forward(
 def _inputs(model: CoCa, num_images: int, from_stage: int) -> Tensor:
     images = torch.empty(num_images, 3, *model.config.image.image_size, device="meta")
     with torch.no_grad():
-        return model.image_encoder.run_stages(images, 0, from_stage)
+        return model.image_features(images, 0, from_stage)
 
 
 class _on_device:
@@ -214,18 +215,20 @@ class _Tracer:
         self.kept: dict[int, tuple[Tensor, int, str]] = {}
 
     def watch(self) -> Iterable[Any]:
+        structure = self.model.structure()
         for name, module in self.model.named_modules():
             if not any(True for _ in module.children()):
-                unit, part, recomputable = unit_of(name)
-                yield module.register_forward_pre_hook(self._entering(unit, part, recomputable))
+                yield module.register_forward_pre_hook(self._entering(structure.unit_of(name)))
 
-    def _entering(self, unit: str, part: str, recomputable: bool) -> Any:
+    def _entering(self, unit: Unit) -> Any:
+        tower = unit.part.tower if unit.block else None
+
         def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if self.current != unit:
-                self.current = unit
+            if self.current != unit.name:
+                self.current = unit.name
                 shown = next((arg for arg in args if isinstance(arg, Tensor)), None)
                 size = 0 if shown is None else shown.numel() * shown.element_size()
-                self.trace.units.setdefault(unit, Kept(part, recomputable, input_bytes=size))
+                self.trace.units.setdefault(unit.name, Kept(unit.part.name, tower, input_bytes=size))
 
         return enter
 
@@ -239,25 +242,9 @@ class _Tracer:
         for storage, (_, size, unit) in self.kept.items():
             if storage in copies_of_weights:
                 continue
-            kept = self.trace.units.setdefault(unit, Kept("image_encoder", False))
+            kept = self.trace.units.setdefault(unit, Kept("image_encoder"))
             kept.kept_bytes += size
             kept.largest_bytes = max(kept.largest_bytes, size)
-
-
-def unit_of(name: str) -> tuple[str, str, bool]:
-    """The unit that a module belongs to, its part, and whether the unit is a block whose inside can be recomputed."""
-    path = name.split(".")
-    if path[0] == "image_encoder":
-        return ".".join(path[:3]), "image_encoder", len(path) > 3 and path[3] in ("norm1", "attn", "norm2", "mlp")
-    if path[0] == "unimodal_decoder":
-        return (".".join(path[:3]), "unimodal", True) if path[1] == "blocks" else (name, "unimodal", False)
-    if path[0] == "multimodal_decoder":
-        if path[1] == "layers" and not (path[3] == "cross_block" and path[-1] in ("kv_proj", "norm_context")):
-            return ".".join(path[:4]), "multimodal", True
-        return "image_keys_values" if path[1] == "layers" else name, "multimodal", False
-    if path[0] in ("image_pooling", "image_proj"):
-        return path[0], "poolers", False
-    return path[0], "unimodal" if path[0] == "text_proj" else "multimodal", False
 
 
 def _storage(tensor: Tensor) -> int:

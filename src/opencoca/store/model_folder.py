@@ -15,14 +15,13 @@ from opencoca.data.transforms import PreprocessConfig
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
 from opencoca.model.init import without_values
-from opencoca.store.quantization import INT8, is_quantized, quantize, share_weight
+from opencoca.store.quantization import INT8, is_quantized, quantize
 from opencoca.store.safetensors_file import TensorInfo, non_finite, read_tensor_infos, read_tensors, write_tensors
 from opencoca.system.files import atomic_write
 from opencoca.tokenizer import Tokenizer
 
 FORMAT = "opencoca-1"
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
-_HEAD = "lm_head."
 # Far beyond any real one's; a longer file would be parsed for many seconds before it is found to be none.
 _MAX_CONFIG_BYTES, _MAX_TOKENIZER_BYTES = 4_000_000, 32_000_000
 _CONTENTS = f"a model's folder holds {CONFIG_FILE}, {WEIGHTS_FILE} and {TOKENIZER_FILE}"
@@ -59,7 +58,7 @@ def save_model_folder(
         WriteError: (an OSError) the disk is full or the folder not writable; the file it was about stays as it was.
     """
     _check_vocabulary(model.config, tokenizer, "this tokenizer")
-    tensors = _without_tied_head(model.config, model.state_dict())
+    tensors = model.stored_weights()
     tensors = {name: _cast(tensor.detach(), dtype).cpu().contiguous() for name, tensor in tensors.items()}
     if broken := non_finite(tensors):
         kind = f" in {dtype}" if dtype is not None else ""
@@ -102,15 +101,14 @@ def load_model_folder(
     model, preprocess, info = _read_config(folder / CONFIG_FILE, len(stored))
     tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
     _check_vocabulary(model.config, tokenizer, str(folder / TOKENIZER_FILE))
-    _check_tensors(weights, _without_tied_head(model.config, model.state_dict()), stored)
+    _check_tensors(weights, model.stored_weights(), stored)
     tensors = read_tensors(weights, str(device))
     if broken := non_finite(tensors):
         raise _wrong_weights(weights, f"{len(broken)} not finite ({_first(broken)})")
     for name in tuple(tensors):
         tensors[name] = _cast(tensors[name], dtype)
     model.load_state_dict(tensors, strict=False, assign=True)
-    if model.config.text.tie_embeddings:
-        share_weight(model.lm_head, model.unimodal_decoder.token_embed)
+    model.tie_head()
     return LoadedModel(model.to(device).eval(), tokenizer, preprocess, info)
 
 
@@ -218,10 +216,6 @@ def _check_vocabulary(config: CoCaConfig, tokenizer: Tokenizer, name: str) -> No
             f"{name} has {tokenizer.vocab_size} ids, more than the model's vocab_size {config.text.vocab_size}; "
             "use the tokenizer that the model was trained with"
         )
-
-
-def _without_tied_head(config: CoCaConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t for name, t in tensors.items() if not (config.text.tie_embeddings and name.startswith(_HEAD))}
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

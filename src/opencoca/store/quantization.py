@@ -141,11 +141,5 @@ def _restored(module: QuantizedLinear | QuantizedEmbedding, weight: nn.Parameter
     return restored
 
 
-def share_weight(head: nn.Module, embedding: nn.Module) -> None:
-    """Makes a head use an embedding's weight, be both quantised or neither."""
-    for name in ("values", "scale") if isinstance(embedding, QuantizedEmbedding) else ("weight",):
-        setattr(head, name, getattr(embedding, name))
-
-
 def is_quantized(model: nn.Module) -> bool:
     return any(isinstance(module, _Quantized) for module in model.modules())

@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 
 from opencoca.distributed.world import local_part, sharded_like
 from opencoca.model.coca import CoCa
-from opencoca.model.init import init_weights
 
 # Methods of tensors and functions of torch.nn.init.
 _DRAWS = {"normal_", "uniform_", "trunc_normal_"}
@@ -25,19 +24,17 @@ _DRAWS |= {f"{rule}_{kind}_" for rule in ("kaiming", "xavier") for kind in ("nor
 def fill_initial_values(model: CoCa, device: torch.device, seed: int) -> None:
     """Gives a model that was built and sharded on the meta device the values that ``CoCa(config)`` has after ``seed``.
 
-    All processes must call. The image encoder must be one that `init_weights` fills.
+    All processes must call. The image encoder must be one that `CoCa.init_weights` fills.
     """
     torch.manual_seed(seed)
     with torch.device("meta"), _Draw(keep=False):  # what its constructors draw, and nobody keeps
         CoCa(model.config)
     model.to_empty(device=device)
-    if model.config.text.tie_embeddings:  # which `to_empty` has parted
-        model.lm_head.weight = model.unimodal_decoder.token_embed.weight
+    model.tie_head()  # which `to_empty` has parted
     for parameter in model.parameters():
         local_part(parameter).fill_(math.nan)
     with _Draw(keep=True):
-        init_weights(model)
-    model.log_logit_scale.fill_(math.log(1 / model.config.initial_temperature))
+        model.init_weights()
     missed = [name for name, parameter in model.named_parameters() if local_part(parameter).isnan().any()]
     assert not missed, f"no initial value for {missed[0]}"
 

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
 from opencoca.model.init import without_values
-from opencoca.model.layers.attention import Attention
-from opencoca.train.optim.optimizer import freeze_image_stages, freeze_parts, freeze_unused
+from opencoca.model.structure import ProductSizes, Structure
+from opencoca.train.optim.optimizer import freeze
 from opencoca.train.recipe.recipe import Recipe
 
 Result = TypeVar("Result")
@@ -47,22 +47,20 @@ class ModelFlops:
         """config: the architecture with its vocabulary; nothing of its size is allocated."""
         with without_values():
             model = CoCa(config)
-        freeze(model, recipe)
-        model.image_encoder.patch_dropout = recipe.encoder.patch_dropout  # pyright: ignore
+        frozen_stages = freeze(model, recipe)
+        model.set_patch_dropout(recipe.encoder.patch_dropout)
         self.config, self.losses = config, recipe.loss
-        start = recipe_stages(model, recipe) if recipe.encoder.cache_features else 0
+        start = frozen_stages if recipe.encoder.cache_features else 0
         self.per_image, features = _image_encoder(model, start)
         self.pooling = _pooling(model, features, recipe)
-        self.unimodal = _TextHalf.of(model.unimodal_decoder, _trains(model.unimodal_decoder), False)
-        self.multimodal = _TextHalf.of(
-            model.multimodal_decoder,
-            _trains(model.multimodal_decoder),
-            _trains(model.unimodal_decoder) or _trains(model.image_pooling) or _trains(model.image_encoder),
-        )
+        structure = model.structure()
+        self.unimodal = _TextHalf.of(structure, "unimodal_decoder")
+        inputs = ("image_encoder", "image_pooling", "unimodal_decoder")
+        self.multimodal = _TextHalf.of(structure, "multimodal_decoder", inputs)
         self.image_tokens = self.pooling.num_tokens
-        self.head = model.lm_head.weight.numel()
-        self.head_passes = 1 + model.lm_head.weight.requires_grad + 1
-        self.text_proj = sum(p.numel() for p in model.text_proj.parameters())
+        self.head = model.vocab_weight.numel()
+        self.head_passes = 1 + model.vocab_weight.requires_grad + 1
+        self.proj = _projection(config)
 
     def __call__(self, num_images: int, lengths: Tensor | Iterable[int], all_texts: int | None = None) -> StepFlops:
         """num_images: I; lengths (B,): real words of each text, special ids included, [CLS] not.
@@ -76,7 +74,7 @@ class ModelFlops:
         with_cls = words + contrastive
         unimodal = self.unimodal(float(with_cls.sum()), float((with_cls * (with_cls + 1) / 2).sum()))
         if contrastive:
-            unimodal += 3 * 2 * num_texts * self.text_proj
+            unimodal += 3 * 2 * num_texts * self.proj
         multimodal = vocabulary = 0.0
         if captioning:
             inputs = (words - 1).clamp(min=0)
@@ -97,19 +95,6 @@ class ModelFlops:
         )
 
 
-def freeze(model: CoCa, recipe: Recipe) -> None:
-    """Stops gradients where training with this recipe would."""
-    freeze_image_stages(model, recipe.encoder.frozen_stages)
-    freeze_unused(model, recipe.loss.contrastive_weight != 0, recipe.loss.caption_weight != 0)
-    freeze_parts(model, recipe)
-
-
-def recipe_stages(model: CoCa, recipe: Recipe) -> int:
-    """How many of the image encoder's first stages the recipe freezes."""
-    count = recipe.encoder.frozen_stages
-    return model.image_encoder.num_stages if count == -1 else count
-
-
 class _Pooling(NamedTuple):
     per_image: float
     per_batch: float
@@ -117,46 +102,31 @@ class _Pooling(NamedTuple):
 
 
 class _TextHalf(NamedTuple):
-    """weights: matrix elements that a word meets; context_weights: those that an image token meets, of all layers.
+    """sizes: of the products. passes: how often those of the weights are done (forward, by the input, by the weight).
 
-    pair_width, cross_pair_width: what a pair of positions costs in all layers, a multiply-add as one.
-    passes: how often the weights' products are done (forward, by the input, by the weight); attention's: pair_passes.
+    pair_passes: how often those of attention are.
     """
 
-    weights: int
-    context_weights: int
-    pair_width: int
-    cross_pair_width: int
+    sizes: ProductSizes
     passes: int
     pair_passes: int
-    context_passes: int
 
     @staticmethod
-    def of(module: nn.Module, is_trained: bool, has_trained_input: bool) -> "_TextHalf":
-        weights = context = pair = cross_pair = 0
-        for name, part in module.named_modules():
-            is_cross = "cross_block" in name
-            if isinstance(part, Attention):
-                width = 2 * part.num_heads * part.head_dim
-                pair, cross_pair = (pair, cross_pair + width) if is_cross else (pair + width, cross_pair)
-            elif isinstance(part, nn.Linear):
-                if is_cross and name.endswith("kv_proj"):
-                    context += part.weight.numel()
-                else:
-                    weights += part.weight.numel()
-        flows = is_trained or has_trained_input
-        passes = 1 + flows + is_trained
-        return _TextHalf(weights, context, pair, cross_pair, passes, 1 + 2 * flows, passes)
+    def of(structure: Structure, part: str, inputs: tuple[str, ...] = ()) -> "_TextHalf":
+        """inputs: the parts whose outputs it computes with."""
+        is_trained = structure.trains(part)
+        flows = is_trained or structure.trains(*inputs)
+        return _TextHalf(structure.product_sizes(part), 1 + flows + is_trained, 1 + 2 * flows)
 
     def __call__(self, num_words: float, pairs: float) -> float:
         """Of words that attend to themselves and those before them."""
-        return 2 * self.passes * self.weights * num_words + 2 * self.pair_passes * self.pair_width * pairs
+        return 2 * self.passes * self.sizes.weights * num_words + 2 * self.pair_passes * self.sizes.pair_width * pairs
 
     def cross(self, num_tokens: float, pairs: float) -> float:
         """Of the images' keys and values, and of the words that look at them."""
         return (
-            2 * self.context_passes * self.context_weights * num_tokens
-            + 2 * self.pair_passes * self.cross_pair_width * pairs
+            2 * self.passes * self.sizes.context_weights * num_tokens
+            + 2 * self.pair_passes * self.sizes.cross_pair_width * pairs
         )
 
 
@@ -172,7 +142,7 @@ def _count(run: Callable[[], Result]) -> tuple[float, Result]:
 
 def _image_encoder(model: CoCa, start: int) -> tuple[float, Tensor]:
     """FLOPs of one image from stage ``start`` on, forward and backward, and its features (1, N, C)."""
-    encoder = model.image_encoder
+    encoder = model.structure().image_encoder
     x = torch.empty(1, 3, *model.config.image.image_size, device="meta")
     total, has_trained = 0.0, False
     encoder.train()
@@ -187,16 +157,19 @@ def _image_encoder(model: CoCa, start: int) -> tuple[float, Tensor]:
 
 
 def _pooling(model: CoCa, features: Tensor, recipe: Recipe) -> _Pooling:
-    wants = {
-        "captioning": recipe.loss.caption_weight != 0,
-        "contrastive": recipe.loss.contrastive_weight != 0,
-    }
-    model.image_pooling.eval()
-    one, pooled = _count(lambda: model.image_pooling(features, **wants))
-    two, _ = _count(lambda: model.image_pooling(features.expand(2, -1, -1), **wants))
-    project = 2 * sum(p.numel() for p in model.image_proj.parameters()) if wants["contrastive"] else 0
-    is_trained = _trains(model.image_pooling) or _trains(model.image_proj)
+    contrastive, structure = recipe.loss.contrastive_weight != 0, model.structure()
+    wants = {"captioning": recipe.loss.caption_weight != 0, "contrastive": contrastive}
+    model.eval()
+    one, pooled = _count(lambda: model.pool_features(features, **wants))
+    two, _ = _count(lambda: model.pool_features(features.expand(2, -1, -1), **wants))
+    project = 2 * _projection(model.config) if contrastive else 0
+    is_trained = structure.trains("image_pooling") or (contrastive and structure.trains("heads"))
     # Keys and values, most of the work, need a gradient by their input only if there is something before them to train.
-    passes = 1 + is_trained + _trains(model.image_encoder)
+    passes = 1 + is_trained + structure.trains("image_encoder")
     tokens = 0 if pooled.tokens is None else pooled.tokens.shape[1]
     return _Pooling(passes * (two - one + project), passes * (2 * one - two), tokens)
+
+
+def _projection(config: CoCaConfig) -> int:
+    """Matrix elements of the projection of either vector."""
+    return config.embed_dim * config.text.width if config.projects_embeds else 0

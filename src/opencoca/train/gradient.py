@@ -164,7 +164,7 @@ class BatchGradient:
         total = captioning_loss(
             output.hidden,
             output.next_ids,
-            self.parallel.model.lm_head.weight,
+            self.parallel.model.vocab_weight,
             label_smoothing=options.label_smoothing,
             reduction="sum",
         )

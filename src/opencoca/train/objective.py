@@ -45,7 +45,7 @@ def compute_losses(model: CoCa, batch: Batch, recipe: LossRecipe, label_smoothin
         caption = captioning_loss(
             output.hidden,
             output.next_ids,
-            model.lm_head.weight,
+            model.vocab_weight,
             label_smoothing=recipe.label_smoothing if label_smoothing is None else label_smoothing,
             reduction=recipe.caption_reduction,
         )

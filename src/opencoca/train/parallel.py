@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from opencoca.distributed.world import World, full_tensor, local_part
 from opencoca.model.coca import CoCa, CoCaOutput
-from opencoca.model.layers.blocks import TransformerBlock
 from opencoca.train.deferred_init import fill_initial_values
 from opencoca.train.recipe.recipe import DistributedRecipe, Recipe
 
@@ -42,7 +41,7 @@ class ParallelModel:
             self._wrapped = _copied(model, device)
         elif self.strategy == "fsdp":
             _shard(model, device, recipe, self.world)
-            if model.log_logit_scale.is_meta:
+            if model.device.type == "meta":
                 fill_initial_values(model, device, recipe.seed)
         else:
             model.to(device)
@@ -62,9 +61,9 @@ class ParallelModel:
 
     def finish_gradients(self) -> None:
         """After the last backward pass: adds up what the engine leaves to us (a scalar cannot be sharded)."""
-        scale = self.model.log_logit_scale
-        if self.strategy == "fsdp" and scale.grad is not None:
-            self.world.sum(scale.grad)
+        for scalar in _scalars(self.model) if self.strategy == "fsdp" else ():
+            if scalar.grad is not None:
+                self.world.sum(scalar.grad)
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm of the whole gradient, a scalar."""
@@ -104,7 +103,7 @@ class ParallelModel:
         copy = None
         if wanted:
             with torch.random.fork_rng(devices=[]):  # its initial values are not to cost random numbers
-                copy = CoCa(self.model.config).to(self.device, self.model.log_logit_scale.dtype).eval()
+                copy = CoCa(self.model.config).to(self.device, next(_scalars(self.model)).dtype).eval()
         targets = {} if copy is None else {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             whole = full_tensor(tensor.detach())
@@ -142,13 +141,13 @@ def check_processes(recipe: Recipe, world: World) -> None:
 def freeze_untouched(model: CoCa, recipe: Recipe) -> None:
     """Stops gradients of parameters that the objective never reaches: DDP would wait for them."""
     height, width = model.config.image.image_size
-    at = model.log_logit_scale
+    at = next(_scalars(model))
     ids = torch.zeros(1, 2, dtype=torch.int64, device=at.device)
     contrastive, captioning = recipe.loss.contrastive_weight != 0, recipe.loss.caption_weight != 0
     output = model(at.new_zeros(1, 3, height, width), ids, contrastive=contrastive, captioning=captioning)
     reached = [tensor.sum() for tensor in output[:3] if tensor is not None]
     reached += [output.logit_scale] if contrastive else []
-    reached += [model.lm_head.weight.sum()] if captioning else []
+    reached += [model.vocab_weight.sum()] if captioning else []
     torch.stack(reached).sum().backward()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
@@ -183,7 +182,7 @@ def _shard(model: CoCa, device: torch.device, recipe: Recipe, world: World) -> N
     # head, the temperature) stays in float32 and is cast where autocast would.
     low = torch.bfloat16 if recipe.precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
-    for units in _units(model):
+    for units in model.structure().shard_units():
         fully_shard(
             units,
             mesh=mesh,
@@ -191,12 +190,12 @@ def _shard(model: CoCa, device: torch.device, recipe: Recipe, world: World) -> N
             mp_policy=policy,
         )
         for unit in units:
-            if isinstance(unit, TransformerBlock):
-                register_fsdp_forward_method(unit, "self_attend")
-    scale, has_values = model.log_logit_scale, not model.log_logit_scale.is_meta
-    if has_values:
-        scale.data = scale.data.to(device)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params={scale})
+            for method in getattr(unit, "forward_methods", ()):
+                register_fsdp_forward_method(unit, method)
+    scalars, has_values = set(_scalars(model)), model.device.type != "meta"
+    for scalar in scalars if has_values else ():
+        scalar.data = scalar.data.to(device)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=scalars)
     if has_values:
         model.to(device)
     for module in model.modules():
@@ -213,16 +212,6 @@ def _mesh(device: torch.device, options: DistributedRecipe, world: World) -> Dev
     return init_device_mesh(device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
 
 
-def _units(model: CoCa) -> Iterator[list[nn.Module]]:
-    """Modules whose weights are gathered together, innermost first."""
-    for stage in model.image_encoder.stages:
-        if isinstance(stage, TransformerBlock):
-            yield [stage]
-    for block in model.unimodal_decoder.blocks:
-        yield [block]
-    for layer in model.multimodal_decoder.layers:
-        # The image's keys and values are made before the layers run, so these weights are needed at another time.
-        cross: TransformerBlock = layer.cross_block  # pyright: ignore[reportAssignmentType]
-        norm = cross.norm_context
-        yield [cross.attn.kv_proj] if isinstance(norm, nn.Identity) else [norm, cross.attn.kv_proj]
-        yield [layer]
+def _scalars(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Single numbers, such as the temperature, which cannot be sharded."""
+    return (parameter for parameter in model.parameters() if parameter.ndim == 0)

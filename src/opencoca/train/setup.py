@@ -24,7 +24,7 @@ from opencoca.train.batches import TrainBatches
 from opencoca.train.compute import prepare_compute
 from opencoca.train.data_sources import open_train_source, open_val_source
 from opencoca.train.feature_cache import CacheViews, FeatureCache, open_feature_cache
-from opencoca.train.optim.optimizer import freeze_image_stages, freeze_parts, freeze_unused
+from opencoca.train.optim.optimizer import freeze
 from opencoca.train.parallel import check_processes, is_built_in_shards
 from opencoca.train.recipe.recipe import Recipe
 from opencoca.train.run_folder import remember_recipe
@@ -68,9 +68,7 @@ def set_up(recipe: Recipe, folder: Path, continues: bool, world: World) -> RunSe
     preprocess = PreprocessConfig(config.image.image_size, data.mean, data.std, data.resize_mode)
     torch.manual_seed(recipe.seed)
     model = make_model(recipe, config)
-    frozen_stages = freeze_image_stages(model, recipe.encoder.frozen_stages)
-    freeze_parts(model, recipe)
-    freeze_unused(model, recipe.loss.contrastive_weight != 0, recipe.loss.caption_weight != 0)
+    frozen_stages = freeze(model, recipe)
     prepare_compute(model, recipe, device)
     caches = _Caches(recipe, folder, model, frozen_stages, preprocess, device, world)
     batches = TrainBatches(
@@ -126,15 +124,14 @@ def make_model(recipe: Recipe, config: CoCaConfig) -> CoCa:
         with without_values():
             return CoCa(config)
     model = CoCa(config)
-    init = recipe.encoder.init
+    init, encoder = recipe.encoder.init, model.structure().image_encoder
     if init == "imagenet":
-        if not isinstance(model.image_encoder, EfficientNetLite):
+        if not isinstance(encoder, EfficientNetLite):
             raise ValueError(f"encoder.init imagenet is for efficientnet_lite, not {config.image.name}")
-        load_imagenet_weights(model.image_encoder)
+        load_imagenet_weights(encoder)
     elif init != "none":
-        encoder = load_model_folder(init).model.image_encoder
         try:
-            model.image_encoder.load_state_dict(encoder.state_dict())
+            encoder.load_state_dict(load_model_folder(init).model.structure().image_encoder.state_dict())
         except RuntimeError as error:
             first = str(error).splitlines()[1:2] or [str(error)]
             raise ValueError(f"the image encoder of {init} does not fit this recipe's: {first[0].strip()}") from error
@@ -174,7 +171,7 @@ class _Caches:
         count = self.recipe.encoder.cache_views if training else 1
         augmenting = self.training_transform if training else None
         views = CacheViews(self.evaluation_transform, augmenting, count, self.recipe.seed)
-        encoder = self.model.image_encoder.to(self.device).eval()
+        encoder = self.model.structure().image_encoder.to(self.device).eval()
 
         def open_it() -> FeatureCache:
             return open_feature_cache(

@@ -218,7 +218,7 @@ class Trainer:
     def _set_train_mode(self) -> None:
         # Dropout in what is frozen would only add noise; cached features have none either.
         self.model.train()
-        self.model.image_encoder.stages[: self.frozen_stages].eval()
+        self.model.structure().image_encoder.stages[: self.frozen_stages].eval()
 
     def _epoch(self) -> float:
         return round(self.state.progress["step"] / self.batches.steps_per_epoch, 3)

@@ -112,7 +112,7 @@ class Validator:
         self.shown_keys = fixed_photographs(source, recipe.report_images)
 
     def __call__(self, model: CoCa) -> ValidationScores:
-        return self.scores([self.part(model)], model.log_logit_scale.device)
+        return self.scores([self.part(model)], model.device)
 
     @torch.no_grad()
     def part(self, model: CoCa, rank: int = 0, num_ranks: int = 1) -> ValidationPart:
@@ -146,11 +146,9 @@ class Validator:
             batch = batch.to(device)
             assert batch.images is not None
             with autocast(device, self.recipe.precision):
-                features = model.image_encoder.run_stages(
-                    batch.images, batch.from_stage, model.image_encoder.num_stages
-                )
+                features = model.image_features(batch.images, batch.from_stage)
                 image = model.pool_image(features)
-                batch = replace(batch, images=features, from_stage=model.image_encoder.num_stages)
+                batch = replace(batch, images=features, from_stage=model.structure().image_encoder.num_stages)
                 found.losses.append((batch.num_samples, self._losses(model, batch)))
                 if wants.contrastive_weight:
                     found.image_embeds.append(image.embed.cpu())
@@ -209,7 +207,7 @@ def shared_scores(
     parts = world.gather_results(unless_asked(lambda: validator.part(model, world.rank, world.size)))
     if not world.is_main or any(part is None for part in parts):
         return None
-    return unless_asked(lambda: validator.scores(parts, model.log_logit_scale.device))
+    return unless_asked(lambda: validator.scores(parts, model.device))
 
 
 def _share(count: int, rank: int, num_ranks: int) -> tuple[int, int]:

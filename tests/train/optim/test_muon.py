@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opencoca.train.optim.muon import Muon, divide_groups, hidden_matrices, orthogonalised
+from opencoca.train.optim.muon import Muon, divide_groups, orthogonalised
 
 
 def polynomial(x: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def test_what_is_no_matrix_of_so_many_maps_is_refused(shape: tuple[int, ...], ma
 def test_hidden_matrices_of_a_model(make_model) -> None:
     model = make_model(activation="swiglu")
     names = {parameter: name for name, parameter in model.named_parameters()}
-    found = {names[parameter]: maps for parameter, maps in hidden_matrices(model).items()}
+    found = {names[parameter]: maps for parameter, maps in model.structure().hidden_matrices().items()}
     assert found["unimodal_decoder.blocks.0.attn.kv_proj.weight"] == 2
     assert found["unimodal_decoder.blocks.0.mlp.up_proj.weight"] == 2
     assert found["unimodal_decoder.blocks.0.mlp.down_proj.weight"] == 1

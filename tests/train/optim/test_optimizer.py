@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from opencoca.model.coca import CoCa
 from opencoca.system.allocator import keep_freed_memory
 from opencoca.train.optim.optimizer import (
     WeightAverage,
     build_optimizer,
-    freeze_image_stages,
+    freeze,
     parameter_groups,
 )
 from opencoca.train.optim.schedules import learning_rate_factor
@@ -73,8 +74,9 @@ def test_both_learning_rates_follow_the_schedule(pairs: Pairs, output: Path) -> 
 
 @pytest.mark.parametrize(("asked", "frozen"), [(0, 0), (1, 1), (4, 4), (-1, 4)])
 def test_freezing_stages(pairs: Pairs, output: Path, asked: int, frozen: int) -> None:
-    model = Trainer(tiny_recipe(pairs, output)).model
-    assert freeze_image_stages(model, asked) == frozen
+    recipe = tiny_recipe(pairs, output, encoder__frozen_stages=asked)
+    model = CoCa(recipe.model)
+    assert freeze(model, recipe) == frozen
     trained = [any(p.requires_grad for p in stage.parameters()) for stage in model.image_encoder.stages]
     assert trained == [False] * frozen + [True] * (4 - frozen)
 

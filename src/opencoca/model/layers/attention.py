@@ -56,6 +56,10 @@ class Attention(nn.Module):
         self.out_proj = Linear(inner, config.width, bias=bias)
         self.rotary = config.rotary
 
+    def hidden_maps(self) -> dict[nn.Module, int]:
+        """Its matrices, and how many maps are stacked in each: keys and values are two."""
+        return {self.q_proj: 1, self.kv_proj: 2, self.out_proj: 1}
+
     def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """context (B, N, C) -> keys, values (B, K, N, d). Of an image this is done once, however long the text."""
         keys_values = self.kv_proj(context).unflatten(-1, (2, self.num_kv_heads, self.head_dim))

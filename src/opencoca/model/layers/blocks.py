@@ -54,6 +54,10 @@ class Mlp(nn.Module):
             return _ActivateAndProject.apply(hidden, self.down_proj.weight, self.down_proj.bias, self)
         return self.down_proj(self.activate(hidden))
 
+    def hidden_maps(self) -> dict[nn.Module, int]:
+        """Its matrices, and how many maps are stacked in each."""
+        return {self.up_proj: 2 if self.gated else 1, self.down_proj: 1}
+
     def activate(self, hidden: Tensor) -> Tensor:
         """(..., one or two MLP widths) -> (..., MLP width)."""
         if self.gated:
@@ -171,12 +175,14 @@ class TransformerBlock(nn.Module):
     """
 
     recompute = False
+    forward_methods = ("self_attend",)  # what is called besides `forward`, by those who do not attend to a context
 
     def __init__(self, config: BlockConfig, context_width: int | None = None, has_mlp: bool = True):
         super().__init__()
+        self.has_context = context_width is not None
         self.norm1 = make_norm(config)
-        has_context_norm = config.norm_context and context_width is not None
-        self.norm_context = make_norm(config, context_width) if has_context_norm else nn.Identity()
+        has_norm = config.norm_context and self.has_context
+        self.norm_context = make_norm(config, context_width) if has_norm else nn.Identity()
         self.attn = Attention(config, context_width)
         self.scale1 = _make_scale(config)
         self.norm2 = make_norm(config) if has_mlp else None
@@ -193,6 +199,11 @@ class TransformerBlock(nn.Module):
     def project_context(self, context: Tensor) -> CrossKeysValues:
         """context (B, N, C) of cross-attention -> its keys and values for `cross_attend`."""
         return self.attn.project_context(self.norm_context(context))
+
+    def context_modules(self) -> list[nn.Module]:
+        """What `project_context` consists of."""
+        norm = self.norm_context
+        return [self.attn.kv_proj] if isinstance(norm, nn.Identity) else [norm, self.attn.kv_proj]
 
     def compile_parts(self) -> None:
         """Compiles what acts on single positions after attention, for any number of them."""

@@ -58,6 +58,10 @@ class FeatureProjection(nn.Module):
         self.proj = nn.Linear(context_width, width) if context_width != width else nn.Identity()
         self.norm = nn.LayerNorm(width) if context_width != width else nn.Identity()
 
+    def hidden_maps(self) -> dict[nn.Module, int]:
+        """Its matrix, which is one map."""
+        return {self.proj: 1}
+
     def forward(self, features: Tensor) -> Tensor:
         return self.norm(self.proj(self.norm_context(features)))
 
@@ -128,6 +132,14 @@ class ImagePooling(nn.Module):
             self.poolers = ClassToken()
         else:
             self.poolers = TwoPoolers(config, context_width)
+
+    def unused(self, captioning: bool, contrastive: bool) -> list[nn.Module]:
+        """What is not computed for these."""
+        poolers = self.poolers
+        if not isinstance(poolers, TwoPoolers):
+            return []
+        unused: list[nn.Module] = [] if captioning or poolers.cascade else [poolers.caption_pooler]
+        return unused if contrastive else [*unused, poolers.contrastive_pooler]
 
     def forward(self, features: Tensor, captioning: bool = True, contrastive: bool = True) -> PooledImage:
         """captioning: tokens are wanted; contrastive: the vector is; what neither needs is not computed."""

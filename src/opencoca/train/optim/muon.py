@@ -13,12 +13,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opencoca.model.coca import CoCa
-from opencoca.model.layers.attention import Attention
-from opencoca.model.layers.blocks import Mlp
-from opencoca.model.layers.poolers import FeatureProjection
 from opencoca.train.optim.parameterwise import ParameterwiseOptimizer
 
 # The odd polynomial a x + b x^3 + c x^5 that each step of the iteration applies to all singular values (the post).
@@ -99,7 +96,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 def divide_groups(model: CoCa, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The groups with their hidden matrices in groups of their own, by how many maps each holds (``maps``)."""
-    maps = hidden_matrices(model)
+    maps = model.structure().hidden_matrices()
     divided: list[dict[str, Any]] = []
     for group in groups:
         by_maps: dict[int, list[Tensor]] = {}
@@ -108,21 +105,3 @@ def divide_groups(model: CoCa, groups: Iterable[dict[str, Any]]) -> list[dict[st
         for count, parameters in by_maps.items():
             divided.append(group | {"params": parameters} | ({"maps": count} if count else {}))
     return divided
-
-
-def hidden_matrices(model: CoCa) -> dict[Tensor, int]:
-    """Matrices between one hidden layer and another, and how many maps each holds: of attention, MLPs and poolers.
-
-    Embeddings (of words, patches and positions), queries and heads are none: their rows are not used together.
-    """
-    found: dict[Tensor, int] = {}
-    for module in model.modules():
-        linears: dict[nn.Module, int] = {}
-        if isinstance(module, Attention):
-            linears = {module.q_proj: 1, module.kv_proj: 2, module.out_proj: 1}
-        elif isinstance(module, Mlp):
-            linears = {module.up_proj: 2 if module.gated else 1, module.down_proj: 1}
-        elif isinstance(module, FeatureProjection):
-            linears = {module.proj: 1}
-        found |= {linear.weight: maps for linear, maps in linears.items() if isinstance(linear, nn.Linear)}
-    return found

@@ -9,56 +9,31 @@ from opencoca.distributed.world import sharded_like
 from opencoca.model.coca import CoCa
 from opencoca.train.optim.adafactor import Adafactor
 from opencoca.train.optim.muon import Muon, divide_groups
-from opencoca.train.recipe.optimizer import PARTS
 from opencoca.train.recipe.recipe import Recipe
 
 MakeOptimizer = Callable[[CoCa, Recipe], torch.optim.Optimizer]
 """What `build_optimizer` is; each group of what it makes has ``lr`` and ``peak_lr``."""
 
 
-def freeze_image_stages(model: CoCa, frozen_stages: int) -> int:
-    """Stops gradients of the image encoder's first stages; -1 = all. Returns how many are frozen.
+def freeze(model: CoCa, recipe: Recipe) -> int:
+    """Stops gradients of what the recipe freezes, and of the half that a loss of weight 0 would leave without any.
 
-    Raises ValueError if the encoder has fewer.
+    Returns how many of the image encoder's first stages are frozen.
+    Raises ValueError if it has fewer than the recipe freezes, and if nothing is left to train.
     """
-    encoder = model.image_encoder
-    count = encoder.num_stages if frozen_stages == -1 else frozen_stages
+    structure, encoder = model.structure(), model.structure().image_encoder
+    asked = recipe.encoder.frozen_stages
+    count = encoder.num_stages if asked == -1 else asked
     if not 0 <= count <= encoder.num_stages:
-        raise ValueError(f"encoder.frozen_stages {frozen_stages}: this image encoder has {encoder.num_stages} stages")
-    for stage in encoder.stages[:count]:
-        stage.requires_grad_(False)
-    return count
-
-
-def freeze_unused(model: CoCa, contrastive: bool, captioning: bool) -> None:
-    """Stops gradients of the half that a loss of weight 0 would leave without any."""
-    if not captioning:
-        model.multimodal_decoder.requires_grad_(False)
-        if not model.config.text.tie_embeddings:
-            model.lm_head.requires_grad_(False)
-        if model.config.pooler.arrangement == "parallel":
-            model.image_pooling.poolers.caption_pooler.requires_grad_(False)  # pyright: ignore
-    if not contrastive:
-        model.unimodal_decoder.cls_embed.requires_grad_(False)
-        model.unimodal_decoder.norm.requires_grad_(False)
-        model.text_proj.requires_grad_(False)
-        model.image_proj.requires_grad_(False)
-        model.log_logit_scale.requires_grad_(False)
-        pooler = getattr(model.image_pooling.poolers, "contrastive_pooler", None)
-        if pooler is not None:
-            pooler.requires_grad_(False)
-
-
-def freeze_parts(model: CoCa, recipe: Recipe) -> None:
-    """Stops gradients of the parts that ``optimizer.frozen`` names.
-
-    Raises ValueError if nothing is left to train.
-    """
-    for name, parameter in model.named_parameters():
-        if _part_of(name) in recipe.optimizer.frozen:
-            parameter.requires_grad_(False)
+        raise ValueError(f"encoder.frozen_stages {asked}: this image encoder has {encoder.num_stages} stages")
+    encoder.stages[:count].requires_grad_(False)
+    for parameter in model.unused_parameters(recipe.loss.contrastive_weight != 0, recipe.loss.caption_weight != 0):
+        parameter.requires_grad_(False)
+    for parameter in structure.parameters(*recipe.optimizer.frozen):
+        parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("everything is frozen (optimizer.frozen, encoder.frozen_stages): nothing would be learned")
+    return count
 
 
 def parameter_groups(model: CoCa, recipe: Recipe) -> list[dict]:
@@ -67,42 +42,20 @@ def parameter_groups(model: CoCa, recipe: Recipe) -> list[dict]:
     rates = dict(optimizer.learning_rates)
     if recipe.encoder.learning_rate is not None:
         rates["image_encoder"] = recipe.encoder.learning_rate
+    structure = model.structure()
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        lr = rates.get(_part_of(name), optimizer.learning_rate)
+        lr = rates.get(structure.part_of(name), optimizer.learning_rate)
         if optimizer.layer_decay != 1:
-            lr *= optimizer.layer_decay ** layers_behind(model, name)
-        keeps = parameter.ndim < 2 or name.endswith(("pos_embed", "query", "token_embed.weight"))
-        groups.setdefault((lr, 0.0 if keeps else optimizer.weight_decay), []).append(parameter)
+            lr *= optimizer.layer_decay ** structure.layers_behind(name)
+        decay = optimizer.weight_decay if structure.decays(name, parameter) else 0.0
+        groups.setdefault((lr, decay), []).append(parameter)
     return [
         {"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": decay}
         for (lr, decay), parameters in groups.items()
     ]
-
-
-def layers_behind(model: CoCa, name: str) -> int:
-    """How many layers of its tower come after that of the parameter of this name; 0 for poolers, heads, last norms.
-
-    The image encoder is one tower, both halves of the text decoder are another. Embeddings stand before its first
-    layer, unless they are the vocabulary head, too.
-    """
-    part, *path = name.split(".")
-    unimodal, multimodal = len(model.unimodal_decoder.blocks), len(model.multimodal_decoder.layers)
-    if part == "image_encoder" and path[0] == "stages":
-        return model.image_encoder.num_stages - 1 - int(path[1])
-    if part == "unimodal_decoder" and path[0] == "blocks":
-        return unimodal - 1 - int(path[1]) + multimodal
-    if part == "unimodal_decoder" and path[0] != "norm":
-        return 0 if path[0] == "token_embed" and model.config.text.tie_embeddings else unimodal + multimodal
-    if part == "multimodal_decoder" and path[0] == "layers":
-        return multimodal - 1 - int(path[1])
-    return 0
-
-
-def _part_of(name: str) -> str:
-    return next(part for part, starts in PARTS.items() if name.startswith(starts))
 
 
 def build_optimizer(model: CoCa, recipe: Recipe) -> torch.optim.Optimizer:

@@ -3,15 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-PARTS: dict[str, tuple[str, ...]] = {
-    "image_encoder": ("image_encoder.",),
-    "image_pooling": ("image_pooling.",),
-    "unimodal_decoder": ("unimodal_decoder.",),
-    "multimodal_decoder": ("multimodal_decoder.",),
-    "heads": ("lm_head.", "image_proj.", "text_proj.", "log_logit_scale"),
-}
-"""The model's parts, as recipes call them, and how their parameters' names begin."""
-
+from opencoca.model.structure import PARTS
 
 SHARDABLE = ("adamw",)
 """Optimizers whose update of a weight needs nothing but that weight's numbers, so that fsdp can divide it."""

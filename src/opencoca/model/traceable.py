@@ -30,7 +30,7 @@ class ImageGraph(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         output = self.model.encode_image(pixels)
-        keys_values = self.model.multimodal_decoder.project_image(output.tokens)
+        keys_values = self.model.project_image(output.tokens)
         return output.tokens, output.embed, torch.stack([torch.stack(pair) for pair in keys_values])
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opencoca.export.graphs import DecoderGraph, ImageGraph, TextGraph, empty_cache
+from opencoca.model.traceable import DecoderGraph, ImageGraph, TextGraph, empty_cache
 
 CONFIGS = {
     "paper": {},
