@@ -98,7 +98,7 @@ def folder(tmp_path, monkeypatch):
 
 def helper(name: str) -> ModuleType:
     """A test module that knows how others' weights are laid out."""
-    file = ROOT / "tests" / "interop" / f"{name}.py"
+    file = ROOT / "tests" / "store" / "interop" / f"{name}.py"
     sys.path.insert(0, str(file.parent))
     try:
         spec = importlib.util.spec_from_file_location(name, file)

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def converted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
-    """Conversions are recorded, and give the tiny model; the conversion itself is tested in tests/interop."""
+    """Conversions are recorded, and give the tiny model; the conversion itself is tested in tests/store/interop."""
     calls: list[tuple[str, Path]] = []
 
     def convert(architecture: str, checkpoint: Path, dtype: torch.dtype | None) -> tuple:

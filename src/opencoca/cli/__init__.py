@@ -1,6 +1,6 @@
-"""The command line: `opencoca COMMAND`. One module a group of commands; this one dispatches, and words what went wrong.
+"""The command line, `opencoca COMMAND`: each group of commands is a module; this one runs them and reports errors.
 
-Nothing here imports PyTorch: a command does so once it runs, so that help appears at once.
+Nothing here imports PyTorch: a command does so when it runs, so that help appears at once.
 """
 
 import argparse
@@ -35,16 +35,16 @@ _BROKEN_PIPE, _INTERRUPTED, _MISTAKE = 141, 130, 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 for a user's mistake, 130 when interrupted.
 
-    A mistake is one sentence on stderr; OPENCOCA_DEBUG=1 shows where it was raised. Other exceptions are faults of
-    this program and come through.
+    A mistake is one sentence on stderr; OPENCOCA_DEBUG=1 shows where it was raised. Other exceptions are bugs of this
+    program and are not caught.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a file's name may hold bytes that no encoding knows
+        if isinstance(stream, io.TextIOWrapper):  # a file's name may have bytes that belong to no encoding
             stream.reconfigure(errors="backslashreplace")
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except BrokenPipeError:
-        # Whoever read the output has seen enough; Python would complain once more when it closes stdout.
+        # The reader of the output has closed it; Python would report that again when it closes stdout.
         _silence_stdout()
         return _BROKEN_PIPE
     except (CommandError, ValueError, OSError, KeyboardInterrupt) as error:
@@ -71,7 +71,7 @@ def _run(argv: list[str]) -> int:
 
 
 def build_parser() -> Parser:
-    """All commands; the handler of the one chosen is `run` of the parsed arguments."""
+    """Builds the parser of all commands; `run` of the parsed arguments is the chosen command's function."""
     parser = Parser(
         prog="opencoca",
         description="Caption, classify, embed and find photographs with a CoCa model, and train one.",
@@ -101,7 +101,7 @@ def build_parser() -> Parser:
 
 
 class _Version(argparse.Action):
-    """Reads the version when it is asked for: that takes longer than all else that help needs."""
+    """Reads the version only when asked for it, because that is slow."""
 
     def __call__(self, *_: object) -> NoReturn:
         import opencoca
@@ -111,7 +111,7 @@ class _Version(argparse.Action):
 
 
 def _sentence(error: BaseException) -> str:
-    """The error as one line; the system's own errors name the file first."""
+    """Returns the error as one line; for errors of the operating system the file comes first."""
     text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
     if isinstance(error, OSError) and error.errno is not None and type(error).__str__ is OSError.__str__:
         place = "cannot write the output" if error.filename is None else os.fsdecode(error.filename)

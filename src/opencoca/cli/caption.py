@@ -28,17 +28,18 @@ _INPUTS = (
 _MORE = """\
 Without --out and --beside, captions are printed: PATH<TAB>CAPTION, or with --json one object a line.
 
---out FILE writes one row a caption: image, caption, log_probability (in nats), length (in tokens), flags, and with
-several captions an image their rank, 0 for the best. What is done is kept in FILE.journal, flushed to disk batch by
-batch: after a kill, a power cut or a full disk, the same command goes on where it was, and the result is the same as
-that of an uninterrupted run. It is refused if the model, an option or the images changed meanwhile; --overwrite begins
-anew. FILE.run.json says how the captions were made.
+--out FILE writes a row for each caption: image, caption, log_probability (in nats), length (in tokens), flags; and
+rank (0 is the best) if images have several captions. Finished batches are kept on disk in FILE.journal: after a kill, a
+power cut or a full disk, the same command continues, and the result equals that of an uninterrupted run. If the model,
+an option or the images have changed, the command refuses to continue; --overwrite starts over. FILE.run.json says how
+the captions were made.
 
-Flags: near-empty (fewer than 2 words), repetition (a word or phrase 3 times in a row, or of 10 words or more fewer
-than half of the pairs of neighbours distinct), common (5% of all images or more have the same).
+Flags mark suspicious captions: near-empty (fewer than 2 words), repetition (a word or phrase 3 times or more in
+a row, or 10 words or more of whose neighbouring pairs fewer than half are distinct), common (at least 5% of all images
+have the same caption).
 
-An image that cannot be read is reported, with --out also in FILE.errors.jsonl; the others are used, and the exit code
-is 2."""
+An image that cannot be read is reported, with --out also in FILE.errors.jsonl. The others are captioned, and the exit
+code is 2."""
 
 
 def add_commands(commands: Any) -> None:
@@ -52,21 +53,21 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help=_INPUTS)
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object a line: image, caption, log_probability, length"
+        "--json", action="store_true", help="print a JSON object on each line: image, caption, log_probability, length"
     )
     files = parser.add_argument_group("files")
     files.add_argument("--out", metavar="FILE", help="write the captions to a .jsonl, .csv or .parquet file")
     files.add_argument(
         "--beside",
         action="store_true",
-        help="write photo.txt beside each photo.jpg; several captions are several lines",
+        help="write photo.txt beside each photo.jpg, with a line for each caption",
     )
-    files.add_argument("--overwrite", action="store_true", help="begin anew, over what an earlier run wrote")
+    files.add_argument("--overwrite", action="store_true", help="start over and replace what an earlier run wrote")
     files.add_argument(
         "--image-column",
         default="image",
         metavar="C",
-        help="the tables' column of image files, or in Parquet of encoded images (default: image)",
+        help="column of the tables that names image files or, in Parquet, contains the images (default: image)",
     )
     files.add_argument(
         "--image-root", metavar="DIR", help="folder that image files in tables are relative to (default: the table's)"

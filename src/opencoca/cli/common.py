@@ -1,4 +1,4 @@
-"""What the commands share: the parser, common options, lists of images, tables and JSON files as output."""
+"""Shared by all commands: the parser, common options, lists of images, output as tables and JSON files."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ class CommandError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes in the arguments are one sentence, like all others; options cannot be abbreviated."""
+    """Reports mistakes in the arguments as one sentence, and takes no abbreviated options."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **{"allow_abbrev": False, **options})
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_command(commands: Any, name: str, run: Run, purpose: str, *, example: str, more: str = "") -> Parser:
-    """Adds a command with help that says what it is for and shows an example."""
+    """Adds a command whose help says what it is for and shows an example."""
     epilog = f"example:\n  {example}" + (f"\n\n{more}" if more else "")
     parser = commands.add_parser(name, help=purpose, description=purpose, epilog=epilog, formatter_class=raw_help)
     parser.set_defaults(run=run)
@@ -42,27 +42,32 @@ def add_command(commands: Any, name: str, run: Run, purpose: str, *, example: st
 
 
 def add_group(commands: Any, name: str, purpose: str) -> Any:
-    """Adds a command that has commands of its own, and returns what those are added to."""
+    """Adds a command that has sub-commands, and returns the object that those are added to."""
     parser = commands.add_parser(name, help=purpose, description=purpose)
     return parser.add_subparsers(title="commands", metavar="COMMAND", dest=f"{name}_command", required=True)
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --device and --dtype: what `load_pipeline` reads."""
+    """Adds --model, --device and --dtype, which `load_pipeline` reads."""
     parser.add_argument(
         "--model",
         metavar="M",
-        help="name of a model (`opencoca models`), a model's or training run's folder, or hf-hub:ORGANISATION/NAME "
-        "(default: the shipped one)",
+        help="name of a model (`opencoca models` lists them), folder of a model or of a training run, or "
+        "hf-hub:ORGANISATION/NAME (default: the model that comes with the package)",
     )
-    parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="D",
+        help="auto (CUDA if there is a GPU), cpu, cuda, cuda:N or mps (default: auto)",
+    )
     parser.add_argument(
         "--dtype", metavar="T", help="floating-point type: float32, bfloat16 or float16 (default: float32)"
     )
 
 
 def add_model_options(parser: argparse.ArgumentParser, batch_size: int | None = 32) -> None:
-    """Those of `add_load_options`, and --batch-size, whose default of None stands for what fits into the memory."""
+    """Adds the options of `add_load_options` and --batch-size; its default None means as many as fit into memory."""
     add_load_options(parser)
     default = batch_size or "as many as fit into --memory"
     parser.add_argument(
@@ -75,7 +80,7 @@ def add_model_options(parser: argparse.ArgumentParser, batch_size: int | None = 
 
 
 def load_pipeline(arguments: argparse.Namespace) -> "Pipeline":
-    """The model that --model, --device and --dtype name; the command keeps the memory of one batch for the next."""
+    """Loads the model that --model, --device and --dtype name; freed memory is kept for the next batch."""
     from opencoca.inference.loading import load
     from opencoca.system.allocator import keep_freed_memory
 
@@ -84,12 +89,12 @@ def load_pipeline(arguments: argparse.Namespace) -> "Pipeline":
 
 
 def positive_int(text: str) -> int:
-    """An argument that is a whole number of at least 1."""
+    """Reads an argument that is a whole number of at least 1."""
     return _int(text, 1)
 
 
 def non_negative_int(text: str) -> int:
-    """An argument that is a whole number of at least 0."""
+    """Reads an argument that is a whole number of at least 0."""
     return _int(text, 0)
 
 
@@ -104,7 +109,7 @@ def _int(text: str, least: int) -> int:
 
 
 def expand_images(arguments: Iterable[str]) -> list[str]:
-    """Files as they are, folders as the images below them. Raises ValueError for a folder without any."""
+    """Replaces each folder by the images below it. Raises ValueError for a folder without any."""
     from opencoca.data import list_images
 
     paths: list[str] = []
@@ -115,19 +120,19 @@ def expand_images(arguments: Iterable[str]) -> list[str]:
 
 
 def shows_progress() -> bool:
-    """Whether a progress bar would not be torn apart by results that appear in the same window."""
+    """Whether to show a progress bar: only where no results are printed into the same window."""
     return sys.stderr.isatty() and not sys.stdout.isatty()
 
 
 def complain(sentence: str) -> None:
-    """One sentence on stderr, above a progress bar if there is one; the command goes on."""
+    """Prints a sentence on stderr, above a progress bar if there is one."""
     from tqdm import tqdm
 
     tqdm.write(f"opencoca: {sentence}", file=sys.stderr)
 
 
 def check_writable(*paths: str | Path | None) -> None:
-    """Finds out before the work begins whether its results can be stored. Raises OSError that names the file."""
+    """Checks before the work begins that its results can be stored. Raises ValueError that names the file."""
     for path in filter(None, paths):
         target = Path(path)
         if target.exists() and not target.is_file():
@@ -142,7 +147,7 @@ def check_writable(*paths: str | Path | None) -> None:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Raises WriteError if the file cannot be written; an older one then stays as it was."""
+    """Writes a JSON file. Raises WriteError if that fails; an older file then stays as it was."""
     from opencoca.system.files import atomic_write
 
     with atomic_write(path) as partial:
@@ -150,7 +155,7 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def format_table(rows: Sequence[tuple[str, str]]) -> str:
-    """Names on the left, values aligned on the right."""
+    """Formats names, aligned on the left, and values, aligned on the right."""
     left = max(len(name) for name, _ in rows)
     right = max(len(value) for _, value in rows)
     return "\n".join(f"{name:<{left}}  {value:>{right}}" for name, value in rows)

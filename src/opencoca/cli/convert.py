@@ -1,4 +1,4 @@
-"""`opencoca convert`: other projects' weights as a model folder."""
+"""`opencoca convert`: turns other projects' weights into a model folder."""
 
 import argparse
 from pathlib import Path

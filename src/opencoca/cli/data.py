@@ -1,4 +1,4 @@
-"""`opencoca data`: look at a data set before training on it, pack it into tar shards, and index shards."""
+"""`opencoca data`: checks a data set before training, packs it into tar shards, and indexes shards."""
 
 import argparse
 import sys

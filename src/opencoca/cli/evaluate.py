@@ -1,4 +1,4 @@
-"""`opencoca evaluate`: scores of a model on labelled or captioned images, as a table and as JSON."""
+"""`opencoca evaluate`: scores a model on labelled or captioned images; prints a table and writes JSON."""
 
 import argparse
 import time
@@ -41,7 +41,7 @@ def _add_retrieval(group: Any) -> None:
         group,
         "retrieval",
         run_retrieval,
-        "How well images find their captions and captions their images: recall at 1, 5 and 10, in percent.",
+        "Measure how well images find their captions and captions their images: recall at 1, 5 and 10, in percent.",
         example=f"opencoca evaluate retrieval {_CAPTIONS}",
         more=_LEFT_OUT,
     )
@@ -51,7 +51,8 @@ def _add_retrieval(group: Any) -> None:
         type=positive_int,
         default=16,
         metavar="K",
-        help="how many of each image and text the captioner orders again, unless --by similarity (default: 16)",
+        help="with --by likelihood or both: the number of best matches of each image and text that the captioner "
+        "ranks again (default: 16)",
     )
     _add_by(parser)
     _add_common(parser)
@@ -62,14 +63,16 @@ def _add_captioning(group: Any) -> None:
         group,
         "captioning",
         run_captioning,
-        "How good generated captions are: BLEU-1 to 4, ROUGE-L and CIDEr-D, times 100.",
+        "Compare generated captions with human ones: BLEU-1 to 4, ROUGE-L and CIDEr-D, times 100.",
         example=f"opencoca evaluate captioning {_CAPTIONS} --save-captions captions.jsonl",
         more=_LEFT_OUT,
     )
     _add_captioned_images(parser)
     parser.add_argument("--save-captions", metavar="FILE", help="write JSON lines: image, caption, references")
     parser.add_argument(
-        "--coco", action="store_true", help="METEOR and SPICE too (extra coco-metrics; need Java, SPICE also a network)"
+        "--coco",
+        action="store_true",
+        help="also METEOR and SPICE (need the extra coco-metrics and Java; SPICE also a network)",
     )
     add_generation_options(parser.add_argument_group("generation, as in `opencoca caption`"))
     _add_common(parser)
@@ -80,7 +83,7 @@ def _add_zero_shot(group: Any) -> None:
         group,
         "zero-shot",
         run_zero_shot,
-        "How often the right label's prompts are the most similar: accuracy, in percent.",
+        "Measure how often the right label's sentences fit an image best: accuracy, in percent.",
         example="opencoca evaluate zero-shot --images DIR --labels labels.csv --out scores.json",
         more=_LEFT_OUT,
     )
@@ -96,7 +99,11 @@ def _add_zero_shot(group: Any) -> None:
         help="table with the columns label and name: what a label is called in prompts (default: the label itself)",
     )
     parser.add_argument(
-        "--templates", default="clip", metavar="T", help="clip, simple, or a file with one a line (default: clip)"
+        "--templates",
+        default="clip",
+        metavar="T",
+        help="sentences around a label: clip (80 of them), simple (one), or a text file with one on each line and {} "
+        "for the label (default: clip)",
     )
     _add_by(parser)
     _add_common(parser)
@@ -107,8 +114,8 @@ def _add_captioned_images(parser: Any) -> None:
     parser.add_argument(
         "--captions",
         metavar="CSV",
-        help="table (CSV, TSV, JSONL or Parquet) with the columns image and caption, one row a caption or a list; "
-        "tar shards bring their own",
+        help="table (CSV, TSV, JSONL or Parquet) with the columns image and caption; several captions of an image "
+        "are several rows or a list; tar shards contain their own captions",
     )
 
 
@@ -117,8 +124,8 @@ def _add_by(parser: Any) -> None:
         "--by",
         choices=("similarity", "likelihood", "both"),
         default="similarity",
-        help="compare embeddings, or ask the captioner how much more probable the image makes a text, or add the "
-        "two (default: similarity)",
+        help="compare embeddings (similarity), or how much more probable the image makes a text for the captioner "
+        "(likelihood), or add both (default: similarity)",
     )
 
 
@@ -200,7 +207,7 @@ _METRICS |= {"rouge_l": "ROUGE-L", "cider_d": "CIDEr-D", "meteor": "METEOR", "sp
 def _coco_scores(
     captions: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> tuple[dict[str, float], str | None]:
-    """METEOR and SPICE, those of them that could be computed, and what kept the others from it."""
+    """Computes METEOR and SPICE as far as possible; also returns a sentence about those that failed."""
     from opencoca.evaluation.coco_extra import CocoMetricsError, coco_scores
 
     try:
@@ -267,7 +274,7 @@ def _finish(
     confusions: Sequence[Mapping[str, Any]] | None = None,
     decoding: Mapping[str, Any] | None = None,
 ) -> None:
-    """Prints the table and, with --out, writes everything that tells how the scores came about."""
+    """Prints the table and, with --out, writes the scores with everything that tells how they were measured."""
     import opencoca
     from opencoca.inference.loading import DEFAULT_MODEL
 

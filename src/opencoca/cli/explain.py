@@ -1,4 +1,4 @@
-"""`opencoca explain`: where in a photograph each word of its caption looks, as a picture and as arrays."""
+"""`opencoca explain`: draws where in a photograph each word of its caption looks, and stores it as arrays."""
 
 import argparse
 from pathlib import Path
@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from opencoca.generation.explanation import Explanation
 
 _ARRAYS = (
-    "FILE.npz holds words (W), log_probs (W, in nats), weights (L, H, W, N: multimodal layers, heads, words, image\n"
-    "features; rows sum to 1), grid (rows and columns of the features), box (the part of the photograph that the\n"
-    "model saw: left, top, right, bottom, in pixels) and caption. The percentages in the picture are the words'\n"
-    "probabilities. Attention shows what a word was computed from, which need not be why it was chosen."
+    "The percentages in the picture are the probabilities of the words. Attention shows which parts of the image\n"
+    "a word was computed from, which need not be the reason why it was chosen.\n\n"
+    "FILE.npz holds caption, words (W), log_probs (W) in nats, weights (L, H, W, N), grid and box. The weights are\n"
+    "those of L multimodal layers, H heads, W words and N image features, and sum to 1 over the features; grid is\n"
+    "the number of rows and columns of the features; box is the part of the photograph that the model saw (left,\n"
+    "top, right, bottom, in pixels)."
 )
 
 
@@ -26,14 +28,14 @@ def add_commands(commands: Any) -> None:
         example="opencoca explain photo.jpg --caption 'a dog on a beach' --out dog.png --npz dog.npz",
         more=_ARRAYS,
     )
-    explain.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="image files; each becomes a section of the picture"
-    )
+    explain.add_argument("images", nargs="+", metavar="IMAGE", help="image files; each gets a section of the picture")
     explain.add_argument("--caption", metavar="TEXT", help="the caption to explain (default: the model writes one)")
     explain.add_argument(
-        "--out", metavar="FILE.png", help="the picture (default: the first image's name with .explained.png, here)"
+        "--out",
+        metavar="FILE.png",
+        help="picture to write (default: the first image's name with .explained.png, in the current folder)",
     )
-    explain.add_argument("--npz", metavar="FILE.npz", help="store the attention weights too, of a single image")
+    explain.add_argument("--npz", metavar="FILE.npz", help="also store the attention weights; for a single image")
     explain.add_argument(
         "--layers",
         type=_layers,

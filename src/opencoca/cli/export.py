@@ -1,4 +1,4 @@
-"""`opencoca export`: a model in the forms that other programs read."""
+"""`opencoca export`: writes a model in the forms that other programs read."""
 
 import argparse
 from pathlib import Path

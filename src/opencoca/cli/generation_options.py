@@ -1,4 +1,4 @@
-"""The options of caption generation on the command line, made of the fields of `GenerationOptions`."""
+"""Command-line options for caption generation, made from the fields of `GenerationOptions`."""
 
 import argparse
 import dataclasses
@@ -37,7 +37,7 @@ def add_generation_options(parser: Any) -> None:
 
 
 def chosen_generation_options(arguments: argparse.Namespace) -> GenerationOptions:
-    """The options that were given, but --rerank. Raises ValueError for values that do not go together."""
+    """Returns the options that were given, without --rerank. Raises ValueError if they do not go together."""
     return GenerationOptions(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(GenerationOptions)})
 
 
@@ -49,7 +49,7 @@ def _rerank_weight(text: str) -> bool | float:
 
 
 def field_descriptions(kind: type) -> dict[str, str]:
-    """What a dataclass's docstring says of each field: `name: text` or `name, name: text`, up to the next or a gap."""
+    """Reads the description of each field in a dataclass's docstring: `name: text`, up to the next or an empty line."""
     names = "|".join(field.name for field in dataclasses.fields(kind))
     begins = re.compile(rf"(?:^    |; )((?:{names})(?:, (?:{names}))*): ", re.MULTILINE)
     descriptions: dict[str, str] = {}
@@ -63,7 +63,7 @@ def field_descriptions(kind: type) -> dict[str, str]:
 
 
 def _argument_kind(hint: Any) -> dict[str, Any]:
-    """How argparse reads a value of this type: int, float, str, X | None, tuple[X, ...], bool | Literal[...]."""
+    """Returns how argparse reads a value of this type: int, float, str, X | None, tuple[X, ...], bool | Literal."""
     parts = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     parts = [part for part in parts if part is not type(None)]
     if typing.get_origin(parts[0]) is tuple:

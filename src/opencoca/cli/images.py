@@ -1,4 +1,4 @@
-"""`opencoca classify` and `embed`: photographs in, what a model says about them out."""
+"""`opencoca classify` and `opencoca embed`: labels and embeddings for photographs."""
 
 import argparse
 import json
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from opencoca.inference.pipeline import Pipeline
 
-_IMAGES = "image files, and folders that are searched for them"
-_BROKEN = "An image that cannot be read is reported, the others are used, and the exit code is 2."
+_IMAGES = "image files, or folders that are searched for image files"
+_BROKEN = "An image that cannot be read is reported; the others are used, and the exit code is 2."
 _EMBED_SUFFIXES = (".npz", ".npy", ".safetensors")
 
 
@@ -41,21 +41,21 @@ def add_commands(commands: Any) -> None:
     classify.add_argument(
         "--templates",
         metavar="T",
-        help="sentences around a label: clip (80 of them), simple (one), or a text file with one a line, {} for the "
-        "label (default: three general ones)",
+        help="sentences around a label: clip (80 of them), simple (one), or a text file with one on each line and {} "
+        "for the label (default: three general ones)",
     )
     classify.add_argument(
         "--by",
         choices=("similarity", "likelihood", "both"),
         default="similarity",
-        help="compare embeddings, or ask the captioner how much more probable the image makes a label's sentence, or "
-        "add the two (default: similarity)",
+        help="compare embeddings (similarity), or how much more probable the image makes a label's sentence for the "
+        "captioner (likelihood), or add both (default: similarity)",
     )
     classify.add_argument(
-        "--top", type=positive_int, default=5, metavar="K", help="how many labels to print an image (default: 5)"
+        "--top", type=positive_int, default=5, metavar="K", help="number of labels to print for each image (default: 5)"
     )
     classify.add_argument(
-        "--json", action="store_true", help="one JSON object a line: image, labels [{label, probability}]"
+        "--json", action="store_true", help="print a JSON object on each line: image, labels [{label, probability}]"
     )
     add_model_options(classify)
 
@@ -65,15 +65,18 @@ def add_commands(commands: Any) -> None:
         run_embed,
         "Store the embeddings of images and texts: float32 vectors of length 1, whose dot product is their similarity.",
         example="opencoca embed holiday/ --texts 'a sunset' 'a dog' --out holiday.npz",
-        more=".npz holds image_names, image_embed (I, E), texts and text_embed (B, E); .safetensors the two tensors,\n"
-        "their names as JSON lists in its metadata; .npy one of the two, its names in FILE.names.json.\n" + _BROKEN,
+        more="An .npz file holds image_names, image_embed (a row for each image), texts and text_embed (a row for\n"
+        "each text). A .safetensors file holds the two arrays, and the names as JSON lists in its metadata. An .npy\n"
+        "file holds one array; its names are in FILE.names.json.\n\n" + _BROKEN,
     )
     embed.add_argument("images", nargs="*", metavar="IMAGE", help=_IMAGES)
     embed.add_argument("--texts", nargs="+", default=[], metavar="TEXT", help="texts to embed")
     embed.add_argument(
-        "--texts-file", metavar="FILE", help="UTF-8 text file with one text a line; empty lines are none"
+        "--texts-file", metavar="FILE", help="UTF-8 text file with a text on each line; empty lines are skipped"
     )
-    embed.add_argument("--out", required=True, metavar="FILE", help="ends in .npz, .npy or .safetensors")
+    embed.add_argument(
+        "--out", required=True, metavar="FILE", help="file to write; its name ends in .npz, .npy or .safetensors"
+    )
     add_model_options(embed)
 
 

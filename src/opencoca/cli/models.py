@@ -1,4 +1,4 @@
-"""`opencoca models`: which models have a name, and which of them are on this machine."""
+"""`opencoca models`: lists the models that have a name, and says which of them are on this machine."""
 
 import argparse
 import json
@@ -26,10 +26,10 @@ def add_commands(commands: Any) -> None:
         run_models,
         "List the models that --model knows by name.",
         example="opencoca models",
-        more="Instead of a name, --model also takes a model's folder, such as that of a training run, and\n"
-        "hf-hub:organisation/name for a repository of the Hugging Face Hub.",
+        more="Instead of a name, --model also takes the folder of a model or of a training run, and\n"
+        "hf-hub:ORGANISATION/NAME for a repository of the Hugging Face Hub.",
     )
-    parser.add_argument("--json", action="store_true", help="print a JSON object instead")
+    parser.add_argument("--json", action="store_true", help="print all facts as a JSON object")
 
 
 def run_models(arguments: argparse.Namespace) -> int:

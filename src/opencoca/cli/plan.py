@@ -1,4 +1,4 @@
-"""`opencoca plan`: what a recipe will need, before anything is paid for."""
+"""`opencoca plan`: says what a training run will need before it is started."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ def add_commands(commands: Any) -> None:
         commands,
         "plan",
         run_plan,
-        "Say what a recipe needs before it runs: parameters, work, memory, communication, time; and what does not fit.",
+        "Say what a recipe will need before it runs: parameters, work, memory, communication and time.",
         example="opencoca plan recipes/paper_2b.yaml --devices 256 --device h200\n"
         "  opencoca plan recipes/paper_base.yaml --devices 8 --device a100 --set batch_size=1024",
         more="The network runs on tensors that have shapes and no values: a plan for hundreds of devices takes\n"
@@ -29,23 +29,27 @@ def add_commands(commands: Any) -> None:
         metavar="KEY=VALUE",
         help="keys of the recipe to change, such as batch_size=1024 compute.recompute=all",
     )
-    parser.add_argument("--devices", type=positive_int, default=1, metavar="N", help="how many (default: 1)")
+    parser.add_argument("--devices", type=positive_int, default=1, metavar="N", help="number of devices (default: 1)")
     parser.add_argument(
         "--device",
         default="cpu",
         metavar="D",
         help="h200, h100, h100-pcie, h100-nvl, b200, a100, a100-40gb, l40s, l4, a10g, rtx-4090, rtx-3090, mi300x, or "
-        "cpu: this machine's (default: cpu)",
+        "cpu, which is measured here (default: cpu)",
     )
     parser.add_argument(
-        "--devices-per-node", type=positive_int, default=8, metavar="N", help="of one machine (default: 8)"
+        "--devices-per-node",
+        type=positive_int,
+        default=8,
+        metavar="N",
+        help="number of devices in a machine (default: 8)",
     )
     parser.add_argument(
         "--interconnect",
         type=_positive,
         default=50.0,
         metavar="GB",
-        help="gigabytes a second that a device sends to other machines (default: 50, a 400 Gb/s adapter a device)",
+        help="gigabytes a second that a device sends to other machines (default: 50, a 400 Gb/s adapter each)",
     )
     parser.add_argument(
         "--link",
@@ -65,9 +69,14 @@ def add_commands(commands: Any) -> None:
         type=_positive,
         default=16.0,
         metavar="N",
-        help="mean words of a text in tokens, special ids included (default: 16, Flickr8k's captions)",
+        help="mean length of a text in tokens, special ids included (default: 16, as in Flickr8k)",
     )
-    parser.add_argument("--images", type=positive_int, metavar="N", help="of an epoch, for how long a run takes")
+    parser.add_argument(
+        "--images",
+        type=positive_int,
+        metavar="N",
+        help="number of images in an epoch; the plan then says how long the run takes",
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 

@@ -1,4 +1,4 @@
-"""`opencoca push`: a model as a repository of the Hugging Face Hub."""
+"""`opencoca push`: uploads a model to the Hugging Face Hub."""
 
 import argparse
 import tempfile
@@ -31,7 +31,7 @@ def add_commands(commands: Any) -> None:
         "--licence",
         default="other",
         metavar="L",
-        help="the hub's name for it, such as apache-2.0 (default: other)",
+        help="licence of the model, by the hub's name, such as apache-2.0 (default: other)",
     )
     parser.add_argument("--dtype", metavar="T", help="type of the stored weights (default: as they are)")
     parser.add_argument("--private", action="store_true", help="make a new repository private")

@@ -1,4 +1,4 @@
-"""`opencoca quantize`: a model with weights of 8 bits, kept only if it keeps the scores."""
+"""`opencoca quantize`: writes a model with weights of 8 bits, if its scores stay the same."""
 
 import argparse
 import time
@@ -18,6 +18,7 @@ from opencoca.cli.common import (
 if TYPE_CHECKING:
     from opencoca.data import ImageTextSource
     from opencoca.inference.pipeline import Pipeline
+    from opencoca.store.model_folder import LoadedModel
 
 _LOST, _PERCENT = 1, 100
 
@@ -27,7 +28,7 @@ def add_commands(commands: Any) -> None:
         commands,
         "quantize",
         run_quantize,
-        "Write a model whose linear maps and token embeddings have weights of 8 bits: smaller, and faster on a CPU.",
+        "Write a smaller model, faster on a CPU: its linear maps and token embeddings have weights of 8 bits.",
         example="opencoca quantize coca-flickr8k coca-int8 --images DIR --captions val.csv",
         more="With --images and --captions the model is scored before and after, and written only if no score\n"
         "(CIDEr-D, recall at 1 in both directions) falls by more than --max-loss; the exit code is 1 if one does.\n"
@@ -39,7 +40,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--captions", metavar="CSV", help="table with the columns image and caption")
     parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N images")
     parser.add_argument(
-        "--max-loss", type=float, default=1.0, metavar="X", help="points a score may fall, of 100 (default: 1.0)"
+        "--max-loss", type=float, default=1.0, metavar="X", help="points of 100 that a score may fall (default: 1.0)"
     )
     parser.add_argument(
         "--batch-size", type=positive_int, default=32, metavar="N", help="images at a time (default: 32)"
@@ -97,7 +98,7 @@ def _open_source(arguments: argparse.Namespace) -> "ImageTextSource | None":
     return source if arguments.limit is None else Subset(source, range(min(arguments.limit, len(source))))
 
 
-def _pipeline_of(loaded: Any) -> "Pipeline":
+def _pipeline_of(loaded: "LoadedModel") -> "Pipeline":
     import copy
 
     from opencoca.inference.pipeline import Pipeline
@@ -108,13 +109,13 @@ def _pipeline_of(loaded: Any) -> "Pipeline":
 
 
 def _weight_bytes(model: Any) -> int:
-    """Of all tensors, what is shared counted once."""
+    """Adds up the bytes of all tensors; shared ones count once."""
     tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _scores(pipeline: "Pipeline", source: "ImageTextSource", batch_size: int) -> dict[str, float]:
-    """In percent, and the seconds that captioning and retrieval took."""
+    """Measures scores, in percent, and the seconds that captioning and retrieval took."""
     from opencoca.evaluation.captioning import evaluate_captioning
     from opencoca.evaluation.retrieval import evaluate_retrieval
 

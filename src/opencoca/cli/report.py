@@ -1,4 +1,4 @@
-"""`opencoca report`: what runs have learned, as a page."""
+"""`opencoca report`: draws the curves, scores and captions of training runs as a page."""
 
 import argparse
 from typing import Any
@@ -11,17 +11,17 @@ def add_commands(commands: Any) -> None:
         commands,
         "report",
         run_report,
-        "Draw curves, scores and captions of a training run, or compare several, at any time.",
+        "Draw curves, scores and captions of a training run, or compare several runs.",
         example="opencoca report runs/flickr8k\n  opencoca report runs/first runs/second --output comparison.html",
-        more="The page holds its pictures and needs nothing else. Of one run, report.html and report.png are written\n"
-        "into its folder; a run that still goes on may be looked at. Of several runs one page shows their curves\n"
-        "together, their captions of the same photographs, and what their recipes differ in.",
+        more="For one run, report.html and report.png are written into its folder; the run may still be training. For\n"
+        "several runs, one page shows their curves together, their captions of the same photographs, and where\n"
+        "their recipes differ. The page contains its pictures and needs no other file.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of an `opencoca train`")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a training run")
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help="the page (default: report.html, in the run's folder, or here if there are several runs)",
+        help="page to write (default: report.html in the run's folder, or in the current folder for several runs)",
     )
 
 

@@ -1,4 +1,4 @@
-"""`opencoca tokenizer train`: a vocabulary from one's own captions."""
+"""`opencoca tokenizer train`: makes a vocabulary from captions."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ from opencoca.cli.common import CommandError, add_command, add_group, check_writ
 
 
 def add_commands(commands: Any) -> None:
-    group = add_group(commands, "tokenizer", "Make a vocabulary of one's own.")
+    group = add_group(commands, "tokenizer", "Make a vocabulary from your own captions.")
     train = add_command(
         group,
         "train",
@@ -21,23 +21,34 @@ def add_commands(commands: Any) -> None:
         "captions",
         nargs="+",
         metavar="CAPTIONS",
-        help="tables (CSV, TSV, JSONL or Parquet) with a caption column, .txt files with one caption a line, or tar "
-        "shards",
+        help="tables (CSV, TSV, JSONL or Parquet) with a caption column, .txt files with a caption on each line, or "
+        "tar shards",
     )
-    train.add_argument("--out", required=True, metavar="FILE", help="ends in .json, or is a folder")
     train.add_argument(
-        "--vocab-size", type=positive_int, default=8000, metavar="N", help="259 to 65536 token ids (default: 8000)"
+        "--out", required=True, metavar="FILE", help="tokenizer to write: a name that ends in .json, or a folder"
+    )
+    train.add_argument(
+        "--vocab-size",
+        type=positive_int,
+        default=8000,
+        metavar="N",
+        help="number of token ids, 259 to 65536 (default: 8000)",
     )
     train.add_argument(
         "--min-frequency",
         type=positive_int,
         default=2,
         metavar="N",
-        help="how often a pair must be seen to be merged (default: 2)",
+        help="how often a pair of tokens must occur to become one token (default: 2)",
     )
-    train.add_argument("--keep-case", action="store_true", help="tell capitals apart (default: all lower case)")
+    train.add_argument("--keep-case", action="store_true", help="keep capital letters (default: all lower case)")
     train.add_argument("--keep-final-period", action="store_true", help="do not drop the full stop at a caption's end")
-    train.add_argument("--caption-column", default="caption", metavar="NAME", help="of the tables (default: caption)")
+    train.add_argument(
+        "--caption-column",
+        default="caption",
+        metavar="NAME",
+        help="column of captions in the tables (default: caption)",
+    )
 
 
 def run_train(arguments: argparse.Namespace) -> int:

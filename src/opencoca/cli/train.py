@@ -1,4 +1,4 @@
-"""`opencoca train`: a recipe in, a model folder out."""
+"""`opencoca train`: trains a model as a recipe says."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ _EXAMPLE = "opencoca train recipes/flickr8k.yaml --data.train_images DIR --epoch
 
 
 def add_commands(commands: Any) -> None:
-    """For the list of commands alone: `run_train` gets the rest of the line as it is, for the recipe's own parser."""
+    """Adds the command to the list; `run_train` gets its arguments unparsed, for the recipe's own parser."""
     commands.add_parser("train", help=_PURPOSE, add_help=False)
 
 
@@ -31,7 +31,7 @@ def run_train(argv: list[str]) -> int:
         folder = train(recipe)
     except (TrainingInterrupted, NonFiniteLossError) as error:
         exit_code = 130 if isinstance(error, TrainingInterrupted) else 2
-        if not is_main_process():  # all processes stop at once, and one says why
+        if not is_main_process():  # all processes stop together, and one says why
             raise SystemExit(exit_code) from error
         raise CommandError(str(error), exit_code=exit_code) from error
     if is_main_process():

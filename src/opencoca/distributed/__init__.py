@@ -1,1 +1,1 @@
-"""Processes that work together."""
+"""Connects the processes that train one model together."""

@@ -1,9 +1,9 @@
-"""A meeting place for processes that torchrun starts again, in which nothing of an earlier attempt is found.
+"""Lets processes that torchrun has restarted meet without finding anything of an earlier attempt.
 
 torchrun keeps one store of keys for all attempts (pytorch/pytorch issue 135712). Processes that died have left their
-addresses in it under the very names that the next ones use, and those then wait for the dead. So the processes of an
-attempt first agree on a name that no other attempt has had. What they say of themselves is stale until its writer has
-written it anew; the main process therefore repeats its offer until all have answered it.
+addresses in it under the names that their successors use, which would then wait for the dead ones. So the processes of
+an attempt first agree on a name that no other attempt has had. A key may still hold an old value until its writer has
+overwritten it; the main process therefore repeats its offer until all processes have answered it.
 """
 
 import os
@@ -17,12 +17,12 @@ _PAUSE_S = 0.02
 
 
 def is_store_reused() -> bool:
-    """Whether torchrun lends this process a store that earlier attempts may have written to."""
+    """Whether torchrun provides a store that earlier attempts may have written to."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def store_of_this_attempt(rank: int, size: int, timeout: timedelta) -> Store:
-    """The store that torchrun lends, under a name of this attempt; all processes of the attempt must call.
+    """Returns torchrun's store under a name of this attempt alone; all processes of the attempt must call.
 
     Raises TimeoutError if they do not find one another.
     """
@@ -32,7 +32,7 @@ def store_of_this_attempt(rank: int, size: int, timeout: timedelta) -> Store:
 
 
 def agree_on_attempt(store: Store, rank: int, size: int, timeout: timedelta) -> str:
-    """A name that all processes of this attempt get, and none of another one."""
+    """Returns a name that all processes of this attempt share and that no other attempt has."""
     deadline = time.monotonic() + timeout.total_seconds()
     own = uuid.uuid4().hex
     if rank > 0:

@@ -1,7 +1,7 @@
-"""The processes that train one model together: who they are, and what they tell one another.
+"""The processes that train one model together, and how they exchange numbers and results.
 
-`torchrun` starts them and `join_world` brings them together; without it there is one process, and everything here does
-nothing. Rows of tensors may differ in number from process to process, down to none.
+`torchrun` starts them and `join_world` connects them; without it there is one process, and everything here does
+nothing. The number of rows of a tensor may differ from process to process, and may be 0.
 Letters: R ranks, S rows of one rank, N rows of all.
 """
 
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from opencoca.distributed.elastic import is_store_reused, store_of_this_attempt
 
 Result = TypeVar("Result")
-# While one process works alone (a vocabulary, a feature cache, validation), the others wait as long as it takes.
+# While one process works alone (on a vocabulary, a feature cache, validation), the others wait as long as it takes.
 _PATIENCE = timedelta(days=7)
 _MISTAKE = 2
 _PARTING_S = 5.0
@@ -30,7 +30,7 @@ _ALREADY_KNOWN = "_known_to_all_ranks"
 
 
 class _Report(NamedTuple):
-    """What a process tells the others of its work: the result, or that it failed."""
+    """What a process tells the others about its work: the result, or that it failed."""
 
     result: Any
     failed: bool
@@ -40,8 +40,9 @@ class _Report(NamedTuple):
 class World:
     """This process's place among ``size`` processes; ``World()`` is one process alone.
 
-    rank: from 0, over all machines; local_rank: from 0, on this machine. device: where numbers must be to be exchanged
-    fast. host_group: for what may take long: it knows no timeout.
+    rank: number of this process among all, from 0; local_rank: its number on this machine, from 0.
+    device: where tensors must be to be exchanged fast.
+    host_group: the group for exchanges that may take long; it has no timeout.
     """
 
     rank: int = 0
@@ -56,13 +57,13 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """Sums over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def sum_counts(self, counts: list[int]) -> list[int]:
-        """Element-wise sums over all processes; the lists are equally long."""
+        """Sums element by element over all processes; the lists are equally long."""
         if self.size == 1:
             return counts
         sums = torch.tensor(counts, dtype=torch.int64, device=self.device)
@@ -70,18 +71,18 @@ class World:
         return sums.tolist()
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
-        """Of each flag, whether it is set in any process."""
+        """Tells for each flag whether it is set in any process."""
         return tuple(count > 0 for count in self.sum_counts([int(flag) for flag in flags]))
 
     def gather_counts(self, *counts: int) -> list[tuple[int, ...]]:
-        """These numbers of every process, by rank."""
+        """Collects the numbers of all processes, in the order of their ranks."""
         if self.size == 1:
             return [counts]
         own = torch.tensor([counts], dtype=torch.int64, device=self.device)
         return [tuple(numbers) for numbers in self.gather_rows(own, [1] * self.size).tolist()]
 
     def gather_rows(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """rows (S, ...) of every process, rank by rank: (N, ...), without gradient; counts: S of every rank."""
+        """Joins the rows (S, ...) of all processes, rank by rank: (N, ...), without gradient; counts: each rank's S."""
         rows = rows.detach()
         if self.size == 1:
             return rows
@@ -97,21 +98,21 @@ class World:
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def wait(self) -> None:
-        """Until all processes are here, however long it takes."""
+        """Waits until all processes have come here, however long it takes."""
         if self.size > 1:
             dist.barrier(group=self.host_group)
 
     def on_main(self, work: Callable[[], Result]) -> Result:
-        """Rank 0 does the work while the others wait; all return its result, which pickle must be able to carry.
+        """Rank 0 does the work while the others wait; all return its result, which must be picklable.
 
-        If it fails, rank 0 raises the error, and the others exit without a word.
+        If it fails, rank 0 raises the error, and the others exit silently.
         """
         return self._meet(lambda: work() if self.is_main else None)[0]
 
     def together(self, work: Callable[[], Result]) -> Result:
         """Every process does the work and returns its own result, once all have succeeded.
 
-        If any fails, the first that did raises its error, and the others exit without a word. The work may call
+        If any fails, the first that failed raises its error, and the others exit silently. The work may call
         `on_main` and `gather_results`, and nothing else that waits for other processes.
         """
         own: list[Result] = []
@@ -119,22 +120,22 @@ class World:
         return own[0]
 
     def gather_results(self, result: Result) -> list[Result]:
-        """This of every process, by rank; pickle must be able to carry it. `together` allows it in its work."""
+        """Collects the results of all processes, by rank; they must be picklable. Allowed in the work of `together`."""
         return self._meet(lambda: result)
 
     def with_own_group(self) -> "World":
-        """The same processes for a thread: what that tells the others crosses nothing that is told here.
+        """Returns the same processes for use by a thread, whose exchanges do not mix with those of this object.
 
-        It may use `on_main`, `together` and `gather_results`. All processes must call this.
+        The thread may use `on_main`, `together` and `gather_results`. All processes must call this.
         """
         if self.size == 1:
             return self
         return replace(self, host_group=dist.new_group(backend="gloo", timeout=_PATIENCE))
 
     def _meet(self, work: Callable[[], Any]) -> list[Any]:
-        """Does the work and waits for the others; the results of all.
+        """Does the work, waits for the others and returns the results of all.
 
-        Whatever a process was doing when it failed, the others meet it here.
+        A process that failed comes here too, so that the others learn of it.
         """
         if self.size == 1:
             return [work()]
@@ -142,7 +143,7 @@ class World:
         try:
             result = work()
         except Exception as raised:
-            if getattr(raised, _ALREADY_KNOWN, False):  # the others have heard of it in a meeting within this one
+            if getattr(raised, _ALREADY_KNOWN, False):  # the others have learned of it in a meeting inside this one
                 raise
             error = raised
         reports: list[Any] = [None] * self.size
@@ -157,13 +158,13 @@ class World:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that prints, before or after it knows the others."""
+    """Whether this process is the one that prints; it may not be connected to the others yet."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def join_world(timeout_minutes: float = 10.0) -> Iterator[World]:
-    """Meets the other processes that `torchrun` started, and parts from them at the end; without it, one is alone.
+    """Connects to the other processes that `torchrun` started, and disconnects at the end.
 
     timeout_minutes: how long a process waits for another one in the middle of a step before it gives up.
     """
@@ -192,10 +193,10 @@ def join_world(timeout_minutes: float = 10.0) -> Iterator[World]:
 
 
 def _part_after_failure() -> None:
-    """Leaves the others, if that can be done at once.
+    """Disconnects from the others if that needs no waiting.
 
-    Exiting with a group that is still there aborts the process now and then. But when one process alone fails, parting
-    may wait for others that wait for it; torchrun then ends them.
+    Exiting while a group exists sometimes aborts the process. But when one process alone fails, disconnecting may wait
+    for others that wait for it; torchrun then ends them.
     """
     parting = Thread(target=dist.destroy_process_group, daemon=True)
     parting.start()
@@ -203,17 +204,17 @@ def _part_after_failure() -> None:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a sharded tensor, or the tensor itself."""
+    """Returns this process's part of a sharded tensor, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, gathered from all processes (all must call), or the tensor itself."""
+    """Gathers a sharded tensor from all processes, which must all call; returns any other tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(full: Tensor, like: Tensor) -> Tensor:
-    """``full``, which every process holds, sharded as ``like`` is and on its device."""
+    """Shards ``full``, which every process holds, as ``like`` is sharded, on its device."""
     full = full.to(like.device)
     if not isinstance(like, DTensor):
         return full

@@ -1,1 +1,1 @@
-"""A model in the form that other runtimes read."""
+"""Writes a model in a form that other runtimes read."""

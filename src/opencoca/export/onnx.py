@@ -1,6 +1,6 @@
-"""`export_onnx`: a model as three ONNX graphs in a folder that needs neither OpenCoCa nor PyTorch.
+"""Writes a model as three ONNX graphs, into a folder that needs neither OpenCoCa nor PyTorch.
 
-PyTorch's exporter needs onnx and onnxscript, the check beside this module onnxruntime: the extra ``onnx``.
+PyTorch's exporter needs onnx and onnxscript, and the check needs onnxruntime: the extra ``onnx`` installs them.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ _MAX_SINGLE_FILE_BYTES = 1_900_000_000
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph, inputs to trace it with, and what its inputs, their varying axes and its outputs are called."""
+    """A graph, inputs to trace it with, and the names of its inputs, their varying axes and its outputs."""
 
     file: str
     module: nn.Module
@@ -85,7 +85,7 @@ def require_onnx() -> None:
 
 
 def make_graphs(model: CoCa, preprocess: PreprocessConfig) -> list[Graph]:
-    """The three graphs of a model, each with small inputs whose varying axes all differ from 0 and 1."""
+    """Makes the three graphs of a model, each with small inputs whose varying axes all differ from 0 and 1."""
     pixels = torch.zeros(2, 3, *preprocess.image_size)
     ids = torch.ones(2, 5, dtype=torch.int64)
     image = ImageGraph(model).eval()
@@ -130,7 +130,7 @@ def make_graphs(model: CoCa, preprocess: PreprocessConfig) -> list[Graph]:
 
 
 def describe(pipeline: Pipeline, graphs: Sequence[Graph]) -> dict[str, Any]:
-    """The content of config.json: all that using the graphs takes."""
+    """Returns the content of config.json: everything that one needs to use the graphs."""
     tokenizer, model = pipeline.tokenizer, pipeline.model
     halves = {half: list(empty_cache(model, 1, half).shape) for half in ("unimodal", "multimodal")}
     return {
@@ -159,7 +159,7 @@ def describe(pipeline: Pipeline, graphs: Sequence[Graph]) -> dict[str, Any]:
 
 
 def suppressed_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
-    """Ids that stand for no text and that no caption may hold, as caption generation forbids them."""
+    """Returns the ids that are no text; no caption may contain them, and caption generation forbids them too."""
     return [tokenizer.bos_id, tokenizer.pad_id, *range(tokenizer.vocab_size, vocab_size)]
 
 
@@ -169,7 +169,7 @@ def _describe_input(name: str, tensor: Tensor, graph: Graph) -> dict[str, Any]:
 
 
 def as_float32(model: CoCa) -> CoCa:
-    """The model itself, or a copy where it is quantised, has another type or is not on the CPU."""
+    """Returns the model, or a float32 copy on the CPU if it is quantized, of another type or elsewhere."""
     if is_quantized(model):
         model = copy.deepcopy(model)
         dequantize(model)
@@ -204,7 +204,7 @@ def _export(graph: Graph, folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on its own workings: absent torchvision, renamed axes, deprecations."""
+    """Silences the exporter's remarks on its own workings: absent torchvision, renamed axes, deprecations."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Whether exported graphs compute what the model computes: ONNX Runtime against PyTorch, number by number.
+"""Checks that exported graphs compute what the model computes: ONNX Runtime against PyTorch, number by number.
 
 Letters: I images, B texts, T words of a text, V vocabulary.
 """
@@ -43,14 +43,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """differences: of every output; captions_differ: positions of images whose greedy captions differ."""
+    """The differences of all outputs, and the positions of the images whose greedy captions differ."""
 
     differences: tuple[Difference, ...]
     captions_differ: tuple[int, ...]
     num_captions: int
 
     def passed(self, tolerance: float = TOLERANCE) -> bool:
-        """Whether everything agrees. A difference that is no number (NaN) fails."""
+        """Whether everything agrees; a difference of NaN does not."""
         return not self.captions_differ and all(found.value <= tolerance for found in self.differences)
 
 
@@ -69,7 +69,7 @@ class OnnxModel:
         }
 
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """pixels (I, 3, height, width) -> image_tokens, image_embed, image_cache."""
+        """Encodes pixels (I, 3, height, width): image tokens, image embedding, image cache."""
         tokens, embed, cache = self._run(IMAGE_FILE, pixels)
         return tokens, embed, cache
 
@@ -79,7 +79,7 @@ class OnnxModel:
     def decode_step(
         self, token_ids: Tensor, caches: Sequence[Tensor], image_cache: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """-> logits (B, V) and the two caches."""
+        """Returns the logits (B, V) and the two new caches."""
         logits, *caches = self._run(DECODER_FILE, token_ids, *caches, image_cache)
         return logits, caches
 
@@ -96,8 +96,8 @@ def check_onnx(
 ) -> CheckReport:
     """Compares the graphs in a folder with the model that they were exported from.
 
-    On random input: pixels, texts of every length up to the context's, words one at a time and several at once. On real
-    input: photographs (two that come with the package, if none are given), texts, and the photographs' greedy captions.
+    Random inputs are pixels, texts of every length up to the context's, words one at a time and several at once. Real
+    ones are photographs (two that come with the package, if none are given), texts, and greedy captions.
 
     Raises:
         ValueError: the extra ``onnx`` is not installed; ImageError for an image.
@@ -119,7 +119,7 @@ def check_onnx(
 
 
 def sample_photographs() -> list[bytes]:
-    """Two photographs in the public domain, as the bytes of their files."""
+    """Returns two photographs in the public domain, as the bytes of their files."""
     folder = importlib.resources.files("opencoca").joinpath("assets", "photos")
     return [folder.joinpath(name).read_bytes() for name in ("cat.jpg", "rocket.jpg")]
 
@@ -148,7 +148,7 @@ def _check_texts(pipeline: Pipeline, graphs: OnnxModel, generator: torch.Generat
 
 
 def _check_decoder(model: CoCa, graphs: OnnxModel, pixels: Tensor, token_ids: Tensor, name: str) -> list[Difference]:
-    """token_ids (I, T) after a first step of half of them, then one at a time."""
+    """Compares the decoder on token_ids (I, T): half of them in a first step, the others one at a time."""
     expected = model.logits(pixels, token_ids)
     image_cache = graphs.encode_image(pixels)[2]
     half = token_ids.shape[1] // 2

@@ -18,32 +18,34 @@ if TYPE_CHECKING:  # the command line makes its options of these classes, and ne
 class GenerationOptions:
     """How captions are generated: greedily, by beam search (num_beams), or by sampling (temperature, top_k, ...).
 
-    max_new_tokens: the most tokens a caption has after the prefix, its end token included.
-    min_new_tokens: how many tokens come at least before the end token.
+    max_new_tokens: the largest number of tokens after the prefix, the end token included.
+    min_new_tokens: the least number of tokens before the end token.
     prefix: text that every caption begins with ("a photo of"); spaces at its end are dropped.
-    num_captions: how many captions each image gets, the best first; more than one need as many beams, or sampling.
+    num_captions: the number of captions for each image, best first; more than one need as many beams, or sampling.
 
     Beam search:
-    num_beams: how many texts of an image are kept in work; 1 is greedy search.
+    num_beams: the number of texts that are continued side by side for each image; 1 is greedy search.
     length_penalty: candidates are ranked by log-probability / length ** length_penalty; above 0 favours long ones.
-    early_stopping: when a search ends that has num_beams finished candidates. False: when no text in work is better
-        at its present length; True: at once; "never": when no text in work can become better (arXiv 2204.05424).
-    num_groups, diversity_penalty: diverse beam search (arXiv 1610.02424): the beams in groups, each of which loses
-        diversity_penalty nats for every use that the groups before it make of a token at the same position. Without
-        a penalty all groups find the same.
+    early_stopping: when a search with num_beams finished candidates ends. true: at once; false: when no unfinished
+        text has a better score at its present length; never: when none can still reach one (arXiv 2204.05424).
+    num_groups: divides the beams into this many groups, which diversity_penalty keeps apart (arXiv 1610.02424); without
+        a penalty all groups find the same captions.
+    diversity_penalty: nats that a group loses for a token each time a group before it uses the same token at the same
+        position.
 
     Sampling (any of the first four turns it on):
-    temperature: divides the logits; 0 is greedy. None: 1 if sampling, else greedy.
-    top_k: only the k most probable tokens; 0 = all. Applied first.
-    top_p: only the most probable tokens that together reach this probability (arXiv 1904.09751); 1 = all.
-    min_p: only tokens at least this times as probable as the most probable one (arXiv 2407.01082); 0 = all.
-    seed: the same seed, image and image seed give the same captions, whatever else is in the batch.
+    temperature: divides the logits: below 1 is safer, above 1 wilder, 0 is greedy. None: 1 if sampling, else greedy.
+    top_k: draws only from the k most probable tokens; 0 = all. Applied first.
+    top_p: draws only from the most probable tokens that together reach this probability (arXiv 1904.09751); 1 = all.
+    min_p: draws only from tokens with at least this share of the largest probability (arXiv 2407.01082); 0 = all.
+    seed: another seed draws other captions; the same seed and image give the same ones, whatever else is in the batch.
 
     For all of them:
-    repetition_penalty: the log-probability of tokens that the text has already is multiplied by this (arXiv 1909.05858,
-        section 4.1); 1 = no penalty.
-    no_repeat_ngram: no run of this many tokens occurs twice in a text; 0 = they may.
-    forbidden_words: words or phrases that no caption contains; required_words: those that every caption contains.
+    repetition_penalty: multiplies the log-probability of tokens that the text has already (arXiv 1909.05858, section
+        4.1); 1 = no penalty.
+    no_repeat_ngram: the number of consecutive tokens that may not occur twice in a text; 0 = no limit.
+    forbidden_words: words or phrases that no caption contains.
+    required_words: words or phrases that every caption contains.
 
     Raises ValueError for values and combinations that cannot be met.
     """
@@ -75,19 +77,19 @@ class GenerationOptions:
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn by chance."""
+        """Whether tokens are drawn at random."""
         if self.temperature == 0:
             return False
         return self.temperature is not None or self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @property
     def groups_in_work(self) -> int:
-        """Groups of beams that are searched: without a penalty all find the same, and one stands for them."""
+        """The number of groups that are searched; without a penalty all find the same, so that one is enough."""
         return self.num_groups if self.diversity_penalty > 0 else 1
 
     @property
     def texts_in_work(self) -> int:
-        """How many texts of each image are computed side by side."""
+        """The number of texts that are computed side by side for each image."""
         if self.num_beams == 1:
             return self.num_captions
         return self.num_beams // self.num_groups * self.groups_in_work

@@ -1,1 +1,1 @@
-"""From what users hold in their hands to captions, labels and embeddings."""
+"""Loading a model by name, and using it on images and texts of any kind."""

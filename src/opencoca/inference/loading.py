@@ -1,4 +1,4 @@
-"""From a name to a Pipeline: shipped and published models, repositories of the hub, folders, others' checkpoints."""
+"""Loads a Pipeline by name: shipped and published models, hub repositories, folders, other projects' checkpoints."""
 
 import os
 from collections.abc import Mapping
@@ -112,7 +112,7 @@ def load_model(
     weights: str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> LoadedModel:
-    """As `load`, for those who want the parts; dtype None is the stored type."""
+    """Loads the parts that `load` makes a Pipeline of; dtype None keeps the stored type."""
     name = DEFAULT_MODEL if name_or_path is None else os.fspath(name_or_path)
     if name.startswith(OPEN_CLIP_PREFIX):
         architecture = name.removeprefix(OPEN_CLIP_PREFIX)
@@ -172,7 +172,7 @@ def _load_published(published: PublishedModel, device: torch.device | str, dtype
 
 
 def _load_from_hub(place: str, device: torch.device | str, dtype: torch.dtype | None) -> LoadedModel:
-    """A repository that holds a model folder of ours, or open_clip's configuration and weights."""
+    """Loads a hub repository: one with a model folder of ours, or with open_clip's configuration and weights."""
     repo_id, _, revision = place.partition("@")
     revision = revision or "main"
     config = _download_if_there(repo_id, CONFIG_FILE, revision)

@@ -1,4 +1,4 @@
-"""What most users need of a model: captions, embeddings, labels. `opencoca.load` gives a Pipeline.
+"""The Pipeline, which `opencoca.load` returns: captions, embeddings and labels for images and texts.
 
 Letters: I images, B texts, L labels, E embed_dim.
 """
@@ -29,7 +29,7 @@ Images = ImageLike | Iterable[ImageLike]
 
 
 class Pipeline:
-    """A model with all that is needed to use it.
+    """A model together with its tokenizer and its preprocessing, ready for images and texts.
 
     Attributes: `model` (CoCa, in eval mode), `tokenizer`, `preprocess` (images of any kind -> (I, 3, height, width)),
     `info` (where the model comes from), `device`, `dtype`.
@@ -137,7 +137,7 @@ class Pipeline:
         batch_size: int = 32,
         **keywords: Unpack[GenerationKeywords],
     ) -> list[tuple[GeneratedCaption, ...]]:
-        """As `caption`, with token ids, log-probabilities and more; for each image a tuple, best first."""
+        """Captions with token ids, log-probabilities and more; a tuple for each image, best first. See `caption`."""
         chosen = _with_keywords(options, num_captions, keywords)
         captions: list[tuple[GeneratedCaption, ...]] = []
         for pixels in self._batches(images, batch_size):
@@ -206,10 +206,10 @@ class Pipeline:
         prior_weight: float = 0.0,
         batch_size: int = 32,
     ) -> Tensor:
-        """log p(text | image) (I, B), in nats, by the captioner; float32, on the CPU. The end token is counted.
+        """Scores texts with the captioner: log p(text | image) (I, B) in nats, end token included; float32 on the CPU.
 
-        prior_weight: so much of the text's own log-probability, which the captioner gives it for a blank image, is
-        subtracted; 1 gives the pointwise mutual information of image and text, which does not favour common texts.
+        prior_weight: the share of a text's log-probability for a blank image that is subtracted. 1 gives the pointwise
+            mutual information of image and text, which does not favour common texts.
         """
         scorer = self.text_scorer(texts)
         prior = self.text_prior(scorer) if prior_weight else None
@@ -221,19 +221,19 @@ class Pipeline:
         return torch.cat([part.float().cpu() for part in scores])
 
     def text_scorer(self, texts: str | Iterable[str]) -> TextScorer:
-        """Texts, ready to be scored for images; see `TextScorer`."""
+        """Prepares texts to be scored for images; see `TextScorer`."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         batch = self.tokenizer(texts, self.model.config.text.context_length)
         return TextScorer(self.model, batch.token_ids.to(self.device), batch.token_mask.to(self.device))
 
     def text_prior(self, scorer: TextScorer) -> Tensor:
-        """(B,): log-probability of the texts for a blank image, one that has the mean colour everywhere."""
+        """The log-probability (B,) of each text for a blank image, which has the mean colour everywhere."""
         blank = torch.zeros(1, 3, *self.preprocess.config.image_size, device=self.device, dtype=self.dtype)
         with torch.inference_mode():
             return prior_of_texts(scorer, self.model.encode_image(blank).tokens)
 
     def explain(self, image: ImageLike, caption: str | None = None) -> Explanation:
-        """Where in one image each word of a caption looks; without a caption the model writes it.
+        """Shows where in one image each word of a caption looks; without a caption the model writes one.
 
         `Explanation.maps` holds the attention weights, `Explanation.overlays` lays them over the photograph, and
         `opencoca.pictures.explain.write_explanations` draws them.
@@ -257,7 +257,7 @@ class Pipeline:
         by: Rule = "similarity",
         batch_size: int = 32,
     ) -> list[list[LabelScore]]:
-        """For each image all labels with their probabilities (they sum to 1), the most probable first.
+        """Ranks labels for each image, with probabilities that sum to 1, the most probable first.
 
         By similarity, a label's embedding is the mean over its texts, one for each template, {} standing for the label
         (CLIP, arXiv 2103.00020, section 3.1.4); the softmax has the model's own temperature. By likelihood, a label's

@@ -1,4 +1,4 @@
-"""From whatever users hold in their hands (paths, bytes, PIL images, arrays, tensors) to a model's input.
+"""Turns images of any kind (paths, bytes, PIL images, arrays, tensors) into a model's input.
 
 Letters: I images, H height, W width, in pixels.
 """
@@ -30,14 +30,14 @@ _DECODING_THREADS = 2
 
 
 class Preprocess:
-    """Images as a batch for the model: `preprocess(images)` is (I, 3, H, W) float32; `config` says how."""
+    """Makes images a batch for the model: `preprocess(images)` is (I, 3, H, W) float32; `config` says how."""
 
     def __init__(self, config: PreprocessConfig):
         self.config = config
         self._transform = EvalTransform(config)
 
     def __call__(self, images: ImageLike | Iterable[ImageLike]) -> Tensor:
-        """One image, or several, of any size -> (I, 3, H, W) float32.
+        """Prepares one image or several, of any size, as (I, 3, H, W) float32.
 
         Raises ImageError, which names the image, for one that cannot be used.
         """
@@ -47,7 +47,7 @@ class Preprocess:
         return torch.stack([self._prepare(image, position) for position, image in enumerate(images)])
 
     def batches(self, images: ImageLike | Iterable[ImageLike], batch_size: int) -> Iterator[Tensor]:
-        """The same, batch_size images at a time; while one batch is in use, threads decode the next.
+        """Prepares images batch_size at a time; while one batch is in use, threads decode the next.
 
         Raises ValueError if batch_size is not positive, ImageError as a call does.
         """
@@ -73,7 +73,7 @@ class Preprocess:
 
 
 def as_list(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
-    """Several images as a list; one image alone as a list of one. Four dimensions are a batch of three."""
+    """Makes a list of one image or several; an array or tensor of four dimensions is a batch of images."""
     if isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image):
         return [images]  # pyright: ignore[reportReturnType]
     if isinstance(images, np.ndarray | Tensor) and images.ndim != 4:
@@ -84,10 +84,10 @@ def as_list(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
 
 
 def as_pil(image: ImageLike, position: int = 0, *, as_stored: bool = False) -> Image.Image:
-    """An image of any accepted kind as an upright RGB PIL image.
+    """Makes an upright RGB PIL image of an image of any accepted kind.
 
-    position: where it stands in its list, for the messages about images without a name.
-    as_stored: of any mode and not turned upright, as `decode_image` has it.
+    position: its number in its list, for messages about images without a name.
+    as_stored: whether the image keeps its mode and is not turned upright (see `decode_image`).
 
     Raises ImageError if it cannot be used.
     """
@@ -130,7 +130,7 @@ def _from_pil(image: Image.Image, position: int, as_stored: bool) -> Image.Image
 
 
 def _from_array(values: np.ndarray[Any, Any], name: str) -> Image.Image:
-    """values (H, W, 3) or (H, W)."""
+    """Makes a PIL image of values (H, W, 3) or (H, W)."""
     if values.size == 0:
         raise ImageError(name, "it has no pixels")
     if np.issubdtype(values.dtype, np.floating):

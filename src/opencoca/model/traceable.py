@@ -1,4 +1,4 @@
-"""The three parts of a CoCa as graphs of fixed structure: what an exporter can trace and any runtime can run.
+"""The three parts of a CoCa as graphs of fixed structure, which an exporter can trace and any runtime can run.
 
 The network computes packed words, whose number depends on the data. Here the same modules and weights compute padded
 texts, and a step of decoding takes its caches as tensors and returns longer ones; nothing branches on a shape.
@@ -19,9 +19,9 @@ _CLS_ID = -1
 
 
 class ImageGraph(nn.Module):
-    """pixels (I, 3, height, width) -> image_tokens (I, Q, D), image_embed (I, E), image_cache (L, 2, I, K, Q, d).
+    """Encodes pixels (I, 3, height, width): image tokens (I, Q, D), embedding (I, E) and cache (L, 2, I, K, Q, d).
 
-    image_cache: the keys and values of the image for every layer of the multimodal decoder.
+    The cache holds the keys and values of the image for every layer of the multimodal decoder.
     """
 
     def __init__(self, model: CoCa):
@@ -35,7 +35,7 @@ class ImageGraph(nn.Module):
 
 
 class TextGraph(nn.Module):
-    """token_ids (B, T), token_mask (B, T), True = real and never behind padding -> text_embed (B, E)."""
+    """Embeds texts: token_ids (B, T), token_mask (B, T), True = real and never behind padding -> text_embed (B, E)."""
 
     def __init__(self, model: CoCa):
         super().__init__()
@@ -69,7 +69,7 @@ class TextGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """All words so far and the caches of the first P of them -> logits (B, V) after the last word, and longer caches.
+    """Decodes: all words so far and the caches of the first P of them -> logits (B, V) after the last word, new caches.
 
     token_ids (B, P + T), without padding; unimodal_cache and multimodal_cache (L, 2, B, K, P, d), keys before values,
     where P may be 0; image_cache (L, 2, B, K, Q, d) as `ImageGraph` makes it, an image for each text.
@@ -105,7 +105,7 @@ class DecoderGraph(nn.Module):
 
 
 def empty_cache(model: CoCa, batch_size: int, half: str, past: int = 0) -> Tensor:
-    """(L, 2, B, K, past, d) zeros, the cache of the ``unimodal`` or ``multimodal`` half."""
+    """Makes the cache of the ``unimodal`` or ``multimodal`` half: zeros (L, 2, B, K, past, d)."""
     text = model.config.text
     block = text.block_config() if half == "unimodal" else text.multimodal_block_config()
     depth = text.unimodal_depth if half == "unimodal" else text.multimodal_depth
@@ -113,7 +113,7 @@ def empty_cache(model: CoCa, batch_size: int, half: str, past: int = 0) -> Tenso
 
 
 def _embed(decoder: UnimodalDecoder, ids: Tensor, columns: Tensor) -> Tensor:
-    """ids (B, T) at these columns (T,) of their texts -> (B, T, D)."""
+    """Embeds ids (B, T) that stand at these columns (T,) of their texts: (B, T, D)."""
     x = decoder.token_embed(ids)
     if decoder.pos_embed is None:
         return x
@@ -122,7 +122,7 @@ def _embed(decoder: UnimodalDecoder, ids: Tensor, columns: Tensor) -> Tensor:
 
 
 def _visible(decoder: UnimodalDecoder, ids: Tensor) -> Tensor | None:
-    """ids (B, N) -> (B, N) which of them attention may see; None = all. See `TextConfig.hidden_id`."""
+    """Tells which of the ids (B, N) attention may see; None = all. See `TextConfig.hidden_id`."""
     if decoder.hidden_id is None:
         return None
     visible = torch.ne(ids, decoder.hidden_id)
@@ -133,7 +133,7 @@ def _visible(decoder: UnimodalDecoder, ids: Tensor) -> Tensor | None:
 def _self_attend(
     block: TransformerBlock, x: Tensor, positions: Tensor, mask: Tensor, cache: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x (B, T, D) at positions (B, T), cache (2, B, K, P, d) -> x, and all keys and values (B, K, P + T, d)."""
+    """Runs self-attention of x (B, T, D) over a cache (2, B, K, P, d); also returns the cache for the next step."""
     attn, normed = block.attn, block.norm1(x)
     queries = _heads(attn.q_proj(normed), attn)
     keys, values = attn.project_context(normed)
@@ -155,12 +155,15 @@ def _cross_attend(block: TransformerBlock, x: Tensor, keys: Tensor, values: Tens
 
 
 def _heads(queries: Tensor, attn: Attention) -> Tensor:
-    """(B, T, H * d) -> (B, H, T, d)."""
+    """Splits heads: (B, T, H * d) -> (B, H, T, d)."""
     return queries.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2)
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """queries (B, H, T, d), keys and values (B, K, N, d), mask (T, N) or (B, 1, T, N) True = sees -> (B, T, H * d)."""
+    """Attends to keys and values (B, K, N, d): queries (B, H, T, d) -> (B, T, H * d).
+
+    mask: (T, N) or (B, 1, T, N), True = sees.
+    """
     num_kv_heads, head_dim = keys.shape[1], queries.shape[3]
     queries = queries.unflatten(1, (num_kv_heads, -1)) * head_dim**-0.5
     scores = queries @ keys.unsqueeze(2).transpose(-2, -1)

@@ -1,1 +1,1 @@
-"""Pictures of results."""
+"""Draws pictures of results."""

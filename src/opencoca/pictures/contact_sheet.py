@@ -1,4 +1,4 @@
-"""One picture of what a model sees: photographs with captions and labels, and text queries with what they found."""
+"""Draws photographs with captions and labels, and text queries with the photographs that they found."""
 
 import os
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ def write_contact_sheet(
 
 
 def _rows(cards: Sequence[Image.Image]) -> list[Image.Image]:
-    """Cards side by side, those of a row as tall as its tallest."""
+    """Puts cards side by side; all cards of a row are as tall as its tallest."""
     rows = []
     for start in range(0, len(cards), _COLUMNS):
         group = cards[start : start + _COLUMNS]
@@ -112,10 +112,10 @@ def _stack(image: ImageLike, parts: Sequence[Image.Image]) -> Image.Image:
 
 
 def _covering(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The whole image on a blurred copy of itself, so that no head is cut off and no bar is left empty."""
+    """Shows the whole image on a blurred copy of itself: nothing is cut off, and no empty bars are left."""
     scale = max(size[0] / image.width, size[1] / image.height)
     share = min(size[0] / image.width, size[1] / image.height) / scale
-    if share > 0.85:  # nearly the same shape: the little that a crop loses is not missed
+    if share > 0.85:  # nearly the same shape: a crop loses little
         return _resized(image, size, scale)
     small = (max(1, size[0] // 24), max(1, size[1] // 24))
     background = _resized(image, small, scale / 24).resize(size, Image.Resampling.BICUBIC)
@@ -128,7 +128,7 @@ def _covering(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _resized(image: Image.Image, size: tuple[int, int], scale: float) -> Image.Image:
-    """The middle of the image at this scale, cut to this size."""
+    """Scales the image and cuts its middle to this size."""
     width, height = min(image.width, size[0] / scale), min(image.height, size[1] / scale)
     left, top = (image.width - width) / 2, (image.height - height) / 2
     return image.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))

@@ -1,4 +1,4 @@
-"""What the pictures that this project draws are made of: colours, fonts, blocks of text, cards with round corners."""
+"""The parts of all pictures: colours, fonts, blocks of text, cards with round corners."""
 
 import os
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _RADIUS = 14
 
 
 def framed(card: Image.Image, height: int) -> Image.Image:
-    """The card extended to this height, with round corners and a border; drawn large and shrunk, to be smooth."""
+    """Extends a card to this height, with smooth round corners and a border (drawn large and shrunk)."""
     full = Image.new("RGB", (card.width, height), CARD_FILL)
     full.paste(card, (0, 0))
     scale = 4
@@ -45,7 +45,7 @@ def text_block(
 def save_sheet(
     path: str | os.PathLike[str], sections: Sequence[Image.Image], width: int, margin: int, gap: int
 ) -> Path:
-    """Writes the sections one below the other as a PNG. Returns its path."""
+    """Writes the sections below one another as a PNG and returns its path."""
     height = 2 * margin + sum(section.height for section in sections) + gap * (len(sections) - 1)
     sheet = Image.new("RGB", (width, height), PAPER)
     y = margin
@@ -58,7 +58,7 @@ def save_sheet(
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
-    """Lines that are no wider; a single word that is gets cut short."""
+    """Breaks a text into lines of at most this width; a single word that is wider is shortened."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -80,6 +80,6 @@ def shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu, which comes with matplotlib: the same picture on every machine."""
+    """Returns DejaVu, which comes with matplotlib, so that pictures are the same on every machine."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)

@@ -1,6 +1,6 @@
-"""A picture of explanations: each photograph with its caption, and beside it one overlay for each word.
+"""Draws explanations: each photograph with its caption, and beside it one overlay for each word.
 
-Where a word does not look, the photograph is pale and grey; where it looks most, it is lit in orange.
+The photograph is pale and grey where a word does not look, and orange where it looks most.
 """
 
 import os
@@ -21,7 +21,7 @@ _TALLEST = 1.5  # height over width of a photograph that is shown whole; taller 
 _FADED = 0.62  # how far the photograph fades to white where a word does not look
 _GLOW = np.array([240, 90, 10], dtype=np.float32)
 _GLOW_SHARE = 0.65
-_GAMMA = 0.7  # under 1: what is looked at a little is seen as well
+_GAMMA = 0.7  # below 1: weak attention is visible too
 
 
 def write_explanations(
@@ -34,7 +34,7 @@ def write_explanations(
 ) -> Path:
     """Draws a PNG, 1600 pixels wide, one section for each photograph, and returns its path.
 
-    layers: of the multimodal decoder, whose maps are averaged; None: all; -1: the last.
+    layers: the layers of the multimodal decoder whose maps are averaged; None: all; -1: the last.
 
     Raises:
         ValueError: nothing to draw, or a layer that the decoder does not have.
@@ -50,7 +50,7 @@ def write_explanations(
 
 
 def overlay(photograph: Image.Image, heat: np.ndarray) -> Image.Image:
-    """The RGB photograph lit by heat (height, width) from 0 to 1, of the photograph's own size."""
+    """Lays heat (height, width), 0 to 1 and of the photograph's size, over an RGB photograph."""
     pixels = np.asarray(photograph, dtype=np.float32)
     grey = pixels @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
     unlit = ((1 - _FADED) * grey + _FADED * 255)[..., None]
@@ -82,7 +82,7 @@ def _section(explanation: Explanation, layers: Sequence[int] | None) -> Image.Im
 
 
 def _shown(photograph: Image.Image, width: int) -> Image.Image:
-    """The photograph as wide as this, or as high as is allowed."""
+    """Scales the photograph to this width, or to the largest allowed height."""
     scale = min(width / photograph.width, _TALLEST * width / photograph.height)
     size = max(1, round(photograph.width * scale)), max(1, round(photograph.height * scale))
     return photograph.resize(size, Image.Resampling.LANCZOS)

@@ -1,6 +1,6 @@
-"""Captions for folders and data sets: inputs of many kinds, a journal that survives kills, files as output.
+"""Captions whole folders and data sets, into files, with a journal that survives kills.
 
-`open_inputs` gives the images, `caption_to_files` a whole run, `caption_source` the captions alone.
+`open_inputs` opens the images, `caption_to_files` does a whole run, `caption_source` only yields captions.
 """
 
 from opencoca.recaption.captioner import Captioner

@@ -1,4 +1,4 @@
-"""A model together with how it is to caption: what every part of a run needs of both."""
+"""A model together with the options that it captions with."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Captioner:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels of what the model sees."""
+        """The (height, width) in pixels of the images that the model sees."""
         return self.pipeline.preprocess.config.image_size
 
     def __call__(self, pixels: Tensor, names: Sequence[str]) -> list[tuple[GeneratedCaption, ...]]:
-        """Captions of preprocessed images (I, 3, H, W), best first; random ones depend on the seed and the name."""
+        """Captions preprocessed images (I, 3, H, W), best first; random captions depend on the seed and the name."""
         pixels = pixels.to(self.device, self.pipeline.dtype)
         return self.pipeline.caption_pixels(pixels, self.options, names=names, rerank=self.rerank)

@@ -1,4 +1,4 @@
-"""Where the captions of a run go, and what the run's own files are called."""
+"""The files that a run writes: its captions, and its own records."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _BESIDE_NAME = "opencoca-captions"
 
 @dataclass(frozen=True)
 class Destination:
-    """Where the captions of a run go.
+    """The files that a run writes.
 
-    out: a .jsonl, .csv or .parquet file, or None; beside: whether each image gets a .txt file beside it.
-    base: what the names of the run's own files begin with: BASE.journal, BASE.errors.jsonl, BASE.run.json.
-    texts: with `beside`, the text file of each image.
+    out: a .jsonl, .csv or .parquet file for the captions, or None.
+    base: the beginning of the names of the run's own files: BASE.journal, BASE.errors.jsonl, BASE.run.json.
+    texts: the text file beside each image; empty if none are written.
     """
 
     out: Path | None
@@ -28,7 +28,7 @@ class Destination:
 
     @classmethod
     def of(cls, source: ImageTextSource, out: str | Path | None, beside: bool) -> Destination:
-        """Raises ValueError if the images cannot have files beside them, or `out` has no known suffix."""
+        """Plans the files; raises ValueError if images cannot have files beside them or `out` has an unknown suffix."""
         texts = tuple(text_files_beside(source)) if beside else ()
         if out is not None:
             check_suffix(out)
@@ -49,6 +49,6 @@ class Destination:
         return self.base.with_name(self.base.name + ".run.json")
 
     def existing(self) -> list[str]:
-        """Files that the run would replace."""
+        """Returns the existing files that the run would replace."""
         found = [str(self.out)] if self.out is not None and self.out.exists() else []
         return found + [path for path in self.texts if os.path.lexists(path)]

@@ -1,4 +1,4 @@
-"""The work itself: images of a source to captions, batch by batch, decoded ahead while the model is busy.
+"""Captions the images of a source batch by batch; the next images are decoded while the model is busy.
 
 Letters: B images of a batch.
 """
@@ -18,7 +18,7 @@ from opencoca.recaption.captioner import Captioner
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """An image's name and its captions, best first; or, if it cannot be read, none of them and the reason."""
+    """An image's name with its captions, best first, or with the reason why it cannot be read."""
 
     image: str
     captions: tuple[GeneratedCaption, ...] = ()
@@ -35,8 +35,8 @@ def caption_source(
 ) -> Generator[list[CaptionedImage], None, None]:
     """Captions a source's images from number `start` on, batch_size at a time, in their order.
 
-    Threads decode the images of the next two batches, and one puts the next batch together, while the model works on
-    the present one. Random numbers depend on the options' seed and the image's name alone.
+    Threads decode the images of the next two batches, and another one assembles the next batch, while the model works
+    on the present one. Random numbers depend on the options' seed and the image's name alone.
 
     Raises ValueError if batch_size is not positive; images that cannot be read raise nothing.
     """

@@ -1,4 +1,4 @@
-"""The end of a run: the output files, made from its journal in the order of the images."""
+"""Ends a run: makes the output files from its journal, in the order of the images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunReport:
-    """What a run did: images, captions, images that could not be read, and how many captions have each flag."""
+    """The numbers of images, captions and unreadable images of a run, and of captions with each flag."""
 
     images: int
     captions: int
@@ -33,7 +33,7 @@ class RunReport:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What is kept of a finished run beside its output: the settings and the report."""
+    """The record of a finished run, stored beside its output: its settings and its report."""
 
     settings: Settings
     report: RunReport
@@ -42,7 +42,7 @@ class RunRecord:
 def make_files(
     journal: Journal, destination: Destination, settings: Settings, prefix: str, thresholds: FlagThresholds
 ) -> RunReport:
-    """Writes all files of a run. The same journal gives the same bytes, however often this is begun.
+    """Writes all files of a run. The same journal gives the same bytes, however often this is repeated.
 
     Raises WriteError if a file cannot be written; the journal is untouched.
     """
@@ -67,7 +67,7 @@ def make_files(
 
 
 def read_record(path: Path) -> RunRecord | None:
-    """The record of a finished run; None if there is none, or none that can be read."""
+    """Reads the record of a finished run; None if there is none or it cannot be read."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         content = json.loads(path.read_text(encoding="utf-8"))
         return RunRecord(content["settings"], RunReport(**content["report"]))
@@ -76,7 +76,7 @@ def read_record(path: Path) -> RunRecord | None:
 
 @dataclass
 class _Flagged:
-    """The output's rows, flags included."""
+    """Yields the rows of the output, with flags."""
 
     journal: Journal
     prefix: str
@@ -97,13 +97,13 @@ def _journal_rows(journal: Journal) -> Iterator[Row]:
 
 
 def _columns(journal: Journal) -> tuple[str, ...]:
-    """Every row of a run has the same fields."""
+    """Returns the names of the fields, which are the same in every row of a run."""
     first = next((row for image in _journal_rows(journal) for row in output_rows(image)), None)
     return (*(first or ("image", "caption", "log_probability", "length")), "flags")
 
 
 def _text_file(row: Row) -> str:
-    """One caption a line."""
+    """Returns the content of a text file: one caption on each line."""
     return "".join(" ".join(caption["caption"].split()) + "\n" for caption in row["captions"])
 
 

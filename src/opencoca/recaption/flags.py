@@ -1,4 +1,4 @@
-"""What is suspicious about a caption, from its words alone: too short, going round in circles, the same everywhere."""
+"""Flags suspicious captions by their words alone: too short, repetitive, or the same for many images."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ _ARTICLES = frozenset({"a", "an", "the"})
 
 @dataclass(frozen=True)
 class FlagThresholds:
-    """From where on a caption is flagged.
+    """The limits from which on a caption is flagged.
 
-    min_words: fewer are near-empty; the prefix that every caption begins with does not count.
-    max_repeats: a word, or a run of up to `longest_run` words, that comes more often than this in immediate succession
-        is a repetition.
-    longest_run: in words.
-    min_distinct: so is a caption of 10 words or more, less than this share of whose pairs of neighbours are distinct.
-    common_share: a caption is common if at least this share of all images has the same: the same words in any order,
-        whatever their case and punctuation, articles aside.
-    common_images: and at least this many images.
+    min_words: a caption of fewer words is near-empty; the prefix that all captions begin with does not count.
+    max_repeats: a caption is a repetition if a word, or a run of up to `longest_run` words, occurs more often than this
+        in immediate succession.
+    longest_run: length of such a run, in words.
+    min_distinct: a caption of 10 words or more is a repetition too if the distinct ones among its pairs of neighbouring
+        words are less than this share.
+    common_share: a caption is common if at least this share of all images has the same one: the same words in any
+        order, without regard to case, punctuation and articles.
+    common_images: the least number of images that a common caption has.
     """
 
     min_words: int = 2
@@ -43,12 +44,12 @@ _PAIRS_FROM_WORDS = 10
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text, in lower case, without punctuation."""
+    """Splits a text into words, in lower case and without punctuation."""
     return _WORD.findall(text.lower())
 
 
 def caption_flags(text: str, prefix: str = "", thresholds: FlagThresholds | None = None) -> tuple[str, ...]:
-    """The flags that a caption deserves by itself: near-empty, repetition."""
+    """Returns the flags that follow from a caption alone: near-empty, repetition."""
     limits = thresholds or FlagThresholds()
     words = split_words(text)
     flags: list[str] = []
@@ -60,10 +61,10 @@ def caption_flags(text: str, prefix: str = "", thresholds: FlagThresholds | None
 
 
 def _repeats(words: list[str], longest_run: int) -> int:
-    """How often, at most, a run of words follows on itself."""
+    """Returns the largest number of times that a run of words occurs in immediate succession."""
     most = min(len(words), 1)
     for length in range(1, min(longest_run, len(words) // 2) + 1):
-        equal = 0  # words in a row that are the same as the one `length` words before
+        equal = 0  # the number of consecutive words that equal the word `length` places before
         for word, earlier in zip(words[length:], words, strict=False):
             equal = equal + 1 if word == earlier else 0
             most = max(most, 1 + equal // length)
@@ -79,23 +80,23 @@ def _is_monotonous(words: list[str], min_distinct: float) -> bool:
 
 @dataclass
 class CommonCaptions:
-    """Counts how many images share a caption, so that those of very many can be told."""
+    """Counts how many images share a caption, to find the captions of very many images."""
 
     thresholds: FlagThresholds = field(default_factory=FlagThresholds)
     num_images: int = 0
     _counts: Counter[int] = field(default_factory=Counter)
 
     def add(self, texts: Iterable[str]) -> None:
-        """The captions of one image; those that are the same count once."""
+        """Counts the captions of one image; equal ones count once."""
         self.num_images += 1
         self._counts.update({_sameness(text) for text in texts})
 
     def is_common(self, text: str) -> bool:
-        """Whether so many of the images added have this caption that it says little about any."""
+        """Whether so many of the images have this caption that it says little about any of them."""
         least = max(self.thresholds.common_images, self.thresholds.common_share * self.num_images)
         return self._counts[_sameness(text)] >= least
 
 
 def _sameness(text: str) -> int:
-    """Equal for captions that count as the same; a hash, because millions of texts would fill the memory."""
+    """Returns a hash that is equal for captions that count as the same; millions of texts would fill the memory."""
     return hash(frozenset(split_words(text)) - _ARTICLES)

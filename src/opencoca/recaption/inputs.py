@@ -1,4 +1,4 @@
-"""What is to be captioned: files, folders, globs, tar shards and tables, as one source of images with unique names."""
+"""Opens what is to be captioned: files, folders, globs, tar shards and tables, as one source with unique names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MAX_FILE_BYTES = 1 << 30
 
 
 class ImageFiles(ImageTextSource):
-    """Files, each named by its path. One that cannot be read raises ImageError with the reason."""
+    """Image files, named by their paths. A file that cannot be read raises ImageError with the reason."""
 
     def __init__(self, paths: Sequence[str]):
         self.paths = tuple(paths)
@@ -61,7 +61,7 @@ class ShardImages(TarShards):
 def open_inputs(
     arguments: Iterable[str], *, image_column: str = "image", image_root: str | Path | None = None
 ) -> ImageTextSource:
-    """All images that the arguments name, each once, in their order; those of a folder or glob sorted.
+    """Opens all images that the arguments name, each once, in their order; those of a folder or glob are sorted.
 
     Args:
         arguments: image files; folders, searched with their sub-folders for images and tar shards; globs, in which
@@ -70,7 +70,7 @@ def open_inputs(
         image_column: the tables' column of images.
         image_root: the folder that image files in tables are relative to; None for the folder of their table.
 
-    A file that does not exist, or is no image, is part of the result: reading it raises ImageError.
+    A file that does not exist or is not an image is part of the result; reading it raises ImageError.
 
     Raises:
         FileNotFoundError: a shard of a list in braces does not exist.
@@ -83,7 +83,7 @@ def open_inputs(
 
 
 class _Collection:
-    """Sources in the making; files in a row become one source."""
+    """Collects sources; consecutive files become one source."""
 
     def __init__(self, image_column: str, image_root: Path | None):
         self.image_column = image_column
@@ -118,7 +118,7 @@ class _Collection:
         for name in sorted(glob.glob(pattern, recursive=True)):
             if os.path.isdir(name):
                 found += self._add_folder(Path(name), may_be_empty=True)
-            elif Path(name).suffix.lower() in wanted:  # a folder's other files are not meant
+            elif Path(name).suffix.lower() in wanted:  # other files in a folder are left out
                 self.add(name)
                 found += 1
         if not found:
@@ -173,7 +173,7 @@ class _Collection:
 
 
 def text_files_beside(source: ImageTextSource) -> list[str]:
-    """For each image the `.txt` file beside it.
+    """Returns for each image the `.txt` file beside it.
 
     Raises ValueError if the images are not files of their own, or two would share one.
     """
@@ -195,7 +195,7 @@ def text_files_beside(source: ImageTextSource) -> list[str]:
 
 
 def common_folder(source: ImageTextSource) -> Path:
-    """The folder that holds all files of a source."""
+    """Returns the folder that contains all files of a source."""
     folders = {os.path.dirname(source.key(index)) for index in range(len(source))}
     try:
         return Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))

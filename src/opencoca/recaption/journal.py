@@ -1,8 +1,8 @@
-"""The journal of a run: what has been done, in the order of the images, on disk before anything else happens.
+"""The journal of a run: the results so far, in the order of the images, safely on disk.
 
-A file of lines. The first holds the settings of the run, each other one a block of results; every line begins with the
-checksum of the rest. A block is flushed to disk before the next is begun, so a kill at any moment, or a power cut, can
-damage the last line alone. That line is cut off when the journal is opened again, and its images are done again.
+Its first line holds the settings of the run, each other line a block of results; every line begins with the checksum of
+the rest. A block is flushed to disk before the next one begins, so a kill or a power cut can damage only the last line.
+That line is cut off when the journal is opened again, and its images are done again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Block:
-    """Results of consecutive images, the first of them number `start`: one row an image."""
+    """Results of consecutive images, of which the first has the number `start`: a row for each image."""
 
     start: int
     rows: tuple[Row, ...]
@@ -37,15 +37,15 @@ class Block:
 class Journal:
     """An open journal; one process at a time can have it open.
 
-    `num_done` images are in it, numbers 0 to num_done - 1; `header` holds the settings it was begun with, and
-    `last_batch_size` how many images at a time were done last. Use it in a `with` block.
+    `num_done` is the number of images in it; `header` holds the settings that it was begun with, and `last_batch_size`
+    the size of the last batch. Use it in a `with` block.
     """
 
     def __init__(self, path: str | os.PathLike[str], header: Row, *, overwrite: bool = False):
-        """Opens the journal, or begins one with this header if there is none, or if it is to be overwritten.
+        """Opens the journal; begins one with this header if there is none or it is to be overwritten.
 
         Raises:
-            ValueError: the file is no journal, or another process has it open.
+            ValueError: the file is not a journal, or another process has it open.
             WriteError: it cannot be written.
         """
         self.path = Path(path)
@@ -85,14 +85,14 @@ class Journal:
         self.last_batch_size = batch_size
 
     def blocks(self) -> Iterator[Block]:
-        """All blocks, from the first."""
+        """Yields all blocks, from the first on."""
         with open(self.path, "rb") as file:
             for number, (content, _) in enumerate(_lines(file)):
                 if number:
                     yield Block(content["start"], tuple(content["rows"]))
 
     def remove(self) -> None:
-        """Deletes the file: its content is stored elsewhere."""
+        """Deletes the file, after its content has been stored elsewhere."""
         self.path.unlink(missing_ok=True)
 
     def _lock(self) -> None:
@@ -107,7 +107,7 @@ class Journal:
                 raise ValueError(f"another process is at work on {self.path}; let it end, or end it first") from error
 
     def _recover(self) -> int:
-        """Reads what is there; returns how much of it is whole, in bytes, and 0 if not even the first line is."""
+        """Reads the file; returns how many of its bytes are undamaged, 0 if the first line is damaged."""
         end = 0
         with open(self.path, "rb") as file:
             for number, (content, line_end) in enumerate(_lines(file)):
@@ -143,7 +143,7 @@ class Journal:
                 written += self._file.write(line[written:])
             os.fsync(self._file.fileno())
         except OSError as error:
-            with contextlib.suppress(OSError):  # if this fails too, the torn line is cut at the next start
+            with contextlib.suppress(OSError):  # if this fails too, the damaged line is cut off at the next start
                 os.ftruncate(self._file.fileno(), self._end)
             kept = f"the {self.num_done:,} images that are done are kept, and the same command goes on from there"
             raise _write_error(self.path, error, kept) from error
@@ -151,14 +151,14 @@ class Journal:
 
 
 def _prefixes(text: str) -> str:
-    """A regular expression for the beginnings of a text, the empty one included."""
+    """Returns a regular expression that matches every beginning of a text, also the empty one."""
     pattern = ""
     for character in reversed(text):
         pattern = f"(?:{re.escape(character)}{pattern})?"
     return pattern
 
 
-# What a kill can leave of the first line.
+# A kill can leave any beginning of the first line.
 _TORN_HEADER = re.compile(
     (r"[0-9a-f]{0,8}|[0-9a-f]{8} (?:" + _prefixes(_HEAD) + "|" + re.escape(_HEAD) + r"[^\n]*)").encode()
 )
@@ -170,7 +170,7 @@ def _encode(content: Row) -> bytes:
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[Row, int]]:
-    """The content of each whole line and where it ends; stops at the first that is damaged."""
+    """Yields the content and the end of each line, up to the first damaged one."""
     end = 0
     for line in file:
         end += len(line)

@@ -1,4 +1,4 @@
-"""How many images at a time: what one of them takes is measured, and divided into the memory that may be used."""
+"""Chooses how many images to caption at a time: measures the memory of one, and divides the budget by it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from opencoca.recaption.captioner import Captioner
 
-# On a CPU, more than this gain nothing; on a GPU, waiting batches would fill the machine's memory.
+# Larger batches gain nothing on a CPU; on a GPU, the waiting ones would fill the machine's memory.
 _LARGEST_BATCH = {"cpu": 32, "cuda": 256}
 _SHARE_OF_FREE = 0.5
 # Kernels' scratch space and the allocator's gaps, which are not measured.
@@ -25,7 +25,7 @@ _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**
 
 
 def parse_bytes(text: str) -> int:
-    """The number of bytes that "4GB", "512 MiB", "800M" or "1e9" stand for. Raises ValueError for anything else."""
+    """Reads a number of bytes such as "4GB", "512 MiB", "800M" or "1e9". Raises ValueError for anything else."""
     match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]i?)?b?\s*", text.lower())
     try:
         value = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
@@ -37,9 +37,9 @@ def parse_bytes(text: str) -> int:
 
 
 def choose_batch_size(captioner: Captioner, num_images: int, budget_bytes: int | None = None) -> int:
-    """The most images at a time, a power of two, that fit into the budget (half of what is free if None).
+    """Returns the largest power of two of images that fit into the budget (None: half of the free memory).
 
-    At most 32 on a CPU and 256 on a GPU, and at least one: where even that does not fit, there is no other choice.
+    It is at most 32 on a CPU and 256 on a GPU, and at least 1 even if that does not fit.
     """
     device = captioner.device
     most = min(_LARGEST_BATCH.get(device.type, 32), max(1, num_images))
@@ -51,9 +51,9 @@ def choose_batch_size(captioner: Captioner, num_images: int, budget_bytes: int |
 
 
 def measure_bytes_per_image(captioner: Captioner) -> int:
-    """What an image more takes while it is captioned: the difference between a batch of two and one of one."""
+    """Measures the memory that each further image takes: the difference between batches of two and of one."""
     height, width = captioner.image_size
-    captioner(torch.zeros(1, 3, height, width), ["0"])  # what is set up once is none of an image's memory
+    captioner(torch.zeros(1, 3, height, width), ["0"])  # what is set up once does not belong to an image
     one, two = (_peak_bytes(captioner, torch.zeros(count, 3, height, width)) for count in (1, 2))
     # The batch itself and the next one as float32, and two more as bytes.
     waiting = 3 * height * width * (2 * 4 + 2)
@@ -61,7 +61,7 @@ def measure_bytes_per_image(captioner: Captioner) -> int:
 
 
 def _peak_bytes(captioner: Captioner, pixels: Tensor) -> int:
-    """The most memory that tensors take while these images are captioned."""
+    """Measures the most memory that tensors take while these images are captioned."""
     names = [str(index) for index in range(len(pixels))]
     if captioner.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(captioner.device)
@@ -73,7 +73,7 @@ def _peak_bytes(captioner: Captioner, pixels: Tensor) -> int:
 
 
 class _PeakMemory(TorchDispatchMode):
-    """Adds up the tensors that live at the same time; `peak` is the most bytes they had."""
+    """Adds up the bytes of the tensors that exist at the same time; `peak` is the largest sum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class _PeakMemory(TorchDispatchMode):
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device: of a GPU its own, else the machine's, or what a container leaves of it."""
+    """Returns the free memory of a GPU, or of the machine, within the limit of a container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     candidates = [_machine_free_bytes()]
@@ -115,7 +115,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _cache_bytes(group: Path) -> int:
-    """What a control group keeps of files and would give back."""
+    """Returns the bytes of file cache that a control group would free if needed."""
     rows = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     return int(rows.get("inactive_file", 0))
 

@@ -1,4 +1,4 @@
-"""The files that captions end up in: JSON lines, CSV or Parquet, a row a caption, and text files beside the images."""
+"""Writes captions to files: JSON lines, CSV or Parquet with a row for each caption, or text files beside the images."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _ROWS_PER_GROUP = 16_384
 
 
 def check_suffix(path: str | Path) -> None:
-    """Raises ValueError if no format of captions ends as the path does."""
+    """Raises ValueError if the path's suffix belongs to no format of captions."""
     if Path(path).suffix.lower() not in OUTPUT_SUFFIXES:
         known = ", ".join(OUTPUT_SUFFIXES[:-1]) + f" or {OUTPUT_SUFFIXES[-1]}"
         raise ValueError(f"cannot tell the format of {str(path)!r}: its name must end in {known}")
 
 
 def write_rows(path: str | Path, rows: Iterable[Row], columns: tuple[str, ...]) -> None:
-    """Writes rows in their order, in the format that the path's end says; the file appears whole or not at all.
+    """Writes rows in their order, in the format of the path's suffix; the file appears whole or not at all.
 
     Every row has these columns; `flags` is a list of words, in CSV joined by spaces. The same rows give the same bytes.
 
@@ -46,7 +46,7 @@ def _write_jsonl(path: Path, rows: Iterable[Row], columns: tuple[str, ...]) -> N
 
 def _write_csv(path: Path, rows: Iterable[Row], columns: tuple[str, ...]) -> None:
     with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        # All texts in quotes: the writer would leave out those around a lone carriage return.
+        # All texts are quoted: the writer would not quote a lone carriage return.
         writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         writer.writerow(columns)
         for row in rows:
@@ -68,17 +68,17 @@ def _write_parquet(path: Path, rows: Iterable[Row], columns: tuple[str, ...]) ->
 
 
 def _as_utf8(value: Any) -> Any:
-    """A file's name may hold bytes that no encoding knows."""
+    """Makes a file's name writable as UTF-8; it may have bytes that belong to no encoding."""
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def write_texts(texts: Iterable[tuple[str, str]]) -> None:
     """Writes text files, given as (path, content); each appears whole, and all are on disk when this returns.
 
-    Raises WriteError if one cannot be written; those before it are there.
+    Raises WriteError if one cannot be written; those before it are written already.
     """
     for path, content in texts:
-        partial = f"{path}.partial"  # the same again after a kill, so that none is left
+        partial = f"{path}.partial"  # the same name after a kill, so that no such file is left over
         try:
             try:
                 with open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
@@ -91,4 +91,4 @@ def write_texts(texts: Iterable[tuple[str, str]]) -> None:
             message = f"cannot write {path} ({error.strerror or error}): free some space or make its folder writable"
             raise WriteError(error.errno, message) from error
     if hasattr(os, "sync"):
-        os.sync()  # once; flushing each of very many small files would take longer than captioning
+        os.sync()  # once for all: flushing very many small files would take longer than captioning

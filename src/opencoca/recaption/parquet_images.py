@@ -1,4 +1,4 @@
-"""Parquet tables that hold the images themselves: a column of encoded bytes, or of structs {bytes, path}."""
+"""Reads Parquet tables that contain the images: a column of encoded bytes, or of structs {bytes, path}."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opencoca.data import ImageError, ImageTextSource
 
 
 def has_encoded_images(path: Path, image_column: str) -> bool:
-    """Whether this is a Parquet file whose image column holds bytes. What else is wrong with it is not said here."""
+    """Whether this is a Parquet file whose image column holds bytes; other faults of the file are not reported here."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -26,7 +26,7 @@ def has_encoded_images(path: Path, image_column: str) -> bool:
 
 
 def _bytes_field(kind: Any) -> str | None:
-    """Where in a cell the bytes are: "" for the cell itself, the name of a struct's field, None for nowhere."""
+    """Tells where the bytes of a cell are: "" for the cell itself, else the name of a struct's field; None: nowhere."""
     import pyarrow.types as types
 
     if types.is_binary(kind) or types.is_large_binary(kind):

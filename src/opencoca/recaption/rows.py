@@ -1,4 +1,4 @@
-"""From captions to rows: of the journal, one an image, and of the output, one a caption."""
+"""Makes rows of captions: for the journal one for each image, for the output one for each caption."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from opencoca.generation import GeneratedCaption
 from opencoca.recaption.engine import CaptionedImage
 
 Row = dict[str, Any]
-_DIGITS = 4  # beyond them is rounding
+_DIGITS = 4  # further digits are rounding errors
 
 
 def caption_row(caption: GeneratedCaption) -> Row:
-    """What is stored of a caption; its similarity to the image if captions were reranked."""
+    """Returns what is stored of a caption, with its similarity to the image if captions were reranked."""
     row: Row = {
         "caption": caption.text,
         "log_probability": round(caption.log_probability, _DIGITS),
@@ -25,15 +25,16 @@ def caption_row(caption: GeneratedCaption) -> Row:
 
 
 def to_journal_row(image: CaptionedImage) -> Row:
-    """{"image", "captions"} of an image, or {"image", "error"}."""
+    """Returns an image's row in the journal: {"image", "captions"} or {"image", "error"}."""
     if image.error is not None:
         return {"image": image.image, "error": image.error}
     return {"image": image.image, "captions": [caption_row(caption) for caption in image.captions]}
 
 
 def output_rows(row: Row) -> Iterator[Row]:
-    """From a row of the journal one row a caption: the image, what is stored of the caption, and where there are
-    several, the caption's rank among the image's, 0 for the best.
+    """Makes a row for each caption in a row of the journal: the image and what is stored of the caption.
+
+    Where an image has several captions, each row has the caption's rank, 0 for the best.
     """
     captions = row.get("captions", [])
     for rank, caption in enumerate(captions):
@@ -41,5 +42,5 @@ def output_rows(row: Row) -> Iterator[Row]:
 
 
 def image_rows(image: CaptionedImage) -> Iterator[Row]:
-    """The same, of an image that has just been captioned."""
+    """Makes the output's rows of an image that has just been captioned."""
     return output_rows(to_journal_row(image))

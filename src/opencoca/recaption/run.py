@@ -1,7 +1,7 @@
-"""A run: the captions of a source's images in files, whatever happens meanwhile.
+"""Captions the images of a source into files, in a run that survives kills.
 
-Results go into a journal first (`OUT.journal`), batch by batch; when all images are done the files are made from it. So
-what was done before a kill is never done again, and the files of a run that was killed are those of one that was not.
+Results go into a journal first (`OUT.journal`), batch by batch; when all images are done, the files are made from it.
+So no finished batch is done again after a kill, and the files of a killed run equal those of an undisturbed one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from opencoca.recaption.settings import Settings, describe_changes, run_settings
 
 
 def _silent(_: str) -> None:
-    """Nobody is told."""
+    """Ignores what it is told."""
 
 
 def caption_to_files(
@@ -42,19 +42,19 @@ def caption_to_files(
     on_error: Callable[[str], None] = _silent,
     on_note: Callable[[str], None] = _silent,
 ) -> RunReport:
-    """Captions all images of a source into files; begun again after a kill, it goes on where it was.
+    """Captions all images of a source into files; started again after a kill, it continues.
 
     Args:
         source: the images; their names must be unique.
-        batch_size: images at a time; None for that of the journal, or else for what fits into memory_bytes.
-        memory_bytes: memory for a batch; None for half of what is free.
-        overwrite: whether to begin anew, over what an earlier run wrote.
-        thresholds: from where on captions are flagged.
-        on_error: is told of each image that cannot be read.
-        on_note: is told what else a user wants to know: that the run goes on from before, or was complete already.
+        batch_size: images at a time; None for that of the journal, or for as many as fit into memory_bytes.
+        memory_bytes: memory for a batch; None for half of the free memory.
+        overwrite: whether to start over and replace what an earlier run wrote.
+        thresholds: the limits from which on captions are flagged.
+        on_error: called with a sentence for each image that cannot be read.
+        on_note: called with other news for the user: that the run continues, or was complete already.
 
     Raises:
-        ValueError: the files exist, or belong to a run with other settings; another process is at work on them.
+        ValueError: the files exist, belong to a run with other settings, or are in use by another process.
         WriteError: a file cannot be written; what was done so far is kept.
     """
     thresholds = thresholds or FlagThresholds()
@@ -115,7 +115,7 @@ def _check_settings(journal: Journal, settings: Settings) -> None:
 
 
 def _complete_already(destination: Destination, settings: Settings) -> RunReport | None:
-    """The report of a finished run with the same settings whose files are there."""
+    """Returns the report of a finished run with the same settings, if its files exist."""
     record = read_record(destination.record)
     if record is None or record.settings != settings:
         return None

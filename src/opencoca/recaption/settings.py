@@ -1,4 +1,4 @@
-"""What a run's captions depend on, so that a run is only continued with what it was begun with."""
+"""The settings that a run's captions depend on; a run is continued only if they are the same."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Settings = dict[str, Any]
 
 
 def run_settings(captioner: Captioner, source: ImageTextSource, **others: Any) -> Settings:
-    """Everything that two runs must have in common for their captions to be the same, as JSON can hold it."""
+    """Collects everything that two runs must share for their captions to be the same, as JSON can hold it."""
     from opencoca import __version__
 
     keys = (source.key(index) for index in range(len(source)))
@@ -33,11 +33,11 @@ def run_settings(captioner: Captioner, source: ImageTextSource, **others: Any) -
         "rerank": captioner.rerank,
         **others,
     }
-    return json.loads(json.dumps(content))  # as it will come out of the journal: lists for tuples
+    return json.loads(json.dumps(content))  # as the journal returns it, with lists instead of tuples
 
 
 def model_fingerprint(pipeline: Pipeline) -> str:
-    """A SHA-256 over all weights, the configuration, the vocabulary and the preprocessing."""
+    """Computes a SHA-256 over all weights, the configuration, the vocabulary and the preprocessing."""
 
     def parts() -> Iterable[bytes]:
         described = [pipeline.model.config.to_dict(), pipeline.preprocess.config.to_dict()]
@@ -58,7 +58,7 @@ def _digest(parts: Iterable[bytes]) -> str:
 
 
 def describe_changes(before: Settings, now: Settings) -> str | None:
-    """What changed, in words; None if nothing did."""
+    """Says what changed, in words; None if nothing did."""
     changes: list[str] = []
     for name in sorted({*before, *now}):
         old, new = before.get(name), now.get(name)

@@ -1,1 +1,1 @@
-"""Models on disk and on the hub: folders, cards, published names, quantized weights, other projects' weights."""
+"""Stores and reads models: folders, model cards, the hub, published models, quantized and other projects' weights."""

@@ -1,8 +1,8 @@
 """Files from and to the Hugging Face Hub; the one module that imports huggingface_hub.
 
-The library brings what users know: its cache (HF_HOME), its token (`hf auth login` or HF_TOKEN), its mirror setting
-(HF_ENDPOINT), its offline mode (HF_HUB_OFFLINE), progress bars, and downloads that go on where a broken connection
-left off. What is added: every downloaded file is compared with a checksum, and every failure is one sentence.
+The library's own settings apply: cache (HF_HOME), token (`hf auth login` or HF_TOKEN), mirror (HF_ENDPOINT), offline
+mode (HF_HUB_OFFLINE). It shows progress bars and resumes broken downloads. This module adds two things: every
+downloaded file is compared with a checksum, and every failure is one sentence.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# Imported when first used: it takes long, and most commands need nothing from the hub.
+# Imported when first used: the import is slow, and most commands need nothing from the hub.
 _SHA256_DIGITS, _GIT_DIGITS = 64, 40
 _CHUNK_BYTES = 1 << 22
 
@@ -25,7 +25,7 @@ class NotInRepositoryError(HubError):
 
 
 def download(repo_id: str, file_name: str, revision: str = "main", sha256: str | None = None) -> Path:
-    """The path of a repository's file in the cache, after downloading it if it is not there.
+    """Returns the path of a repository's file in the cache, and downloads it first if it is not there.
 
     A file is checked when it arrives: against `sha256`, or else against the checksum under which the hub keeps it
     (SHA-256 for large files, Git's for small ones). One with another checksum is deleted.
@@ -55,7 +55,7 @@ def download(repo_id: str, file_name: str, revision: str = "main", sha256: str |
 
 
 def find_downloaded(repo_id: str, file_name: str, revision: str = "main") -> Path | None:
-    """The path of a file that is in the cache already, else None. Never uses the network."""
+    """Returns the path of a file that is in the cache already, else None. Never uses the network."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -67,7 +67,7 @@ def find_downloaded(repo_id: str, file_name: str, revision: str = "main") -> Pat
 
 
 def upload_folder(folder: Path, repo_id: str, *, private: bool = False, message: str = "Upload a CoCa") -> str:
-    """Makes the repository if need be, uploads the files of a folder in one commit, and returns the page's address.
+    """Uploads the files of a folder in one commit, creates the repository if needed, and returns its address.
 
     Raises HubError, a sentence with the remedy.
     """
@@ -82,7 +82,7 @@ def upload_folder(folder: Path, repo_id: str, *, private: bool = False, message:
 
 @contextlib.contextmanager
 def _one_sentence(repo_id: str, file_name: str = "", revision: str = "main", writing: bool = False) -> Iterator[None]:
-    """Words the library's errors, which are paragraphs, as one sentence."""
+    """Rewrites the library's errors, which are paragraphs, as one sentence."""
     from huggingface_hub import constants, errors
 
     place = f"{repo_id} at {constants.ENDPOINT}"
@@ -142,7 +142,7 @@ def _refused(error: Exception, place: str, writing: bool) -> str:
 
 
 def _checksum_of_cache(path: Path) -> str | None:
-    """The hub's checksum of a file in the cache, by which its content is named; None where the cache has no links."""
+    """Returns the hub's checksum of a cached file, its name in the cache; None where the cache has no links."""
     if not path.is_symlink():
         return None
     name = Path(os.readlink(path)).name
@@ -151,7 +151,7 @@ def _checksum_of_cache(path: Path) -> str | None:
 
 
 def _checksum(path: Path, like: str) -> str:
-    """The file's checksum of the same kind as the one given."""
+    """Computes the file's checksum, of the same kind as the one given."""
     digest = hashlib.sha256() if len(like) == _SHA256_DIGITS else hashlib.sha1(usedforsecurity=False)
     if len(like) == _GIT_DIGITS:
         digest.update(f"blob {path.stat().st_size}\0".encode())

@@ -1,4 +1,4 @@
-"""A model as a repository: its folder, and the README.md that says what it is and what it scores."""
+"""Writes a model as a repository: its folder, and a README.md that says what it is and what it scores."""
 
 import json
 import os
@@ -20,14 +20,14 @@ _TASKS = {
     "retrieval": ("image-text-retrieval", "Retrieval"),
     "zero_shot": ("zero-shot-image-classification", "Zero-shot classification"),
 }
-_RAW_SCORES = ("loss", "rank", "num_", "seconds", "perplexity")  # what is not a fraction of 1
+_RAW_SCORES = ("loss", "rank", "num_", "seconds", "perplexity")  # parts of the names of scores that are no fractions
 
 
 @dataclass(frozen=True)
 class Result:
     """Scores of one evaluation, as `opencoca evaluate ... --out FILE` writes them.
 
-    task: captioning, retrieval, zero_shot; settings, data: how and on what it was run; counts: of images and texts.
+    task: captioning, retrieval or zero_shot. data: the files it was run on. counts: the numbers of images and texts.
     """
 
     task: str
@@ -38,7 +38,7 @@ class Result:
 
     @classmethod
     def read(cls, file: str | os.PathLike[str]) -> "Result":
-        """Raises ValueError if the file is none of these."""
+        """Reads such a file; raises ValueError if it is none."""
         try:
             stored = json.loads(Path(file).read_text(encoding="utf-8"))
             metrics = {str(name): float(value) for name, value in stored["metrics"].items()}
@@ -79,15 +79,15 @@ def write_repository(
     results: Sequence[Result] = (),
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes what a repository of the Hugging Face Hub holds: the model folder and its card.
+    """Writes a repository for the Hugging Face Hub: the model folder and its card.
 
-    Of absolute paths in the model's info, as a recipe has them, the last two parts are kept: the others tell of a
-    machine, not of the model.
+    Absolute paths in the model's info, such as those of a recipe, are shortened to their last two parts: the rest
+    describes a machine, not the model.
 
     Args:
-        licence: the hub's short name of it, such as "apache-2.0".
-        results: what the card reports.
-        dtype: of the stored weights; None keeps the model's.
+        licence: the hub's short name of the licence, such as "apache-2.0".
+        results: the evaluations that the card reports.
+        dtype: floating-point type of the stored weights; None keeps the model's.
 
     Raises:
         ValueError: a weight is not finite in `dtype`.
@@ -100,7 +100,7 @@ def write_repository(
 
 
 def model_card(loaded: LoadedModel, repo_id: str, *, licence: str, results: Sequence[Result] = ()) -> str:
-    """The README.md of a model's repository: metadata for the hub, use, architecture, training, scores."""
+    """Returns the README.md of a model's repository: metadata for the hub, use, architecture, training, scores."""
     parts = [
         f"---\n{yaml.safe_dump(_metadata(repo_id, licence, results), sort_keys=False, allow_unicode=True)}---",
         f"# {repo_id.split('/')[-1]}",

@@ -1,4 +1,4 @@
-"""The form in which a model is stored and passed on: a folder with config.json, model.safetensors, tokenizer.json."""
+"""Reads and writes model folders: config.json, model.safetensors and tokenizer.json."""
 
 import json
 import os
@@ -22,14 +22,14 @@ from opencoca.tokenizer import Tokenizer
 
 FORMAT = "opencoca-1"
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
-# Far beyond any real one's; a longer file would be parsed for many seconds before it is found to be none.
+# Far more than any real config.json has; parsing a longer file would take many seconds before it is refused.
 _MAX_CONFIG_BYTES, _MAX_TOKENIZER_BYTES = 4_000_000, 32_000_000
 _CONTENTS = f"a model's folder holds {CONFIG_FILE}, {WEIGHTS_FILE} and {TOKENIZER_FILE}"
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What a model folder holds: the network (in eval mode), its tokenizer, how its images look, and its info."""
+    """The content of a model folder: the network (in eval mode), its tokenizer, its preprocessing, and its info."""
 
     model: CoCa
     tokenizer: Tokenizer
@@ -46,16 +46,16 @@ def save_model_folder(
     dtype: torch.dtype | None = None,
     info: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a model folder, creating it if need be; each file is replaced in one step, the weights last.
+    """Writes a model folder and creates it if needed; each file is replaced in one step, the weights last.
 
     Args:
-        dtype: floating-point type of the stored weights, None for the model's own. Single numbers, such as the
-            temperature, are never cast: their rounding would be felt and saves nothing.
-        info: whatever JSON can hold about the model: where it comes from, its scores.
+        dtype: floating-point type of the stored weights; None keeps the model's. Single numbers, such as the
+            temperature, are never cast: it would save nothing, and their rounding would change the outputs.
+        info: facts about the model that JSON can hold: its origin, its scores.
 
     Raises:
         ValueError: a weight is not finite, or not in `dtype`; the tokenizer has more ids than the model.
-        WriteError: (an OSError) the disk is full or the folder not writable; the file it was about stays as it was.
+        WriteError: (an OSError) the disk is full or the folder is not writable; the old file stays as it was.
     """
     _check_vocabulary(model.config, tokenizer, "this tokenizer")
     tensors = model.stored_weights()
@@ -80,7 +80,7 @@ def save_model_folder(
 def load_model_folder(
     folder: str | os.PathLike[str], device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> LoadedModel:
-    """Reads a model folder; the weights are in memory once, and every one of them is checked.
+    """Reads a model folder. Every weight is checked, and none is in memory twice.
 
     Names, shapes and types are compared before the weights are read. On the CPU and in the stored type the weights
     are the file's own pages, memory-mapped: do not write into the file while they are in use (`save_model_folder`,
@@ -113,7 +113,7 @@ def load_model_folder(
 
 
 def stored_format(config_file: str | os.PathLike[str]) -> str | None:
-    """The format that a config.json says it has; None if it says nothing of the kind, as another project's."""
+    """Returns the format that a config.json names; None if it names none, as another project's."""
     try:
         stored = json.loads(Path(config_file).read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -136,7 +136,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _read_config(file: Path, num_tensors: int) -> tuple[CoCa, PreprocessConfig, dict[str, Any]]:
-    """The model that the configuration describes, its weights not yet there, and what else the file says."""
+    """Reads the configuration: the model without its weights, and everything else that the file says."""
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -166,13 +166,13 @@ def _quantize_as_stored(model: CoCa, quantization: Any) -> None:
 
 
 def _check_plausible(config: CoCaConfig, num_tensors: int) -> None:
-    """What would take long, or reach outside, is refused before anything is built."""
+    """Refuses, before anything is built, a configuration that would take very long or read other files."""
     layers = config.text.unimodal_depth + config.text.multimodal_depth
     layers += config.image.depth if config.image.name == "vit" else 0
     if layers > num_tensors:
         raise ValueError(f"it asks for {layers} layers, but {WEIGHTS_FILE} holds {num_tensors} tensors")
     if not re.fullmatch(r"(timm:)?[\w.-]+", config.image.name):
-        # timm also takes names that make it read other folders or download.
+        # timm also accepts names that make it read other folders or download.
         raise ValueError(f"the image encoder's name {config.image.name!r} is more than a name")
 
 
@@ -182,7 +182,7 @@ def _build_without_weights(config: CoCaConfig) -> CoCa:
     stored = model.state_dict().keys()
     if all(name in stored for name, _ in model.named_buffers()):
         return model
-    # Some timm backbones keep tables that are computed and not stored; only a real build has them.
+    # Some timm backbones have tables that are computed and not stored; they exist only after a real build.
     return CoCa(config)
 
 

@@ -1,10 +1,10 @@
-"""The published CoCa weights that `opencoca.load` knows: where they are, what they were trained on and what they score.
+"""The published CoCa weights that `opencoca.load` knows: their repositories, training data and scores.
 
 All four are open_clip's, under open_clip's names. Sources of the facts below:
 
 - repository, tag: the table of pretrained weights in open_clip 3.3.0;
 - licence, file names, sizes, revisions: the model cards and file lists of the repositories;
-- sha256 of ViT-L-14's files, which Git LFS names them by: public projects that pin these files;
+- sha256 of ViT-L-14's files: public projects that pin these files by it;
 - ImageNet and retrieval scores: docs/openclip_results.csv and docs/openclip_retrieval_results.csv of open_clip;
 - captioning scores: LAION's announcement of the models, laion.ai/blog/coca.
 """
@@ -22,9 +22,9 @@ class PublishedModel:
     name: open_clip's name of the architecture.
     weights: the tag that tells the weights of one architecture apart.
     revision: the commit that is loaded; "main" where the full id of the commit is not known.
-    sha256: of the file; None where it is not known: then the checksum that the hub gives is what counts.
-    size_bytes: as the hub gives it, mostly rounded to 10 MB.
-    scores: in percent, except CIDEr, which is in points.
+    sha256: checksum of the file; None where it is not known, and then the hub's checksum is used.
+    size_bytes: size of the file as the hub states it, mostly rounded to 10 MB.
+    scores: fractions in percent; CIDEr times 100.
     """
 
     name: str
@@ -105,9 +105,9 @@ PUBLISHED_MODELS: tuple[PublishedModel, ...] = (
 
 
 def find_published(name: str, weights: str | None) -> PublishedModel | None:
-    """The published model of this name and tag; None if no model has the name.
+    """Finds the published model of this name and tag; None if no model has the name.
 
-    Raises ValueError, which lists the tags, if the name is known and the tag is missing or not.
+    Raises ValueError, which lists the tags, if the name is known and the tag is missing or unknown.
     """
     tags = {model.weights: model for model in PUBLISHED_MODELS if model.name == name}
     if not tags:
@@ -119,5 +119,5 @@ def find_published(name: str, weights: str | None) -> PublishedModel | None:
 
 
 def published_in(repo_id: str) -> PublishedModel | None:
-    """The published model of a repository, if it is one of ours."""
+    """Finds the published model that a repository holds; None if it holds none of them."""
     return next((model for model in PUBLISHED_MODELS if model.repo_id.lower() == repo_id.lower()), None)

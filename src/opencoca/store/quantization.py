@@ -1,9 +1,9 @@
-"""Weights of linear maps and token embeddings in 8 bits: a quarter of float32's memory, and faster on a CPU.
+"""Stores weights of linear maps and token embeddings in 8 bits: a quarter of float32's memory, and faster on a CPU.
 
-Symmetric, with one scale an output channel (arXiv 2004.09602, section 3). On a CPU with AVX-512 and in float32 the
-product itself runs in integers, its input rounded to 8 bits with one scale a row, so that no row depends on its batch.
-Elsewhere the weights are expanded once and the product is the ordinary one. Convolutions, norms, biases, positions and
-learned queries stay as they are.
+Quantization is symmetric, with one scale for each output channel (arXiv 2004.09602, section 3). On a CPU with AVX-512
+and in float32 the product itself is computed in integers: its input is rounded to 8 bits with one scale for each row,
+so that no row depends on its batch. Elsewhere the weights are expanded once and multiplied as usual. Convolutions,
+norms, biases, positions and learned queries keep their type.
 Letters: O outputs of a linear map, or words of a vocabulary; C channels in.
 """
 
@@ -20,14 +20,14 @@ _LARGEST = 127
 
 
 class Int8Rows(NamedTuple):
-    """values (O, C) int8 and scale (O,) float32; values * scale[:, None] is the matrix."""
+    """A matrix in 8 bits: values (O, C) int8 times scale (O,) float32, a scale for each row."""
 
     values: Tensor
     scale: Tensor
 
 
 def quantize_rows(matrix: Tensor) -> Int8Rows:
-    """matrix (O, C) -> the nearest in 8 bits a number; a row's largest magnitude becomes 127."""
+    """Rounds a matrix (O, C) to 8 bits; the largest magnitude of each row becomes 127."""
     rows = matrix.detach().float()
     scale = (rows.abs().amax(dim=1) / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
     values = (rows / scale[:, None]).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
@@ -35,7 +35,7 @@ def quantize_rows(matrix: Tensor) -> Int8Rows:
 
 
 class _Quantized(nn.Module):
-    """Buffers values (O, C) int8 and scale (O,)."""
+    """Holds a matrix in the buffers values (O, C) int8 and scale (O,)."""
 
     values: Tensor
     scale: Tensor
@@ -47,12 +47,12 @@ class _Quantized(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(O, C), expanded anew each time."""
+        """The matrix (O, C), expanded at each call."""
         return self.values.to(self.scale.dtype) * self.scale[:, None]
 
 
 class QuantizedLinear(_Quantized):
-    """Stands for an nn.Linear: (..., C) -> (..., O)."""
+    """Replaces an nn.Linear: (..., C) -> (..., O)."""
 
     def __init__(self, rows: Int8Rows, bias: Tensor | None = None):
         super().__init__(rows)
@@ -94,16 +94,16 @@ def _int8_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) 
 
 
 class QuantizedEmbedding(_Quantized):
-    """Stands for an nn.Embedding: ids (...) -> (..., C)."""
+    """Replaces an nn.Embedding: ids (...) -> (..., C)."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.values).to(self.scale.dtype) * F.embedding(ids, self.scale[:, None])
 
 
 def quantize(model: nn.Module) -> None:
-    """Replaces every nn.Linear and nn.Embedding of a model, in place; what shared a weight goes on sharing it.
+    """Replaces every nn.Linear and nn.Embedding of a model, in place; modules that shared a weight still do.
 
-    A model on the meta device gets the structure without values, to be filled by `load_state_dict`.
+    A model on the meta device gets buffers without values, for `load_state_dict` to fill.
     """
     done: dict[int, Int8Rows] = {}
     for module in list(model.modules()):
@@ -119,7 +119,7 @@ def _replacement(module: nn.Linear | nn.Embedding, rows: Int8Rows) -> nn.Module:
 
 
 def dequantize(model: nn.Module) -> None:
-    """Replaces what `quantize` made by ordinary modules of the same values, in place; what was shared stays shared."""
+    """Replaces quantized modules by ordinary ones of the same values, in place; shared weights stay shared."""
     done: dict[int, nn.Parameter] = {}
     for module in list(model.modules()):
         for name, child in module.named_children():

@@ -1,6 +1,6 @@
-"""Safetensors files: reading those that nobody vouches for, and writing so that a file appears whole or not at all.
+"""Reads safetensors files that may be damaged or malicious, and writes them whole or not at all.
 
-When one is read, its header is checked before a byte of the weights is touched.
+The header of a file is checked before any of the weights is read.
 """
 
 import contextlib
@@ -16,23 +16,23 @@ from torch import Tensor
 
 from opencoca.system.files import atomic_write
 
-# A model of 2 billion parameters has a header of some 200 kB; the format itself allows 100 MB, which takes seconds.
+# A model of 2 billion parameters has a header of about 200 kB; the format allows 100 MB, which takes seconds to parse.
 MAX_HEADER_BYTES = 8_000_000
 _REMEDY = "copy or download it again"
 
 
 class TensorInfo(NamedTuple):
-    """What the header says of a tensor."""
+    """The shape and type of a tensor, as the header states them."""
 
     shape: tuple[int, ...]
     is_floating_point: bool
 
 
 def read_tensor_infos(file: str | os.PathLike[str]) -> dict[str, TensorInfo]:
-    """The names, shapes and kinds of the tensors in a file, from its header alone.
+    """Reads the names, shapes and types of the tensors in a file from its header alone.
 
     Raises:
-        ValueError: the file is damaged or cut short: a header that is no JSON or too long, tensors that overlap, leave
+        ValueError: the file is damaged or cut short: its header is no JSON or too long, or its tensors overlap, leave
             gaps or end outside of the file.
     """
     _check_lengths(Path(file))
@@ -45,8 +45,9 @@ def read_tensor_infos(file: str | os.PathLike[str]) -> dict[str, TensorInfo]:
 
 
 def read_tensors(file: str | os.PathLike[str], device: str = "cpu") -> dict[str, Tensor]:
-    """The tensors of a file. On the CPU they are its memory-mapped pages, read when first used; writing to them
-    changes the copy in memory, never the file.
+    """Reads the tensors of a file. On the CPU they are its memory-mapped pages, read when first used.
+
+    Writing to them changes the copy in memory, never the file.
 
     Raises:
         ValueError: as `read_tensor_infos`.
@@ -69,20 +70,20 @@ def write_tensors(file: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of the tensors that hold a number which is infinite or none."""
+    """Returns the names of the tensors that hold an infinity or NaN."""
     return [name for name, tensor in tensors.items() if not _is_finite(tensor)]
 
 
 def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    # One pass without a tensor of booleans: NaN is the least and the greatest of whatever it stands among.
+    # One pass without a tensor of booleans: where there is a NaN, minimum and maximum are NaN.
     least, greatest = tensor.detach().aminmax()
     return bool(least.isfinite() & greatest.isfinite())
 
 
 def _check_lengths(file: Path) -> None:
-    """The header must fit into the file; and the library would read one of any length, for seconds."""
+    """Checks that the header fits into the file and is not so long that the library would read it for seconds."""
     size = file.stat().st_size
     with open(file, "rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
@@ -97,7 +98,7 @@ def _check_lengths(file: Path) -> None:
 
 @contextlib.contextmanager
 def _safetensors_errors_as_os_errors() -> Iterator[None]:
-    """What safetensors says of a failed write, with the number that the system gave for it."""
+    """Turns safetensors' error for a failed write into an OSError with the system's error number."""
     try:
         yield
     except SafetensorError as error:

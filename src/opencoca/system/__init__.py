@@ -1,1 +1,1 @@
-"""Files, memory, devices and processors."""
+"""What the machine offers: files, memory, devices and processors."""

@@ -1,18 +1,18 @@
-"""Memory of long work on a CPU: freed blocks are kept for the next batch, compiled kernels not for ever."""
+"""Memory settings for long work on a CPU: freed blocks are reused, and caches of compiled kernels are bounded."""
 
 import ctypes
 import os
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# oneDNN's own cache of kernels, and PyTorch's beside it; they read these when they compile their first kernel.
+# These bound oneDNN's cache of kernels and PyTorch's; both are read when the first kernel is compiled.
 _KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "32"}
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc to reuse freed blocks instead of returning them to the kernel; True if it took the advice.
+    """Tells glibc to reuse freed blocks instead of returning them to the kernel; True if that worked.
 
-    By default every large tensor is mapped anew and its pages are zeroed at first touch, which costs more than many
-    of the operations that fill it: matrix products of a training step ran about twice as fast (results/step_cost.md).
+    By default every large tensor gets new pages, which the kernel zeroes at first use; that costs more than many
+    operations that fill the tensor. Matrix products of a training step ran about twice as fast (results/step_cost.md).
     """
     libc = _glibc()
     if libc is None:
@@ -21,21 +21,21 @@ def keep_freed_memory() -> bool:
 
 
 def release_freed_memory() -> bool:
-    """Gives back what is free after all; True if something was.
+    """Returns freed blocks to the kernel; True if there were any.
 
-    Batches of ever different lengths leave gaps of ever different sizes, so that kept memory grows; given back now and
-    then, it stays near what is in use.
+    Batches of varying lengths leave gaps of varying sizes, so that the kept memory grows; called now and then, this
+    function holds it near what is in use.
     """
     libc = _glibc()
     return libc is not None and bool(libc.malloc_trim(0))
 
 
 def limit_kernel_caches() -> None:
-    """Bounds what is kept of kernels compiled for single shapes; it must be called before the first matrix product.
+    """Bounds the caches of compiled kernels; it must be called before the first matrix product.
 
-    oneDNN compiles a kernel for every shape of a product in bf16, and batches of texts have ever new ones: a step of a
-    small model brings some sixty, each with most of a megabyte, and two caches keep the last 1,024. A step needs less
-    than 200, each of them several times. What the environment says already is left as it is.
+    oneDNN compiles a kernel for every shape of a product in bf16, and batches of texts keep having new shapes: a step
+    of a small model adds about sixty kernels of nearly a megabyte each, and two caches keep the last 1,024. A step
+    needs fewer than 200. Settings that the environment has already are kept.
     """
     for name, capacity in _KERNEL_CACHES.items():
         os.environ.setdefault(name, capacity)

@@ -1,6 +1,6 @@
-"""Choosing a device by name; what accelerators can do at best, as their makers state it, and what this machine reaches.
+"""Chooses a device by name, and knows how fast devices can be: as their makers state it, or as measured here.
 
-Rates are dense: the data sheets' figures "with sparsity" are twice as high and of no use to training.
+Rates are dense: the figures "with sparsity" in data sheets are twice as high, and training cannot use them.
 """
 
 import time
@@ -11,7 +11,7 @@ import torch
 
 
 def choose_device(name: str | torch.device, local_rank: int | None = None) -> torch.device:
-    """The device that a user names: auto, cpu, cuda, cuda:N, mps, or another of PyTorch's.
+    """Returns the device that a user names: auto, cpu, cuda, cuda:N, mps, or another of PyTorch's.
 
     "auto" is CUDA if there is a CUDA device, else the CPU; it never chooses mps, which is not tested here.
 
@@ -51,11 +51,13 @@ def choose_device(name: str | torch.device, local_rank: int | None = None) -> to
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """One accelerator.
+    """What an accelerator can do at best.
 
-    bf16_flops, fp32_flops: multiply-adds count as two; fp32 as PyTorch multiplies by default, without TF32.
-    memory_bytes: as a program sees it. link_bytes_per_sec: to the others of its machine, in one direction; None = by
-    the host's bus alone, counted as PCIe 4.0 x16. source: the maker's data sheet.
+    bf16_flops, fp32_flops: FLOP/s, a multiply-add counted as two; fp32 as PyTorch multiplies by default, without TF32.
+    memory_bytes: memory that a program can use.
+    link_bytes_per_sec: rate to the other devices of its machine, in one direction; None: they are connected by the
+        host's bus alone, counted as PCIe 4.0 x16.
+    source: the maker's data sheet.
     """
 
     name: str
@@ -66,7 +68,7 @@ class DeviceSpec:
     source: str
 
     def peak(self, precision: str) -> float:
-        """FLOP/s at most in ``bf16`` (autocast) or ``fp32``."""
+        """Returns the highest FLOP/s in ``bf16`` (autocast) or ``fp32``."""
         return self.bf16_flops if precision == "bf16" else self.fp32_flops
 
 
@@ -77,8 +79,8 @@ def _device(name: str, bf16: float, fp32: float, gib: float, link_gb: float | No
     return DeviceSpec(name, bf16 * 1e12, fp32 * 1e12, int(gib * _GIB), link_gb and link_gb * 1e9, source)
 
 
-# Teraflops, memory in GiB, GB/s of links in one direction. Names are parts of what the driver calls the device; the
-# first that fits counts, so special forms stand before the common one.
+# Name, bf16 and fp32 in teraflops, memory in GiB, links in GB/s in one direction, source. A key matches a driver's name
+# that has all its words; the first match counts, so special forms stand before the common one.
 DEVICES: dict[str, DeviceSpec] = {
     key: _device(*values)
     for key, values in {
@@ -101,7 +103,7 @@ _HOST_BUS_BYTES_PER_SEC = 32e9
 
 
 def find_device(name: str) -> DeviceSpec | None:
-    """The device of this name (``h200``), or of the name that its driver gives it (``NVIDIA H200``); None = unknown."""
+    """Finds a device by its key (``h200``) or by its driver's name for it (``NVIDIA H200``); None if it is unknown."""
     words = name.lower().replace("_", "-").replace(" ", "-")
     if words in DEVICES:
         return DEVICES[words]
@@ -112,12 +114,12 @@ def find_device(name: str) -> DeviceSpec | None:
 
 
 def link_bytes_per_sec(spec: DeviceSpec) -> float:
-    """Bytes a second, in one direction, between devices of one machine."""
+    """Returns the bytes a second, in one direction, between devices of one machine."""
     return spec.link_bytes_per_sec or _HOST_BUS_BYTES_PER_SEC
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s that this device can do at best: of a known accelerator as stated, else as measured here, now."""
+    """Returns the highest FLOP/s of this device: as stated for a known accelerator, else as measured now."""
     if device.type == "cuda":
         spec = find_device(torch.cuda.get_device_name(device))
         if spec is not None:
@@ -127,7 +129,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 @cache
 def measured_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s of the best of a few products of square matrices on all of the process's threads."""
+    """Measures the FLOP/s of the fastest of a few products of square matrices, on all threads of the process."""
     side = 768 if device.type == "cpu" else 4096
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))

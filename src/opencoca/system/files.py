@@ -1,4 +1,4 @@
-"""Writing files so that they appear whole or not at all."""
+"""Writes files so that they appear whole or not at all."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ class WriteError(OSError):
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a temporary path to write to; when the block ends, what was written there becomes `path`.
+    """Gives a temporary path to write to; when the block ends, the file written there becomes `path`.
 
     The temporary file stands in the same folder, which is created if need be; it reaches the disk before it replaces
     the old file in one step. If anything fails it is removed, and the old file stays as it was. Whatever writes the
@@ -30,7 +30,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         WriteError: the file cannot be written: disk full, no permission, a folder is in its place.
     """
-    target = Path(os.path.realpath(path))  # a link goes on pointing to the file, as with ordinary writing
+    target = Path(os.path.realpath(path))  # a link still points to the file, as with ordinary writing
     if target.exists() and not target.is_file():
         # Renaming onto a device such as /dev/stdout would replace the device itself.
         raise WriteError(errno.EINVAL, f"cannot write {path}: it is not an ordinary file; choose another name")
@@ -61,14 +61,14 @@ def write_error(path: str | os.PathLike[str], error: OSError) -> WriteError:
 
 
 def remove_partial_files(path: str | os.PathLike[str]) -> None:
-    """Removes what was left beside `path` by processes that were killed writing it; nobody may be writing it now."""
+    """Removes temporary files that killed processes left beside `path`; no process may be writing it now."""
     target = Path(os.path.realpath(path))
     for partial in target.parent.glob(f".{glob.escape(target.name)}.*{_PARTIAL_SUFFIX}"):
         partial.unlink(missing_ok=True)
 
 
 def flush_to_disk(path: Path) -> None:
-    """Waits until the content of a file, or the names in a folder, have reached the disk. Raises OSError if not."""
+    """Waits until a file's content, or a folder's list of names, is on the disk. Raises OSError if that fails."""
     if path.is_dir() and os.name != "posix":
         return  # elsewhere a folder cannot be opened
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -88,7 +88,7 @@ def _ordinary_mode(target: Path, partial: Path) -> int:
         return stat.S_IMODE(target.stat().st_mode)
     except FileNotFoundError:
         pass
-    # Tried out: the umask cannot be read without changing it for all threads, and folders may have rules of their own.
+    # Found by creating a file: reading the umask changes it for all threads, and folders may have rules of their own.
     partial.unlink(missing_ok=True)  # left by a killed process of the same number
     partial.touch()
     try:

@@ -1,4 +1,4 @@
-"""How much memory this process takes, as the operating system or the accelerator counts it."""
+"""Measures the memory that this process takes, as the operating system or the accelerator counts it."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ import torch
 
 
 def resident_bytes() -> int:
-    """Of this process, now; the most so far where the system does not say."""
+    """Returns the memory of this process now; where the system does not say, the most that it has had."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, IndexError, ValueError):
@@ -17,7 +17,7 @@ def resident_bytes() -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most so far: of the accelerator's memory by tensors, or of this process's memory on a CPU."""
+    """Returns the most memory used so far: by tensors on an accelerator, or by this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _largest_resident()

@@ -1,9 +1,9 @@
-"""The one owner of the vocabulary and of the special ids: text to token ids and back.
+"""Turns text into token ids and back; the only place that knows the vocabulary and the special ids.
 
-Two vocabularies exist: CLIP's (`Tokenizer.clip`), and one trained on the user's own captions (`train_tokenizer`).
-Both are a `tokenizer.json` of the `tokenizers` library that any of its readers opens. The special ids stand in that
-file (bos and eos in its post-processor, pad in its padding entry) but not among its added tokens: those are looked
-for in the text, and a caption that spells out "<end>" must never become the end of a caption.
+There are two vocabularies: CLIP's (`Tokenizer.clip`), and one trained on the user's own captions (`train_tokenizer`).
+Both are a `tokenizer.json` that the `tokenizers` library reads. The special ids stand in that file (bos and eos in its
+post-processor, pad in its padding entry), but not among its added tokens: the library looks for those in the text, and
+a caption that spells out "<end>" must not end there.
 """
 
 from opencoca.tokenizer.tokenizer import FILE_NAME, TokenBatch, Tokenizer

@@ -1,6 +1,6 @@
-"""The form that both vocabularies share: their special tokens, and how a text is framed in them.
+"""What both vocabularies share: special tokens, and how a text is framed by them.
 
-The form is checked where it is read, by `Tokenizer`.
+`Tokenizer` checks the form when it reads a file.
 """
 
 import tokenizers
@@ -11,7 +11,7 @@ CLIP_SPECIAL_TOKENS = ("!", "<start_of_text>", "<end_of_text>")  # its padding i
 
 
 def assemble(parts: tokenizers.Tokenizer, special_tokens: tuple[str, str, str]) -> tokenizers.Tokenizer:
-    """A tokenizer of the same parts that frames texts in bos and eos, declares pad, and has no added tokens."""
+    """Makes a tokenizer of the same parts that frames texts by bos and eos, declares pad, and has no added tokens."""
     backend = tokenizers.Tokenizer(parts.model)
     backend.normalizer = parts.normalizer
     backend.pre_tokenizer = parts.pre_tokenizer

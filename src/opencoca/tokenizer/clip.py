@@ -1,4 +1,4 @@
-"""CLIP's vocabulary: how a text is cleaned for it, and the tokenizer made from its list of merges."""
+"""Cleans texts as CLIP does, and makes its tokenizer from its list of merges."""
 
 import gzip
 import html
@@ -23,9 +23,9 @@ _CLIP_REPLACED = (
 
 
 def clean_as_clip(text: str) -> str:
-    """The text as CLIP's vocabulary was made from: repaired, entities resolved, whitespace collapsed, lower case."""
+    """Cleans a text as CLIP does: repaired, HTML entities resolved, whitespace collapsed, lower case."""
     if not (text.isascii() and text.isprintable() and "&" not in text):  # elsewhere there is nothing to repair
-        import ftfy  # on first need: it takes as long to import as most commands take to start
+        import ftfy  # imported when first needed: it takes as long as most commands take to start
 
         # Resolved twice more, for web text that was escaped twice.
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -34,12 +34,12 @@ def clean_as_clip(text: str) -> str:
 
 
 def build_clip_backend() -> tokenizers.Tokenizer:
-    """The CLIP tokenizer from its list of merges: bytes, bytes that end a word, merges, bos, eos, in this order."""
+    """Makes the CLIP tokenizer: its ids are bytes, bytes that end a word, merges, bos and eos, in this order."""
     asset = importlib.resources.files("opencoca").joinpath("assets/clip_vocab/merges.txt.gz")
     lines = gzip.decompress(asset.read_bytes()).decode("utf-8").splitlines()
     assert len(lines) == _CLIP_NUM_MERGES
     merges = [(left, right) for left, right in (line.split(" ") for line in lines)]
-    # Visible bytes stand for themselves and come first; the others have stand-ins from U+0100 on.
+    # Visible bytes represent themselves and come first; the others are represented by characters from U+0100 on.
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = [chr(code) for code in [*visible, *range(0x100, 0x200 - len(visible))]]
     tokens = [*alphabet, *(char + CLIP_WORD_END for char in alphabet), *(left + right for left, right in merges)]
@@ -61,7 +61,7 @@ def build_clip_backend() -> tokenizers.Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    # Byte-level decoding reads U+0120 as a space; a plain space is no byte's stand-in.
+    # Byte-level decoding reads U+0120 as a space; a plain space represents no byte.
     word_ends = decoders.Replace(CLIP_WORD_END, "\u0120")
     backend.decoder = decoders.Sequence([word_ends, decoders.ByteLevel()])
     return assemble(backend, CLIP_SPECIAL_TOKENS)

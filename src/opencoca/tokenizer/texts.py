@@ -1,4 +1,4 @@
-"""Texts as the tokenizers can take them: strings that can be written as UTF-8."""
+"""Prepares texts for the tokenizers: strings that can be written as UTF-8."""
 
 import re
 
@@ -6,14 +6,14 @@ _SURROGATE_PAIR, _SURROGATE = re.compile("[\ud800-\udbff][\udc00-\udfff]"), re.c
 
 
 def require_text(text: object, position: int) -> str:
-    """`text` as a string that can be written as UTF-8."""
+    """Returns `text` as a string that can be written as UTF-8."""
     if not isinstance(text, str):
         raise ValueError(f"text number {position} is {text!r}, not a string; remove it or fill it in")
     return without_surrogates(text)
 
 
 def without_surrogates(text: str) -> str:
-    """Surrogates, as JSON may hold them, in pairs become the characters that they stand for, others U+FFFD."""
+    """Replaces surrogates, which JSON may hold: pairs by the characters that they encode, others by U+FFFD."""
     try:
         text.encode("utf-8")
         return text

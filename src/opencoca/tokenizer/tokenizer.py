@@ -1,4 +1,4 @@
-"""The tokenizer itself: token ids of texts, texts of token ids, and its file.
+"""The tokenizer: text to token ids, token ids to text, and its file.
 
 Letters: B batch, T text positions.
 """
@@ -33,7 +33,7 @@ class Tokenizer:
     """Turns texts into token ids and back; made by `clip`, `load` or `train_tokenizer`.
 
     Attributes: `pad_id`, `bos_id`, `eos_id`, three different ids; `vocab_size`, the number of ids. In the CLIP
-    vocabulary the padding id 0 is a word too ("!" inside a run of punctuation), so tell padding by the mask alone.
+    vocabulary the padding id 0 is also a word ("!" inside a run of punctuation), so only the mask tells padding.
 
     A text may be any `str`; a lone surrogate, which is no character, is read as U+FFFD.
     """
@@ -64,12 +64,12 @@ class Tokenizer:
 
     @classmethod
     def clip(cls) -> "Tokenizer":
-        """The CLIP vocabulary: 49,408 ids, bos 49406, eos 49407, pad 0 (Radford et al. 2021, section 2.4).
+        """Makes the tokenizer of CLIP: 49,408 ids, bos 49406, eos 49407, pad 0 (Radford et al. 2021, section 2.4).
 
-        Text is cleaned as CLIP and open_clip do: mis-decoded and otherwise broken text repaired by ftfy, HTML
-        entities resolved, whitespace collapsed, lower case. Ids equal theirs but for the literal texts
-        "<start_of_text>" and "<end_of_text>", which are bos and eos there and plain words here, and for letters newer
-        than the Unicode tables of the tokenizers library (docs/equality.md).
+        Text is cleaned as CLIP and open_clip do: ftfy repairs mis-decoded text, HTML entities are resolved, whitespace
+        is collapsed, letters become lower case. Ids equal theirs with two exceptions: the literal texts
+        "<start_of_text>" and "<end_of_text>" are plain words here, and letters newer than the Unicode tables of the
+        tokenizers library differ (docs/equality.md).
         Decoding puts a space after every word and punctuation mark: "it 's a dog ."
         """
         return cls(build_clip_backend())
@@ -111,21 +111,21 @@ class Tokenizer:
         return file
 
     def to_json(self) -> str:
-        """The content of the file that `save` writes; equal for equal tokenizers."""
+        """Returns the content of the file that `save` writes; equal for equal tokenizers."""
         return self._json
 
     def normalize(self, text: str) -> str:
-        """The text as the vocabulary sees it: what `decode(encode(text))` gives back for a trained tokenizer."""
+        """Returns the text as the vocabulary sees it; a trained tokenizer's `decode(encode(text))` gives the same."""
         readable = self._readable([text])[0]
-        # Less the space that marks the first word of a trained tokenizer.
+        # A trained tokenizer marks the first word by a space, which is dropped here.
         return readable if self._is_clip else self._normalizer.normalize_str(readable)[1:]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of one text, of any length: bos, words, eos."""
+        """Returns the token ids of one text, of any length: bos, words, eos."""
         return self._backend.encode(self._readable([text])[0]).ids
 
     def encode_batch(self, texts: Sequence[str], context_length: int) -> list[list[int]]:
-        """Token ids of many texts, unpadded; one longer than `context_length` is cut and ends in eos.
+        """Returns the token ids of many texts, unpadded; a text longer than `context_length` is cut and ends in eos.
 
         Runs on all cores: meant for tokenising a whole data set at once.
 
@@ -138,7 +138,7 @@ class Tokenizer:
         return [self._cut(encoding.ids, context_length) for encoding in encodings]
 
     def __call__(self, texts: str | Sequence[str], context_length: int) -> TokenBatch:
-        """One text or several as a batch; T is the longest one's length, `context_length` at most.
+        """Makes a batch of one text or several; T is the length of the longest, at most `context_length`.
 
         Raises:
             ValueError: as `encode_batch`.
@@ -152,7 +152,7 @@ class Tokenizer:
         return TokenBatch(token_ids, token_mask)
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """The text of token ids (T,): up to the first eos, without bos and padding.
+        """Returns the text of token ids (T,): up to the first eos, without bos and padding.
 
         Bytes that are not UTF-8, as a model may produce, become U+FFFD.
 
@@ -162,12 +162,12 @@ class Tokenizer:
         return self.decode_batch([ids])[0]
 
     def decode_batch(self, batch: Sequence[Sequence[int] | Tensor] | Tensor) -> list[str]:
-        """`decode` for each row of (B, T) ids; rows of a list may differ in length."""
+        """Decodes each row of (B, T) ids; rows of a list may differ in length."""
         texts = self._backend.decode_batch([self._words(ids) for ids in batch], skip_special_tokens=False)
         return [text.removesuffix(" ") for text in texts] if self._is_clip else texts
 
     def _readable(self, texts: Sequence[str]) -> list[str]:
-        """The texts as the backend takes them."""
+        """Returns the texts in the form that the backend takes."""
         if isinstance(texts, str):
             raise ValueError(f"expected a list of texts, not the single text {texts[:40]!r}; put it in a list")
         texts = [require_text(text, position) for position, text in enumerate(texts)]
@@ -177,7 +177,7 @@ class Tokenizer:
         return ids if len(ids) <= context_length else [*ids[: context_length - 1], self.eos_id]
 
     def _words(self, ids: Sequence[int] | Tensor) -> list[int]:
-        """The ids that stand for text."""
+        """Returns the ids that are words: without bos, eos and padding."""
         ids = ids.tolist() if isinstance(ids, Tensor) else [int(token_id) for token_id in ids]
         for token_id in ids:
             if not 0 <= token_id < self.vocab_size:

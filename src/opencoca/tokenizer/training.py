@@ -1,4 +1,4 @@
-"""A vocabulary trained on the user's own captions."""
+"""Trains a vocabulary on the user's own captions."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -29,7 +29,7 @@ def train_tokenizer(
 
     Args:
         captions: read once, so a generator will do.
-        vocab_size: 259 to 65,536. Fewer ids result where the captions do not hold enough frequent pairs.
+        vocab_size: 259 to 65,536; there are fewer ids if the captions have too few frequent pairs.
         lowercase: whether upper and lower case are the same.
         strip_final_period: whether full stops at the end ("a dog ." and "a dog." alike) and whitespace at either end
             are dropped.
@@ -56,13 +56,13 @@ def train_tokenizer(
     )
     num_captions = len(captions) if isinstance(captions, Sequence) else None
     backend.train_from_iterator(_checked(captions), trainer=trainer, length=num_captions)
-    # The model keeps the special ids; the list of added tokens, which the trainer filled, stays behind.
+    # The model keeps the special ids; the list of added tokens, which the trainer filled, is left out.
     return Tokenizer(assemble(backend, SPECIAL_TOKENS))
 
 
 def _caption_normalizer(lowercase: bool, strip_final_period: bool) -> normalizers.Normalizer:
     steps: list[normalizers.Normalizer] = [normalizers.Lowercase()] if lowercase else []
-    steps.append(normalizers.NFC())  # after lower-casing, which may leave pairs that compose
+    steps.append(normalizers.NFC())  # after lower-casing, which may leave pairs of characters that compose
     if strip_final_period:
         # The look-behind keeps the search linear: a match starts only where a run of stops and spaces does.
         final_stops = Regex(r"(?<![\p{White_Space}.])[\p{White_Space}.]++\z")
@@ -72,7 +72,7 @@ def _caption_normalizer(lowercase: bool, strip_final_period: bool) -> normalizer
 
 
 def _checked(captions: Iterable[str]) -> Iterator[str]:
-    """The captions one by one, each known to be text, at least one."""
+    """Yields the captions; raises ValueError if one is no text or there is none."""
     position = -1
     for position, caption in enumerate(captions):
         yield require_text(caption, position)

@@ -1,7 +1,7 @@
-"""Reading weight files that other projects wrote, without running anything that is in them.
+"""Reads weight files that other projects wrote, without running any code in them.
 
-Formats: safetensors, and what `torch.save` writes (a zip archive, whatever the file's ending). Tensors are
-memory-mapped: a file is read where its tensors are used, not before.
+Formats: safetensors, and the zip archives of `torch.save`, whatever the file's name ends in. Tensors are
+memory-mapped: the file is read when its tensors are used.
 """
 
 import os
@@ -17,7 +17,7 @@ from torch import Tensor
 from opencoca.store.safetensors_file import read_tensors
 
 _ZIP_START = b"PK\x03\x04"
-# The description of the tensors, not the tensors; a model of 2 billion parameters with its optimizer has under 1 MB.
+# The size of the tensors' description; a model of 2 billion parameters with its optimizer has under 1 MB.
 _MAX_PICKLE_BYTES = 4_000_000
 _MAX_MEMBERS = 200_000
 _PREFIXES = ("module.", "_orig_mod.")
@@ -25,15 +25,15 @@ _REMEDY = "copy or download it again"
 
 
 def read_checkpoint(file: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The named tensors of a weight file, on the CPU.
+    """Reads the named tensors of a weight file, on the CPU.
 
-    A bare state dict, or a training checkpoint that has one under ``state_dict``; the prefixes that data-parallel
-    training (``module.``) and torch.compile (``_orig_mod.``) put before every name are dropped.
+    The file holds a state dict, or a training checkpoint that has one under ``state_dict``. The prefixes that
+    data-parallel training (``module.``) and torch.compile (``_orig_mod.``) put before every name are dropped.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, cut short, of another format, holds more than tensors, or would run code if it were
-            opened the usual way (which is not done).
+        ValueError: the file is damaged, cut short, of another format, holds more than tensors, or would run code if
+            it were unpickled without restrictions.
     """
     path = Path(file)
     if not path.exists():
@@ -56,7 +56,7 @@ def read_checkpoint(file: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def named_tensors(content: Any, label: str) -> dict[str, Tensor]:
-    """The named tensors of what a file held or a program handed over, by the rules of `read_checkpoint`.
+    """Returns the named tensors of an object from a file or a program, by the rules of `read_checkpoint`.
 
     Raises ValueError, whose sentence begins with ``label``, if it is no state dict.
     """
@@ -69,12 +69,12 @@ def _load_zip(path: Path) -> Any:
     _check_zip(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # damaged pickles fail in every way there is
+    except Exception as error:  # damaged pickles fail with exceptions of every kind
         raise ValueError(_explain(path, error)) from error
 
 
 def _check_zip(path: Path) -> None:
-    """Refuses archives that would unpack to more than they are."""
+    """Refuses archives that unpack to more bytes than they have."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -94,7 +94,7 @@ def _check_zip(path: Path) -> None:
 
 def _explain(path: Path, error: Exception) -> str:
     text = str(error)
-    # PyTorch's own words suggest to allow what the file asks for; nobody should do that here.
+    # PyTorch's own message suggests to allow what the file asks for, which nobody should do here.
     wanted = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"\b(?:class|function|type) <?'?([\w.]+)", text)
     if "eights only load failed" in text or "nsupported" in text:
         name = f" ({wanted[1]})" if wanted else ""

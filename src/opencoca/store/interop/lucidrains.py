@@ -1,4 +1,4 @@
-"""Weights of `coca_pytorch.CoCa` (lucidrains' CoCa-pytorch, 0.1.0) as a CoCa.
+"""Loads weights of `coca_pytorch.CoCa` (lucidrains' CoCa-pytorch, 0.1.0) as a CoCa.
 
 Its texts run through parallel blocks with one shared key-value head, SwiGLU and rotary positions (PaLM, arXiv
 2204.02311); one pooler of Q + 1 queries gives the image vector and the image tokens.
@@ -29,7 +29,7 @@ def config_from_state_dict(
     image_head_dim: int = 64,
     context_length: int = 512,
 ) -> CoCaConfig:
-    """The configuration of the CoCa whose weights these are; arguments and errors as of `load_lucidrains`.
+    """Derives the configuration from the weights; arguments and errors are those of `load_lucidrains`.
 
     The image encoder is ``custom`` where the state dict holds none.
     """
@@ -44,19 +44,19 @@ def load_lucidrains(
     image_head_dim: int = 64,
     context_length: int = 512,
 ) -> CoCa:
-    """A CoCa, in eval mode, that gives what `coca_pytorch.CoCa` gives with these weights.
+    """Makes a CoCa, in eval mode, that computes what `coca_pytorch.CoCa` computes with these weights.
 
-    Equal are the next-word logits, both embeddings and the temperature, for texts padded at their end (token_mask
-    True = word) to the same number of columns: their [CLS] has the position behind the padding.
+    Next-word logits, both embeddings and the temperature are equal for texts that are padded at their end
+    (token_mask True = word) to the same number of columns: the position of their [CLS] is behind the padding.
 
     Args:
-        state_dict: of the CoCa, or a file that holds one (`torch.save` or safetensors).
+        state_dict: the CoCa's state dict, or a file that holds it (`torch.save` or safetensors).
         image_encoder: a module that gives the features (B, N, C) of all positions. It is filled, in place, with the
-            weights under ``img_encoder.`` if there are any. None: those weights are a ViT or SimpleViT of vit_pytorch
-            and become ours.
-        image_size: height and width, in pixels, of the images that the vit_pytorch encoder is for; a ViT's weights
-            tell, a SimpleViT's do not.
-        image_head_dim: width of that encoder's heads (vit_pytorch: 64 where not said otherwise).
+            weights under ``img_encoder.`` if there are any. None: those weights are a ViT or SimpleViT of vit_pytorch,
+            which is converted.
+        image_size: (height, width) in pixels of the images that the vit_pytorch encoder takes; needed for a SimpleViT,
+            while a ViT's weights determine it.
+        image_head_dim: width of that encoder's heads (64 by default in vit_pytorch).
         context_length: the most words that a text may have; their model has no limit.
 
     Raises:
@@ -144,7 +144,7 @@ def _read_config(
         norm_bias=False,
         linear_bias=False,
         self_attn_mlp=True,
-        # Safetensors files leave out what is shared.
+        # Safetensors files leave out shared tensors.
         tie_embeddings=head is None or torch.equal(head, reader.tensors["token_emb.weight"]),
     )
     return CoCaConfig(
@@ -169,7 +169,7 @@ def _read_config(
 
 
 def _model_tensors(reader: TensorReader, config: CoCaConfig) -> dict[str, Tensor]:
-    """Everything but the image encoder."""
+    """Converts all tensors but those of the image encoder."""
     width, vocab_size = config.text.width, config.text.vocab_size
     tensors = {
         "unimodal_decoder.token_embed.weight": reader.take("token_emb.weight", vocab_size, width),
@@ -240,14 +240,14 @@ def _cross_block_tensors(reader: TensorReader, theirs: str, config: TextConfig, 
 
 
 def _take_norm(reader: TensorReader, name: str, width: int) -> Tensor:
-    """The scale of a norm; the shift that their norms store is a constant zero."""
+    """Takes the scale of a norm; the shift that their norms store is a constant zero."""
     if f"{name}.beta" in reader and bool(reader.take(f"{name}.beta", width).any()):
         raise ValueError(f"{reader.label}: {name}.beta is not zero, as it is in every coca_pytorch.CoCa")
     return reader.take(f"{name}.gamma", width)
 
 
 def _check_rotary(reader: TensorReader, name: str, head_dim: int) -> None:
-    """Their frequencies are stored; ours are computed, the same."""
+    """Checks that their stored frequencies are those that our network computes."""
     if name not in reader:
         return
     stored = reader.take(name, head_dim // 2).double()
@@ -257,7 +257,7 @@ def _check_rotary(reader: TensorReader, name: str, head_dim: int) -> None:
 
 
 def _vit_prefix(reader: TensorReader) -> str:
-    """Behind an `Extractor` the network is one level deeper."""
+    """Returns the prefix of the encoder's names; inside an `Extractor` they are one level deeper."""
     return f"{_ENCODER}vit." if reader.has_prefix(f"{_ENCODER}vit.") else _ENCODER
 
 

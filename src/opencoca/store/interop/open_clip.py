@@ -1,7 +1,7 @@
-"""open_clip's CoCa in and out: configurations, weights, and both as a model folder's parts.
+"""Imports and exports open_clip's CoCa: its configuration and its weights.
 
-What comes in gives open_clip's numbers: both embeddings, next-word logits, temperature and greedy captions. What goes
-out has, tensor by tensor, the bytes that came in.
+An imported model computes open_clip's embeddings, next-word logits, temperature and greedy captions. An exported one
+has, tensor by tensor, the bytes that were imported.
 """
 
 import json
@@ -55,7 +55,7 @@ WEIGHTS_FILE = "open_clip_model.safetensors"
 
 
 class OpenClipModel(NamedTuple):
-    """A model that open_clip's weights were read into, in eval mode, its tokenizer, and how its images look."""
+    """An imported model in eval mode, with its tokenizer and its preprocessing."""
 
     model: CoCa
     tokenizer: Tokenizer
@@ -63,7 +63,7 @@ class OpenClipModel(NamedTuple):
 
 
 class OpenClipExport(NamedTuple):
-    """The state dict that open_clip's CoCa loads, and the options that open_clip builds it with (``model_cfg``)."""
+    """The state dict of open_clip's CoCa, and the options that open_clip builds it with (``model_cfg``)."""
 
     state_dict: dict[str, Tensor]
     config: dict[str, Any]
@@ -74,7 +74,7 @@ def load_open_clip(
     checkpoint: str | os.PathLike[str],
     dtype: torch.dtype | None = torch.float32,
 ) -> OpenClipModel:
-    """A CoCa of open_clip's with the weights of a file, on the CPU, in eval mode.
+    """Loads open_clip's CoCa with the weights of a file, on the CPU, in eval mode.
 
     Weights that need no change are the file's own memory-mapped pages: do not write into the file while the model is
     in use.
@@ -101,7 +101,7 @@ def load_open_clip(
         model = CoCa(config)
     tensors = _convert(read_checkpoint(checkpoint), model, str(Path(checkpoint)))
     tensors = {name: _cast(tensor, dtype) for name, tensor in tensors.items()}
-    # Theirs is limited in training alone.
+    # open_clip limits the temperature in training alone.
     scale = math.exp(min(float(tensors["log_logit_scale"]), 80.0))
     model.config = replace(config, max_logit_scale=max(config.max_logit_scale, scale))
     model.load_state_dict(tensors, assign=True)
@@ -111,9 +111,9 @@ def load_open_clip(
 def convert_state_dict(
     state_dict: Mapping[str, Tensor], config: CoCaConfig, label: str = "the state dict"
 ) -> dict[str, Tensor]:
-    """open_clip's tensors under the names, and in the shapes, of a CoCa of this configuration.
+    """Converts open_clip's tensors to the names and shapes of a CoCa of this configuration.
 
-    Most of them are views of what is given. label: what errors call it, such as the file's name.
+    Most of the result are views of the given tensors. label: what errors call them, such as the file's name.
 
     Raises ValueError that names the tensors that are missing, unknown, of another shape or type, or not finite.
     """
@@ -134,7 +134,7 @@ def _convert(state_dict: Mapping[str, Tensor], model: CoCa, label: str) -> dict[
 
 
 def export_open_clip(model: CoCa) -> OpenClipExport:
-    """The weights and options with which open_clip builds a model of the same outputs.
+    """Returns the weights and options with which open_clip builds a model of the same outputs.
 
     Raises ValueError that names the fields in which the model differs from everything open_clip can build.
     """
@@ -145,7 +145,7 @@ def export_open_clip(model: CoCa) -> OpenClipExport:
 
 
 def save_open_clip_folder(folder: str | os.PathLike[str], model: CoCa, preprocess: PreprocessConfig) -> list[Path]:
-    """Writes what ``open_clip.create_model("local-dir:FOLDER")`` loads; returns the files, the weights last.
+    """Writes a folder for ``open_clip.create_model("local-dir:FOLDER")``; returns its files, the weights last.
 
     Raises:
         ValueError: as `export_open_clip`; nothing is written then.
@@ -173,7 +173,7 @@ def _check(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], label: s
         "no floating-point numbers": sorted(name for name in common if not given[name].is_floating_point()),
     }
     if not any(problems.values()):
-        # Only now, when they are known to be of the expected size, are the numbers themselves read.
+        # The numbers themselves are read only now that their sizes are known to be right.
         problems["not finite"] = sorted(non_finite(given))
     if any(problems.values()):
         listed = "; ".join(f"{len(names)} {kind} ({_first(names)})" for kind, names in problems.items() if names)
@@ -185,7 +185,7 @@ def _first(names: list[str], count: int = 3) -> str:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    # Single numbers keep full precision: the rounding of the temperature would be felt and saves nothing.
+    # Single numbers keep full precision: rounding the temperature would change the outputs and save nothing.
     if dtype is None:
         return tensor
     return tensor.to(dtype if tensor.ndim else torch.promote_types(dtype, torch.float32))

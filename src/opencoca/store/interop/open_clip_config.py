@@ -1,4 +1,4 @@
-"""Configurations of open_clip's CoCa as a `CoCaConfig` and a `PreprocessConfig`, and back."""
+"""Converts configurations of open_clip's CoCa to a `CoCaConfig` and a `PreprocessConfig`, and back."""
 
 import math
 from collections.abc import Mapping
@@ -9,15 +9,15 @@ from opencoca.data.transforms import PreprocessConfig
 from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
 from opencoca.store.interop.open_clip_options import DEFAULT_LOGIT_SCALE, VISION, OpenClipConfig, read_options
 
-# open_clip does not hand its option multimodal_cfg.mlp_ratio on.
+# open_clip ignores its own option multimodal_cfg.mlp_ratio.
 _MULTIMODAL_MLP_RATIO = 4
 
 
 def config_from_open_clip(options: Mapping[str, Any]) -> CoCaConfig:
-    """The configuration that gives the same outputs as open_clip's CoCa with these options.
+    """Returns the configuration that gives the same outputs as open_clip's CoCa with these options.
 
-    What open_clip's weights learned with and the paper does not have is set here: the [CLS] mask shifted by one
-    (`TextConfig.hide_next`), one pooler for both purposes, two MLPs a multimodal layer, projected embeddings.
+    It sets what open_clip has and the paper has not: the [CLS] mask shifted by one (`TextConfig.hide_next`), one pooler
+    for both purposes, two MLPs in each multimodal layer, projected embeddings.
 
     Raises ValueError that names the option if it is not supported, unknown or impossible.
     """
@@ -82,7 +82,7 @@ def _read_text(text: dict[str, Any], multimodal: dict[str, Any], activation: Any
 
 
 def preprocess_from_open_clip(config: OpenClipConfig) -> PreprocessConfig:
-    """How open_clip prepares images for evaluation. Raises ValueError that names an option that is not supported."""
+    """Returns how open_clip prepares images for evaluation. Raises ValueError for an option that is not supported."""
     options, default = config.preprocess, PreprocessConfig()
     known = {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color"}
     modes = {"shortest": "crop", "squash": "squash"}
@@ -109,7 +109,7 @@ def preprocess_from_open_clip(config: OpenClipConfig) -> PreprocessConfig:
 
 
 def preprocess_to_open_clip(preprocess: PreprocessConfig) -> dict[str, Any]:
-    """The inverse of `preprocess_from_open_clip` (``preprocess_cfg``). Raises ValueError for a resize_mode of ours."""
+    """Inverts `preprocess_from_open_clip`. Raises ValueError for a resize_mode that open_clip does not have."""
     modes = {"crop": "shortest", "squash": "squash"}
     if preprocess.resize_mode not in modes:
         raise ValueError(
@@ -128,7 +128,7 @@ def preprocess_to_open_clip(preprocess: PreprocessConfig) -> dict[str, Any]:
 
 
 def config_to_open_clip(config: CoCaConfig) -> dict[str, Any]:
-    """The inverse of `config_from_open_clip`.
+    """Inverts `config_from_open_clip`.
 
     Raises ValueError that names the fields in which the model differs from everything open_clip can build.
     """
@@ -185,7 +185,7 @@ def _pooler_options(pooler: PoolerConfig) -> dict[str, Any]:
 
 
 def _check_same(config: CoCaConfig, options: dict[str, Any]) -> None:
-    # The temperature is in the weights; its maximum and dropout are settings of training.
+    # The temperature is in the weights; its maximum and dropout concern training alone.
     ours = replace(
         config,
         image=replace(config.image, dropout=0.0),
@@ -216,7 +216,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _ratio(mlp_width: int, width: int) -> float | int:
-    """What open_clip multiplies the width with, and rounds down, to get mlp_width."""
+    """Returns the ratio that open_clip multiplies by the width, rounding down, to get mlp_width."""
     ratio = mlp_width / width
     if ratio == int(ratio):
         return int(ratio)
@@ -224,7 +224,7 @@ def _ratio(mlp_width: int, width: int) -> float | int:
 
 
 def _without_defaults(options: dict[str, Any]) -> dict[str, Any]:
-    """Without the options that open_clip 3.3 has no name for where they say what it does anyway."""
+    """Drops options that open_clip 3.3 does not know, where their values are what it does anyway."""
     for section in ("vision_cfg", "text_cfg", "multimodal_cfg"):
         for name in ("ls_init_value", "correct_cls_mask", "no_ln_pre", "pad_id"):
             if not options[section].get(name, True):

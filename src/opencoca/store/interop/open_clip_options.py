@@ -1,6 +1,6 @@
-"""The options of open_clip's CoCa: the configurations that have a name, and reading others from JSON files.
+"""The options of open_clip's CoCa: its named configurations, and a reader for others in JSON files.
 
-An option that does not exist here is an error that names it: nothing is left out silently. open_clip ignores some of
+An unknown option is an error that names it: nothing is left out silently. open_clip ignores some of
 its own options for CoCa (``multimodal_cfg.n_queries``, for one); those are ignored here as well.
 """
 
@@ -103,7 +103,7 @@ _HERE = {
 }  # fmt: skip
 _ALLOWED = {
     "block_type": (None, "default", "custom"),
-    "pos_embed_type": ("learnable", "sin_cos_2d"),  # a stored table either way
+    "pos_embed_type": ("learnable", "sin_cos_2d"),  # stored as a table in either case
     "act_kwargs": (None, {}),
     "norm_kwargs": (None, {}),
     "tokenizer_kwargs": (None, {}),
@@ -114,7 +114,7 @@ _ALLOWED = {
 
 @dataclass(frozen=True)
 class OpenClipConfig:
-    """A configuration file of open_clip: the model's options, and the preprocessing's if the file has them."""
+    """A configuration file of open_clip: options of the model, and of the preprocessing if the file has them."""
 
     name: str
     model: dict[str, Any]
@@ -145,11 +145,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def read_config(name_or_path: str | os.PathLike[str]) -> OpenClipConfig:
-    """The configuration of that name (`CONFIGS`), or from a JSON file, or from a folder with open_clip_config.json.
+    """Reads a configuration by its name in `CONFIGS`, from a JSON file, or from a folder with open_clip_config.json.
 
     Raises:
         FileNotFoundError: there is neither such a name nor such a file.
-        ValueError: the file is no JSON, or no configuration of open_clip's.
+        ValueError: the file is not JSON, or not a configuration of open_clip's.
     """
     name = os.fspath(name_or_path)
     if name in CONFIGS:
@@ -175,7 +175,7 @@ def read_config(name_or_path: str | os.PathLike[str]) -> OpenClipConfig:
 
 
 class Options(NamedTuple):
-    """Every option of a model's sections, defaults filled in, each known to be supported."""
+    """All options of a model by section, with defaults filled in; every one is supported."""
 
     model: dict[str, Any]
     vision: dict[str, Any]
@@ -204,7 +204,7 @@ def read_options(options: Mapping[str, Any]) -> Options:
 
 
 def _read(options: Any, defaults: Mapping[str, Any], section: str) -> dict[str, Any]:
-    """The options of a section, defaults filled in, each known to be supported."""
+    """Returns the options of a section with defaults filled in; raises ValueError for one that is not supported."""
     if not isinstance(options, Mapping):
         raise ValueError(f"open_clip's option {section} must be a mapping, got {options!r}")
     values = dict(defaults)
@@ -224,7 +224,7 @@ def _read(options: Any, defaults: Mapping[str, Any], section: str) -> dict[str, 
 
 
 def _check_kind(label: str, value: Any, default: Any) -> None:
-    """Whether an option's value is of the kind that open_clip takes."""
+    """Checks that an option's value is of the kind that open_clip takes."""
     name = label.rpartition(".")[2]
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if name in ("vision_cfg", "text_cfg", "multimodal_cfg"):

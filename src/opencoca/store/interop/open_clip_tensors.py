@@ -1,4 +1,4 @@
-"""Which tensors of open_clip's CoCa are which of ours, and how each is turned into the other.
+"""Maps the tensors of open_clip's CoCa to ours and back.
 
 Letters: D width.
 """
@@ -16,7 +16,7 @@ Convert = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class TensorMap:
-    """Some tensors of theirs that hold what some tensors of ours hold; `into_ours` and `into_theirs` are inverses."""
+    """Tensors of theirs with the same content as tensors of ours; `into_ours` and `into_theirs` are inverses."""
 
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
@@ -24,16 +24,16 @@ class TensorMap:
     into_theirs: Convert
 
     def to_ours(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Our names and tensors, out of theirs."""
+        """Returns our names and tensors, made from theirs."""
         yield from zip(self.ours, self.into_ours([tensors[name] for name in self.theirs]), strict=True)
 
     def to_theirs(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Their names and tensors, out of ours."""
+        """Returns their names and tensors, made from ours."""
         yield from zip(self.theirs, self.into_theirs([tensors[name] for name in self.ours]), strict=True)
 
 
 def tensor_maps(config: CoCaConfig) -> list[TensorMap]:
-    """Every tensor of an open_clip CoCa of this configuration, once."""
+    """Returns maps that cover every tensor of an open_clip CoCa of this configuration once."""
     maps = [
         _same("logit_scale", "log_logit_scale"),
         _same("text.token_embedding.weight", "unimodal_decoder.token_embed.weight"),
@@ -97,7 +97,7 @@ def _poolers(config: CoCaConfig) -> list[TensorMap]:
 
 
 def _pooler(theirs: str, ours: str, is_square: bool) -> list[TensorMap]:
-    """is_square: queries and features have one width; PyTorch then stores their three projections as one tensor."""
+    """Maps a pooler; is_square: queries and features have one width, and PyTorch stores their projections together."""
     maps = [
         _same(f"{theirs}.query", f"{ours}.query"),
         *_norm(f"{theirs}.ln_q", f"{ours}.norm_query"),
@@ -132,7 +132,7 @@ def _block(theirs: str, ours: str, has_scale: bool) -> list[TensorMap]:
 
 
 def _split_projections(theirs: str, attn: str, kind: str) -> TensorMap:
-    """One tensor of 3 D rows, for queries, keys and values, is our query projection and our key-value projection."""
+    """Maps one tensor of 3 D rows, for queries, keys and values, to our query and key-value projections."""
 
     def split(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         width = tensors[0].shape[0] // 3

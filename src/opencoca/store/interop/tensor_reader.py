@@ -1,4 +1,4 @@
-"""Taking tensors out of another project's state dict, each checked, none forgotten."""
+"""Takes tensors out of another project's state dict, checks each, and notices those that are left."""
 
 import math
 import os
@@ -14,10 +14,10 @@ StateDictSource = Mapping[str, Tensor] | str | os.PathLike[str]
 
 
 class TensorReader:
-    """Gives the tensors of a state dict by name, checks their shapes, and knows in the end which nobody asked for.
+    """Gives the tensors of a state dict by name, checks their shapes, and refuses to finish if any is left.
 
     Args:
-        source: a state dict, or a file that holds one; what `read_checkpoint` accepts and drops holds for both.
+        source: a state dict, or a file that holds one; both are read by the rules of `read_checkpoint`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -35,23 +35,23 @@ class TensorReader:
         return name in self.tensors
 
     def has_prefix(self, prefix: str) -> bool:
-        """Whether any tensor's name begins so."""
+        """Whether the name of any tensor begins with ``prefix``."""
         return any(name.startswith(prefix) for name in self.tensors)
 
     def count(self, prefix: str) -> int:
-        """How many layers there are whose names begin with ``prefix`` and a number: one more than the highest."""
+        """Returns the number of layers whose names begin with ``prefix`` and a number: one more than the highest."""
         parts = {name.removeprefix(prefix).split(".")[0] for name in self.tensors if name.startswith(prefix)}
         return max((int(part) + 1 for part in parts if part.isdecimal()), default=0)
 
     def shape(self, name: str, num_dims: int) -> tuple[int, ...]:
-        """The shape of a tensor from which sizes are derived. Raises ValueError if it is missing or has no such."""
+        """Returns the shape of a tensor. Raises ValueError if it is missing or has another number of dimensions."""
         tensor = self._find(name)
         if tensor.ndim != num_dims or 0 in tensor.shape:
             raise ValueError(f"{self.label}: {name} has shape {tuple(tensor.shape)} and not {num_dims} dimensions")
         return tuple(tensor.shape)
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """The tensor of that name, in memory of its own.
+        """Returns a copy of the tensor of that name.
 
         Raises ValueError if it is missing, of another shape, or not finite.
         """
@@ -66,18 +66,18 @@ class TensorReader:
         return tensor.detach().clone(memory_format=torch.contiguous_format)
 
     def take_scale(self, name: str, *shape: int) -> float:
-        """1 / temperature, of which the tensor stores the logarithm. Raises ValueError where that cannot be."""
+        """Returns 1 / temperature, whose logarithm the tensor stores. Raises ValueError for an impossible value."""
         log_scale = float(self.take(name, *shape))
         if abs(log_scale) > 50:
             raise ValueError(f"{self.label}: {name} is {log_scale:.4g}, which is no logarithm of 1 / temperature")
         return math.exp(log_scale)
 
     def skip(self, *prefixes: str) -> None:
-        """Marks what begins so as known and not needed."""
+        """Marks the tensors whose names begin with ``prefix`` as known and not needed."""
         self.taken.update(name for name in self.tensors if name.startswith(prefixes))
 
     def finish(self) -> None:
-        """Raises ValueError if there are tensors that nobody took."""
+        """Raises ValueError if there are tensors that were neither taken nor skipped."""
         left = sorted(self.tensors.keys() - self.taken)
         if left:
             listed = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")

@@ -1,6 +1,6 @@
-"""Weights of torchmultimodal's CoCa (facebookresearch/multimodal, models/coca), as a CoCa.
+"""Loads weights of torchmultimodal's CoCa (facebookresearch/multimodal, models/coca) as a CoCa.
 
-A CoCa of the paper's layers with open_clip's shifted [CLS] mask, and always a projection before the embeddings.
+It has the paper's layers, open_clip's shifted [CLS] mask, and always a projection before the embeddings.
 Letters: D width of text and pooler, C width of the ViT, V vocabulary, T words, F width of an MLP, E embed_dim.
 """
 
@@ -31,7 +31,7 @@ def config_from_state_dict(
     image_size: tuple[int, int] | None = None,
     pad_id: int = 0,
 ) -> CoCaConfig:
-    """The configuration of the CoCa whose weights these are; arguments and errors as of `load_torchmultimodal`."""
+    """Derives the configuration from the weights; arguments and errors are those of `load_torchmultimodal`."""
     heads = _Heads(num_heads, multimodal_num_heads, image_num_heads, pooler_num_heads)
     return _read_config(_Names(TensorReader(state_dict)), heads, image_size, pad_id)
 
@@ -46,18 +46,18 @@ def load_torchmultimodal(
     image_size: tuple[int, int] | None = None,
     pad_id: int = 0,
 ) -> CoCa:
-    """A CoCa, in eval mode, that gives what torchmultimodal's `CoCaModel` gives with these weights.
+    """Makes a CoCa, in eval mode, that computes what torchmultimodal's `CoCaModel` computes with these weights.
 
-    Equal are the next-word logits and both embeddings, of texts padded at their end with ``pad_id`` (which stands in
-    no text: their words see a pad id within a text, ours do not) and of at most as many words as theirs has positions
-    before [CLS].
+    Next-word logits and both embeddings are equal for texts that are padded at their end with ``pad_id``, do not
+    contain that id (their words see a pad id within a text, ours do not), and have no more words than their model has
+    positions before [CLS].
 
     Args:
         state_dict: of a `CoCaModel` with pre-norm layers, GELU and the ViT of `coca_vit`, or of a `CoCaForPretraining`
             around it; or a file that holds one (`torch.save` or safetensors).
         pooler_num_heads, num_heads, multimodal_num_heads, image_num_heads: heads of the poolers, the text decoder, the
-            multimodal decoder and the ViT, which the weights do not tell. None: as many as make heads of width 64.
-        image_size: (height, width) in pixels that the ViT's positions are for; None: square.
+            multimodal decoder and the ViT, which the weights do not determine. None: heads of width 64.
+        image_size: (height, width) in pixels of the images that the ViT takes; None: square.
         pad_id: their ``pad_idx``.
 
     Raises:
@@ -83,7 +83,7 @@ class _Heads(NamedTuple):
 
 
 class _Names:
-    """Their names without what a `CoCaForPretraining` puts before them."""
+    """Takes tensors by their names without the prefix that a `CoCaForPretraining` adds."""
 
     def __init__(self, reader: TensorReader):
         self.reader = reader
@@ -102,12 +102,12 @@ class _Names:
         return self.reader.take(self.prefix + name, *shape)
 
     def affine(self, theirs: str, ours: str, *shape: int) -> dict[str, Tensor]:
-        """Weight, of this shape, and bias of a linear map, a convolution or a norm."""
+        """Takes weight, of this shape, and bias of a linear map, a convolution or a norm."""
         weight, bias = self.take(f"{theirs}.weight", *shape), self.take(f"{theirs}.bias", shape[0])
         return {f"{ours}.weight": weight, f"{ours}.bias": bias}
 
     def attention(self, theirs: str, ours: str, width: int, context_width: int) -> dict[str, Tensor]:
-        """Their three or, in a ViT, one input projection; ours has two."""
+        """Takes an attention layer: theirs has three input projections or, in a ViT, one; ours has two."""
         tensors = self.affine(f"{theirs}.output_proj", f"{ours}.out_proj", width, width)
         tensors |= self.affine(f"{theirs}.q_proj", f"{ours}.q_proj", width, width)
         for part, shape in (("weight", (width, context_width)), ("bias", (width,))):
@@ -116,7 +116,7 @@ class _Names:
         return tensors
 
     def mlp(self, theirs: str, ours: str, width: int, mlp_width: int) -> dict[str, Tensor]:
-        """With dropout, theirs has a module more before the second map."""
+        """Takes an MLP; with dropout, theirs has one more module before the second map."""
         down = 3 if f"{theirs}.model.3.weight" in self else 2
         tensors = self.affine(f"{theirs}.model.0", f"{ours}.up_proj", mlp_width, width)
         return tensors | self.affine(f"{theirs}.model.{down}", f"{ours}.down_proj", width, mlp_width)

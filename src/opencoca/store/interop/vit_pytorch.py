@@ -1,6 +1,6 @@
-"""The weights of a vision transformer of vit_pytorch: `ViT` and `SimpleViT`, with or without patch dropout.
+"""Converts weights of vit_pytorch's vision transformers: `ViT` and `SimpleViT`, with or without patch dropout.
 
-What its `Extractor` hands on, the features of all positions after the last norm, is what ours gives.
+Our encoder returns what its `Extractor` returns: the features of all positions after the last norm.
 Letters: D width, C pixels of a patch, I heads x head width, F width of the MLP.
 """
 
@@ -18,9 +18,9 @@ _HINT = "hand the encoder over as a module: image_encoder="
 def vit_config(
     reader: TensorReader, prefix: str, head_dim: int, image_size: int | tuple[int, int] | None
 ) -> ImageEncoderConfig:
-    """The encoder whose weights begin with ``prefix``. How many heads it has, they do not say: head_dim decides.
+    """Derives the configuration of the encoder whose weights begin with ``prefix``; head_dim gives the number of heads.
 
-    Raises ValueError if it is another kind of network, or of an image size that has to be given and is not.
+    Raises ValueError if it is another kind of network, or if its image size must be given and is not.
     """
     embed = f"{prefix}to_patch_embedding."
     if f"{embed}3.weight" not in reader or not reader.has_prefix(f"{prefix}transformer.layers.0.0.to_qkv."):
@@ -61,7 +61,7 @@ def vit_config(
 
 
 def vit_tensors(reader: TensorReader, prefix: str, config: ImageEncoderConfig) -> dict[str, Tensor]:
-    """The weights under the names that our vision transformer has for them. Raises ValueError as the reader does."""
+    """Returns the weights under the names of our vision transformer. Raises ValueError as the reader does."""
     width = config.width
     tensors = _patch_tensors(reader, prefix, config)
     for index in range(config.depth):
@@ -70,7 +70,7 @@ def vit_tensors(reader: TensorReader, prefix: str, config: ImageEncoderConfig) -
     if config.final_norm:
         for part in ("weight", "bias"):
             tensors[f"stages.{config.depth + 1}.{part}"] = reader.take(f"{prefix}transformer.norm.{part}", width)
-    # The classifier behind the features.
+    # The classifier after the features.
     reader.skip(f"{prefix}mlp_head.", f"{prefix}linear_head.", f"{prefix}cls_token")
     return tensors
 
@@ -82,7 +82,7 @@ def _patch_tensors(reader: TensorReader, prefix: str, config: ImageEncoderConfig
     scale, shift = reader.take(f"{embed}1.weight", values), reader.take(f"{embed}1.bias", values)
     weight, bias = reader.take(f"{embed}2.weight", width, values), reader.take(f"{embed}2.bias", width)
     bias = bias + weight @ shift
-    # Their pixels come row, column, colour; ours colour first.
+    # The pixels of their patches are ordered by row, column, colour; ours by colour first.
     weight = (weight * scale).unflatten(1, (size, size, 3)).permute(0, 3, 1, 2).flatten(1).contiguous()
     tensors = {"stages.0.proj.weight": weight, "stages.0.proj.bias": bias}
     for part in ("weight", "bias"):
@@ -108,11 +108,11 @@ def _block_tensors(reader: TensorReader, layer: str, config: ImageEncoderConfig,
     qkv = reader.take(f"{layer}0.to_qkv.weight", 3 * inner, width)
     tensors[f"{ours}attn.q_proj.weight"] = qkv[:inner].clone()
     tensors[f"{ours}attn.kv_proj.weight"] = qkv[inner:].clone()
-    # Maps without a bias have one of zeros here.
+    # Linear maps without a bias get one of zeros.
     tensors[f"{ours}attn.q_proj.bias"] = qkv.new_zeros(inner)
     tensors[f"{ours}attn.kv_proj.bias"] = qkv.new_zeros(2 * inner)
     tensors |= _out_proj_tensors(reader, f"{layer}0.to_out.", width, inner, f"{ours}attn.out_proj.", qkv)
-    # A dropout stands between where the class has one.
+    # Some of their classes have a dropout in between.
     down = f"{layer}1.net.{3 if f'{layer}1.net.3.weight' in reader else 4}."
     tensors[f"{ours}mlp.up_proj.weight"] = reader.take(f"{layer}1.net.1.weight", mlp_width, width)
     tensors[f"{ours}mlp.up_proj.bias"] = reader.take(f"{layer}1.net.1.bias", mlp_width)
