@@ -311,7 +311,7 @@ def test_same_captions_give_the_same_file(tmp_path: Path):
         "train_tokenizer((c for c in CAPTIONS), 400).save(sys.argv[1])"
     )
     for seed in "12":
-        path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(opencoca.__file__).parents[1])])
+        path = os.pathsep.join([str(Path(__file__).parent), str(Path(opencoca.__file__).parents[1])])
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path}
         subprocess.run([sys.executable, "-c", script, tmp_path / f"{seed}.json"], env=environment, check=True)
     files = [(tmp_path / f"{seed}.json").read_bytes() for seed in "12"]
