@@ -442,6 +442,19 @@ def test_data_pack_gives_shards_that_every_command_reads(
     assert_mistake(capsys, ["data", "pack", *data, "--out", str(tmp_path / "o"), "--quality", "101"], "101")
 
 
+def test_data_commands_carry_labels(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, report = tmp_path / "labels.csv", tmp_path / "report.json"
+    table.write_text("image,kind\nred.png,warm\nblue.png,cold\ngreen.png,cold\n")
+    shards = ["--out", str(tmp_path / "shards")]
+    labels = ["--images", str(images), "--labels", str(table), "--label-column", "kind"]
+    assert main(["data", "pack", *labels, *shards]) == 0
+    for data in (labels, [str(tmp_path / "shards")]):
+        assert main(["data", "check", *data, "--json", str(report)]) == 0
+        assert json.loads(report.read_text())["classes"] == [["cold", 2], ["warm", 1]]
+    assert "2; most frequent: cold (2)" in capsys.readouterr().out
+    assert_mistake(capsys, ["data", "check", str(images), "--labels", "folders"], "no image", "sub-folder")
+
+
 def test_tokenizer_train(captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = [text for own in CAPTIONS.values() for text in own]
     (tmp_path / "captions.txt").write_text("\n".join(texts) + "\n\n")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from opencoca.data import (
     EpochOrder,
-    ImageTextSource,
     PreprocessConfig,
+    SampleSource,
     TokenizedCaptions,
     TrainingLoader,
     TrainTransform,
@@ -22,7 +22,7 @@ from opencoca.data.captions import choose_captions
 from .helpers import WordTokenizer, encode, gradient
 
 
-class MemorySource(ImageTextSource):
+class MemorySource(SampleSource):
     """Images in memory, with the captions given; `broken` ones hold rubbish."""
 
     def __init__(self, captions, broken=()):
@@ -49,11 +49,11 @@ def captions_of(count, per_image=5):
     return [[f"image {i} text {j}" + " word" * ((i + j) % 4) for j in range(per_image)] for i in range(count)]
 
 
-def make(source, *, batch_size=4, captions_per_image=2, tokenizer=None, seed=1, drop_last=True, **options):
+def make(source, *, batch_size=4, texts_per_sample=2, tokenizer=None, seed=1, drop_last=True, **options):
     transform = options.pop("transform", TrainTransform(PreprocessConfig(image_size=(16, 16)), color_jitter=0.2))
     order = EpochOrder(len(source), 0, drop_last=drop_last)
     tokenizer = tokenizer or WordTokenizer()
-    return TrainingLoader(source, tokenizer, transform, order, batch_size, captions_per_image, 20, seed, **options)
+    return TrainingLoader(source, tokenizer, transform, order, batch_size, texts_per_sample, 20, seed, **options)
 
 
 def assert_same(a, b):
@@ -64,7 +64,7 @@ def assert_same(a, b):
 
 def test_shapes_and_which_text_belongs_to_which_image():
     source, tokenizer = MemorySource(captions_of(10)), WordTokenizer()
-    loader = make(source, tokenizer=tokenizer, captions_per_image=3)
+    loader = make(source, tokenizer=tokenizer, texts_per_sample=3)
     assert len(loader) == loader.steps_per_epoch == 2
     for batch in loader.batches(stop_epoch=1):
         assert batch.images.shape == (4, 3, 16, 16)
@@ -157,7 +157,7 @@ def test_images_are_mirrored_as_said():
 def test_an_image_with_a_side_in_its_caption_is_never_mirrored():
     source = MemorySource([["a dog on the left", "a dog"], ["a cat", "a cat"]] * 4)
     tokenizer = WordTokenizer()
-    loader = make(source, tokenizer=tokenizer, captions_per_image=1, batch_size=8, load_pixels=False)
+    loader = make(source, tokenizer=tokenizer, texts_per_sample=1, batch_size=8, load_pixels=False)
     mirrored = Counter()
     for epoch in range(150):
         batch = loader.batch(epoch, 0)
@@ -182,7 +182,7 @@ def test_choice_of_captions(available, wanted, seed):
 
 def test_every_caption_gets_its_turn():
     source, tokenizer = MemorySource(captions_of(2)), WordTokenizer()
-    loader = make(source, tokenizer=tokenizer, batch_size=2, captions_per_image=1, load_pixels=False)
+    loader = make(source, tokenizer=tokenizer, batch_size=2, texts_per_sample=1, load_pixels=False)
     counts = Counter()
     for epoch in range(500):
         batch = loader.batch(epoch, 0)
@@ -254,8 +254,8 @@ def test_mistakes():
         TrainingLoader(source, WordTokenizer(), None, order, 2, 1, 9, 0, load_pixels=False)
     with pytest.raises(ValueError, match="a transform is needed"):
         make(source, transform=None)
-    with pytest.raises(ValueError, match="captions_per_image must be 1 or more"):
-        make(source, captions_per_image=0)
+    with pytest.raises(ValueError, match="texts_per_sample must be 0 or more"):
+        make(source, texts_per_sample=-1)
     with pytest.raises(ValueError, match="can't be divided between 3"):
         make(source, world_size=3)
     with pytest.raises(ValueError, match="there is no step 2 of 1 in epoch 0"):

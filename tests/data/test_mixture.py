@@ -42,7 +42,7 @@ def shards(tmp_path):
 def classes(tmp_path):
     names = [f"{label}/{number}.jpg" for label in ("red_fox", "snow_owl") for number in range(5)]
     write_images(tmp_path / "classes", names)
-    return LabelSource(open_source(tmp_path / "classes"), "folders", ("a photo of {}.", "look: {}"))
+    return LabelSource(open_source(tmp_path / "classes", labels="folders"), ("a photo of {}.", "look: {}"))
 
 
 def loader(source, **options):
@@ -118,14 +118,14 @@ def test_labels_are_shuffled_joined_and_prompted(tmp_path):
     (tmp_path / "t.jsonl").write_text(
         '{"image": "a.jpg", "tags": ["dog", "big_ball", "grass"]}\n{"image": "b.jpg", "tags": "cat"}\n'
     )
-    images = open_source(tmp_path / "i", tmp_path / "t.jsonl", caption_column="tags")
+    images = open_source(tmp_path / "i", labels=tmp_path / "t.jsonl", label_column="tags")
     source = LabelSource(images, prompts=("a photo of {}.", "{}"), separator=" and ")
-    assert source.labels(0) == ("dog", "big ball", "grass")
+    assert source.target(0) == dict.fromkeys(("dog", "big_ball", "grass"), 1 / 3)
     assert source.captions(0) == ("a photo of dog and big ball and grass.",)
     drawn = Counter()
     for seed in range(600):
-        first, second = source.draw_texts(0, source.read(0).captions, 2, np.random.PCG64(seed))
-        assert [first, second] == source.draw_texts(0, source.read_captions(0), 2, np.random.PCG64(seed))
+        first, second = source.draw_texts(0, source.read(0), 2, np.random.PCG64(seed))
+        assert [first, second] == source.draw_texts(0, source.read(0, images=False), 2, np.random.PCG64(seed))
         drawn[first] += 1
         assert sorted(first.removeprefix("a photo of ").removesuffix(".").split(" and ")) == [
             "big ball",
@@ -134,12 +134,13 @@ def test_labels_are_shuffled_joined_and_prompted(tmp_path):
         ]
     assert len(drawn) == 12  # 6 orders in 2 prompts
     assert min(drawn.values()) > 25
-    assert set(source.draw_texts(1, source.read_captions(1), 4, np.random.PCG64(0))) <= {"a photo of cat.", "cat"}
+    assert set(source.draw_texts(1, source.read(1, images=False), 4, np.random.PCG64(0))) <= {"a photo of cat.", "cat"}
 
 
 def test_folders_as_labels(classes):
-    assert classes.labels(0) == ("red fox",)
-    assert {classes.labels(index) for index in range(10)} == {("red fox",), ("snow owl",)}
+    assert classes.target(0) == "red_fox"
+    assert classes.captions(0) == ("a photo of red fox.",)
+    assert {classes.target(index) for index in range(10)} == {"red_fox", "snow_owl"}
     tokenizer = WordTokenizer()
     order = make_order(classes, 0)
     batches = TrainingLoader(classes, tokenizer, None, order, 10, 1, 20, 0, load_pixels=False)
@@ -156,7 +157,7 @@ def test_folders_as_labels(classes):
 
 def test_images_without_a_label_are_bad(tmp_path):
     write_images(tmp_path, ["x/a.jpg", "x/c.jpg", "b.jpg"])
-    source = LabelSource(open_source(tmp_path), "folders")
+    source = LabelSource(open_source(tmp_path, labels="folders"))
     order = make_order(source, 0)
     batches = TrainingLoader(source, WordTokenizer(), None, order, 3, 1, 20, 0, load_pixels=False, max_bad_share=0.5)
     with pytest.warns(UserWarning, match=r"'b.jpg' has no caption"):

@@ -77,7 +77,7 @@ def test_a_stopped_run_continues(source, tmp_path, monkeypatch):
         (source.root / name).write_bytes(b"rubbish")
     pack_shards(source, tmp_path / "whole", samples_per_shard=2, progress=False)
     out = tmp_path / "out"
-    read = source.open_bytes
+    read = source.open_images
 
     def fails_at(index, stop):
         if index == stop:
@@ -85,13 +85,13 @@ def test_a_stopped_run_continues(source, tmp_path, monkeypatch):
         return read(index)
 
     for stop in (0, 2, 3, 4):
-        monkeypatch.setattr(source, "open_bytes", lambda index, stop=stop: fails_at(index, stop))
+        monkeypatch.setattr(source, "open_images", lambda index, stop=stop: fails_at(index, stop))
         with pytest.raises(KeyboardInterrupt):
             pack_shards(source, out, samples_per_shard=2, num_workers=0, progress=False)
         assert {path.name for path in out.glob("*.tar")} == {f"{n:05d}.tar" for n in range(stop // 2)}
         assert not list(out.glob(".*"))
     finished = (out / "00000.tar").stat().st_mtime_ns
-    monkeypatch.setattr(source, "open_bytes", read)
+    monkeypatch.setattr(source, "open_images", read)
     summary = pack_shards(source, out, samples_per_shard=2, progress=False)
     assert (summary.num_shards_written, summary.num_samples, summary.num_errors) == (1, 3, 2)
     assert (out / "00000.tar").stat().st_mtime_ns == finished
@@ -122,7 +122,9 @@ def test_other_settings_or_another_source_need_another_folder(source, tmp_path):
     out = tmp_path / "out"
     pack_shards(source, out, samples_per_shard=2, progress=False)
     before = files(out)
-    with pytest.raises(ValueError, match=r"out' was packed from other images or captions, or with other settings"):
+    with pytest.raises(
+        ValueError, match=r"out' was packed from other images, captions or labels, or with other settings"
+    ):
         pack_shards(source, out, samples_per_shard=3, progress=False)
     with pytest.raises(ValueError, match="choose another one or empty it"):
         pack_shards(open_source(source.root), out, samples_per_shard=2, progress=False)

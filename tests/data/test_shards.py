@@ -218,7 +218,7 @@ def test_names_that_need_more_than_a_plain_header(tmp_path):
         index = scan_shard(tmp_path / "s.tar")
         assert (index.keys, index.damage, index.lost) == ((key,), (), ())
         source = TarShards([tmp_path / "s.tar"])
-        assert source.read(0) == (encode(gradient()), ("Füchse",))
+        assert source.read(0) == ((encode(gradient()),), ("Füchse",), None)
 
 
 def test_doubled_keys_in_a_shard_are_all_kept(tmp_path):
@@ -237,7 +237,7 @@ def test_members_in_any_order_find_together(tmp_path):
     by_kind = sorted(members, key=lambda member: member[0].rpartition(".")[2])
     source = TarShards([write_tar(tmp_path / "s.tar", by_kind)])
     assert contents(source) == {f"{number:05d}": (f"caption {number}",) for number in range(4)}
-    assert source.read(2).data == encode(gradient(seed=2))
+    assert source.read(2).images[0] == encode(gradient(seed=2))
 
 
 def test_damage_is_warned_of_every_time(tmp_path):

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from opencoca.data import ImageFolder, Subset, open_source, read_caption_table
+from opencoca.data import ImageFolder, Subset, open_source, read_table
 
 from .helpers import write_images
 
@@ -114,7 +114,7 @@ def test_missing_and_empty_folders(folder, tmp_path):
         open_source(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match=r"there is no folder of images '.*absent'"):
         open_source(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match=r"there is no caption table '.*absent\.csv'"):
+    with pytest.raises(FileNotFoundError, match=r"there is no table '.*absent\.csv'"):
         open_source(folder, tmp_path / "absent.csv")
     with pytest.raises(ValueError, match="neither a folder of images nor"):
         open_source(folder / "b.jpg")
@@ -145,14 +145,14 @@ def test_paths_that_leave_the_folder(folder, tmp_path, name):
         ("t.csv", b"", "no column 'image'; its columns are: none"),
         ("t.csv", b"image,caption\nb.jpg,a dog, running\n", "line 2 of .* has 3 fields where the header has 2"),
         ("t.csv", b"image,caption\nb.jpg,\xff\xfe\n", "not UTF-8"),
-        ("t.csv", b'image,caption\nb.jpg,"open\n', "cannot read the caption table"),
+        ("t.csv", b'image,caption\nb.jpg,"open\n', "cannot read the table"),
         ("t.csv", b"image,caption\n,a dog\n", "line 2 of .* names no image"),
         ("t.jsonl", b'{"image": "b.jpg", "caption": "x"}\n{"image"', "line 2 of .* is not JSON"),
         ("t.jsonl", b"[1, 2]\n", "line 1 of .* is not a JSON object but list"),
         ("t.jsonl", b'{"image": "b.jpg", "caption": 5}\n', r"line 1 of .* not text but int \(5\)"),
         ("t.jsonl", b'{"image": "b.jpg", "caption": ["x", {}]}\n', "not text but dict"),
         ("t.jsonl", b'{"image": 3, "caption": "x"}\n', "line 1 of .* names no image"),
-        ("t.parquet", b"PAR1 no, not really", "cannot read the caption table"),
+        ("t.parquet", b"PAR1 no, not really", "cannot read the table"),
         ("t.xlsx", b"", "expected .csv, .tsv, .jsonl, .ndjson or .parquet"),
     ],
 )
@@ -165,7 +165,7 @@ def test_unusable_tables(folder, tmp_path, name, data, message):
 
 
 def test_table_by_itself(tmp_path):
-    table = read_caption_table(write_table(tmp_path / "t.csv", [("b.jpg", "x"), ("a.jpg", "y"), ("b.jpg", "z")]))
+    table = read_table(write_table(tmp_path / "t.csv", [("b.jpg", "x"), ("a.jpg", "y"), ("b.jpg", "z")]))
     assert list(table.captions.items()) == [("b.jpg", ("x", "z")), ("a.jpg", ("y",))]
 
 

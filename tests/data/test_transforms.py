@@ -116,7 +116,7 @@ def test_config_round_trip_and_mistakes():
         PreprocessConfig.from_dict({"size": 3})
 
 
-FULL = {"color_jitter": 0.4, "random_augment": (2, 15)}
+FULL = {"color_jitter": 0.4, "rand_augment": (2, 15)}
 
 
 @pytest.mark.parametrize("options", [{}, FULL])
@@ -133,7 +133,7 @@ def test_training_is_a_function_of_the_seed(options):
 @pytest.mark.parametrize("options", [{}, FULL])
 def test_flip_mirrors_and_changes_nothing_else(options):
     """With the same seed, only the mirroring may differ: later draws must not depend on it."""
-    transform = TrainTransform(config(), **{**options, "random_augment": None})
+    transform = TrainTransform(config(), **{**options, "rand_augment": None})
     image = gradient(90, 70)
     for seed in range(5):
         plain = transform(image, np.random.default_rng(seed), flip=False)
@@ -241,7 +241,7 @@ def test_geometric_operations_move_the_way_they_say():
     assert (opened[:, -10:] == [7, 8, 9]).all()
 
 
-def test_random_augment_draws_every_operation(monkeypatch):
+def test_rand_augment_draws_every_operation(monkeypatch):
     called = set()
     fakes = tuple(lambda image, strength, fill, n=n: called.add((n, strength)) or image for n in range(14))
     monkeypatch.setattr("opencoca.data.augment.OPERATIONS", fakes)
@@ -256,7 +256,7 @@ def test_mistakes():
         ({"ratio": (-1, 1)}, "ratio must be"),
         ({"flip_probability": 1.5}, "flip_probability must be in 0..1, got 1.5"),
         ({"color_jitter": -1}, "color_jitter must be"),
-        ({"random_augment": (2, 31)}, "random_augment must be"),
+        ({"rand_augment": (2, 31)}, "rand_augment must be"),
     ]:
         with pytest.raises(ValueError, match=message):
             TrainTransform(config(), **options)

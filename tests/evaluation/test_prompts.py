@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from opencoca.data.prompts import fill_templates
 from opencoca.evaluation.prompts import (
     SIMPLE_TEMPLATES,
     classification_scores,
-    fill_templates,
     load_imagenet_class_names,
     load_templates,
     zero_shot_weights,
@@ -62,9 +62,9 @@ def test_templates_come_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a photo of a dog\n", r"templates.txt: The template 'a photo of a dog' must contain \{\} once"),
+        (b"a photo of a dog\n", r"templates.txt: the prompt template 'a photo of a dog' must contain \{\} once"),
         (b"{} and {}\n", "must contain"),
-        (b"\n \n", "templates.txt: There are no prompt templates"),
+        (b"\n \n", "templates.txt: there are no prompt templates"),
         (b"\xff\xfe{}", "Cannot read templates from .*templates.txt"),
     ],
 )
@@ -89,7 +89,7 @@ def test_any_label_is_put_in_as_it_is(label):
 def test_bad_labels_and_templates_are_refused():
     with pytest.raises(ValueError, match="label ' ' is empty"):
         fill_templates(" ", SIMPLE_TEMPLATES)
-    with pytest.raises(ValueError, match="single string"):
+    with pytest.raises(ValueError, match="single text"):
         fill_templates("dog", "a {}")
     with pytest.raises(ValueError, match="no prompt templates"):
         fill_templates("dog", [])

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from cli_helpers import CAPTIONS, COLOURS, draw, save_tiny_model, text_as_jpeg, truncated_jpeg, write_colours, write_csv
-from opencoca.data import ImageFolder, ImageTextSource, Subset, open_source
+from opencoca.data import ImageFolder, SampleSource, Subset, open_labelled, open_source
 from opencoca.evaluation.caption_metrics import caption_scores
 from opencoca.evaluation.captioning import evaluate_captioning
 from opencoca.evaluation.prompts import SIMPLE_TEMPLATES
 from opencoca.evaluation.retrieval import evaluate_retrieval
 from opencoca.evaluation.retrieval_metrics import retrieval_scores
-from opencoca.evaluation.zero_shot import evaluate_zero_shot, open_labelled, read_class_names
+from opencoca.evaluation.zero_shot import evaluate_zero_shot, read_class_names
 from opencoca.generation import GenerationOptions
 from opencoca.inference.loading import load
 from opencoca.inference.pipeline import Pipeline
@@ -39,7 +39,7 @@ def captioned(
     return ImageFolder(images, keys or list(captions), captions)
 
 
-def damaged_too(images: Path) -> tuple[ImageTextSource, list[str]]:
+def damaged_too(images: Path) -> tuple[SampleSource, list[str]]:
     """The captioned images with two damaged ones among them, and one that has no caption."""
     truncated_jpeg(images / "cut.jpg")
     text_as_jpeg(images / "text.jpg")
@@ -123,7 +123,7 @@ def test_nothing_to_score_is_a_users_mistake(pipeline: Pipeline, images: Path) -
 
 
 def labelled(images: Path, labels: dict[str, str]) -> ImageFolder:
-    return ImageFolder(images, list(labels), {key: (label,) for key, label in labels.items()})
+    return ImageFolder(images, list(labels), targets=labels)
 
 
 def test_zero_shot_is_the_pipelines_classification(pipeline: Pipeline, images: Path) -> None:
@@ -185,7 +185,7 @@ def test_unusable_class_names(tmp_path: Path, content: str, message: str) -> Non
 def test_labelled_sources(images: Path, tmp_path: Path) -> None:
     rows = [[name, name.removesuffix(".png")] for name in NAMES]
     source = open_labelled(images, write_csv(tmp_path / "labels.csv", ["image", "label"], rows))
-    assert [(source.key(index), source.captions(index)) for index in range(4)] == [(key, (own,)) for key, own in rows]
+    assert [(source.key(index), source.target(index)) for index in range(4)] == [(key, own) for key, own in rows]
     twice = write_csv(tmp_path / "twice.csv", ["image", "label"], [*rows, ["red.png", "green"]])
     with pytest.raises(ValueError, match=r"'red\.png' has 2 labels \(red, green\)"):
         open_labelled(images, twice)
@@ -194,5 +194,5 @@ def test_labelled_sources(images: Path, tmp_path: Path) -> None:
     (tmp_path / "classes").mkdir()
     images.rename(tmp_path / "classes" / "colour")
     source = open_labelled(tmp_path / "classes")
-    assert {source.captions(index) for index in range(len(source))} == {("colour",)}
+    assert {source.target(index) for index in range(len(source))} == {"colour"}
     assert isinstance(open_source(tmp_path / "classes"), ImageFolder)

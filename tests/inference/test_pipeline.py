@@ -286,8 +286,8 @@ def test_classes_do_not_depend_on_the_order_of_labels(pipeline, arrays):
         ("dog,cat", ["{}"], "a list of labels"),
         (["dog", "cat", "dog"], ["{}"], "'dog' is given more than once"),
         (["dog", 3], ["{}"], "label number 1 is 3"),
-        (["dog"], [], "no templates"),
-        (["dog"], ["{}", "a photo"], "'a photo' has no {}"),
+        (["dog"], [], "no prompt templates"),
+        (["dog"], ["{}", "a photo"], r"'a photo' must contain \{\} once"),
     ],
 )
 def test_wrong_labels_and_templates_are_named(pipeline, arrays, labels, templates, message):

@@ -7,17 +7,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from opencoca.data import ImageError, ImageTextSource
+from opencoca.data import ImageError, SampleSource
 from opencoca.recaption.inputs import common_folder, open_inputs, text_files_beside
 
 from .helpers import image_bytes, write_images, write_shard
 
 
-def keys(source: ImageTextSource) -> list[str]:
+def keys(source: SampleSource) -> list[str]:
     return [source.key(index) for index in range(len(source))]
 
 
-def contents(source: ImageTextSource) -> list[bytes]:
+def contents(source: SampleSource) -> list[bytes]:
     return [source.open_bytes(index) for index in range(len(source))]
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opencoca.data import read_caption_table
+from opencoca.data import read_table
 from opencoca.recaption.outputs import write_rows, write_texts
 from opencoca.system.files import WriteError
 
@@ -66,7 +66,7 @@ def test_the_output_is_a_caption_table(tmp_path: Path, suffix: str) -> None:
     """So that a model can be trained on it."""
     path = tmp_path / f"t{suffix}"
     write_rows(path, make_rows(["a dog", "a cat"]), COLUMNS)
-    assert read_caption_table(path).captions == {"0.jpg": ("a dog",), "1.jpg": ("a cat",)}
+    assert read_table(path).captions == {"0.jpg": ("a dog",), "1.jpg": ("a cat",)}
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cli_helpers import save_tiny_model, text_as_jpeg
-from opencoca.data import ImageTextSource
+from opencoca.data import SampleSource
 from opencoca.inference.loading import load
 from opencoca.inference.pipeline import Pipeline
 from opencoca.recaption import Captioner, Destination, FlagThresholds, RunReport, caption_to_files, open_inputs
@@ -263,7 +263,7 @@ def test_shards(captioner: Captioner, tmp_path: Path) -> None:
 def test_decoding_is_ahead_of_the_model_and_bounded(captioner: Captioner, images: list[str]) -> None:
     read: list[int] = []
 
-    class Watched(ImageTextSource):
+    class Watched(SampleSource):
         def __len__(self) -> int:
             return 70
 

@@ -17,7 +17,7 @@ from opencoca.cli.common import (
 from opencoca.cli.generation_options import add_generation_options, chosen_generation_options
 
 if TYPE_CHECKING:
-    from opencoca.data import ImageTextSource
+    from opencoca.data import SampleSource
     from opencoca.generation import GenerationOptions
     from opencoca.recaption import Destination, RunReport
 
@@ -113,7 +113,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
 
 def _print_captions(
     arguments: argparse.Namespace,
-    source: "ImageTextSource",
+    source: "SampleSource",
     options: "GenerationOptions",
     memory_bytes: int | None,
 ) -> int:
@@ -140,7 +140,7 @@ def _print_captions(
 
 def _write_captions(
     arguments: argparse.Namespace,
-    source: "ImageTextSource",
+    source: "SampleSource",
     destination: "Destination",
     options: "GenerationOptions",
     memory_bytes: int | None,

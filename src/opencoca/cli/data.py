@@ -22,7 +22,7 @@ def add_commands(commands: Any) -> None:
         group,
         "check",
         run_check,
-        "Decode every image, look at every caption, and list what is broken, missing, empty or there twice.",
+        "Decode every image, look at every caption and label, and list what is broken, missing, empty or there twice.",
         example="opencoca data check --images DIR --captions train.csv",
         more="The exit code is 2 if anything is broken, missing or empty; duplicates alone are no fault.",
     )
@@ -32,7 +32,7 @@ def add_commands(commands: Any) -> None:
         group,
         "pack",
         run_pack,
-        "Pack images and captions into tar shards (image, txt and json a sample), which read faster than small files.",
+        "Pack images, captions and labels into tar shards (image, txt, json, cls a sample): faster than small files.",
         example="opencoca data pack --images DIR --captions train.csv --out shards --resize 288",
         more="The same input gives the same bytes; a run that was stopped continues when it is started again.",
     )
@@ -52,10 +52,16 @@ def add_commands(commands: Any) -> None:
         parser.add_argument(
             "--captions", metavar="CSV", help="table (CSV, TSV, JSONL or Parquet) with the columns image and caption"
         )
-        parser.add_argument("--image-column", default="image", metavar="NAME", help="of the table (default: image)")
         parser.add_argument(
-            "--caption-column", default="caption", metavar="NAME", help="of the table (default: caption)"
+            "--labels",
+            metavar="CSV",
+            help="table with the columns image and label, which may be that of captions; or `folders`: the folder that "
+            "an image lies in is its class",
         )
+        for column in ("image", "caption", "label"):
+            parser.add_argument(
+                f"--{column}-column", default=column, metavar="NAME", help=f"of the table (default: {column})"
+            )
         parser.add_argument(
             "--num-workers", type=non_negative_int, default=4, metavar="N", help="decoding threads (default: 4)"
         )
@@ -118,13 +124,8 @@ def run_check(arguments: argparse.Namespace) -> int:
     if arguments.json:
         write_json(arguments.json, report.to_dict())
     if report.has_errors:
-        found = {
-            "broken images": report.broken_images,
-            "missing images": report.missing_images,
-            "images without captions": report.images_without_captions if report.num_captions else (),
-            "blank captions": report.blank_captions,
-        }
-        raise CommandError("found " + ", ".join(f"{len(those):,} {name}" for name, those in found.items() if those))
+        found = ", ".join(f"{len(those):,} {name}" for name, those in report.errors.items() if those)
+        raise CommandError(f"found {found}")
     return 0
 
 
@@ -157,7 +158,9 @@ def _open(arguments: argparse.Namespace, images: str, strict: bool) -> Any:
     return open_source(
         images,
         arguments.captions,
+        arguments.labels,
         image_column=arguments.image_column,
         caption_column=arguments.caption_column,
+        label_column=arguments.label_column,
         strict=strict,
     )

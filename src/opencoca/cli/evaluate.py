@@ -21,7 +21,7 @@ from opencoca.cli.common import (
 from opencoca.cli.generation_options import add_generation_options, chosen_generation_options
 
 if TYPE_CHECKING:
-    from opencoca.data import ImageTextSource
+    from opencoca.data import SampleSource
     from opencoca.evaluation.encoding import BrokenImage
     from opencoca.evaluation.zero_shot import ZeroShotReport
 
@@ -219,8 +219,9 @@ def _coco_scores(
 
 
 def run_zero_shot(arguments: argparse.Namespace) -> int:
+    from opencoca.data import open_labelled
     from opencoca.evaluation.prompts import load_templates
-    from opencoca.evaluation.zero_shot import evaluate_zero_shot, open_labelled, read_class_names
+    from opencoca.evaluation.zero_shot import evaluate_zero_shot, read_class_names
 
     check_writable(arguments.out)
     source = _limited(open_labelled(arguments.images, arguments.labels), arguments.limit)
@@ -247,7 +248,7 @@ def _confusions(report: "ZeroShotReport") -> list[dict[str, Any]]:
     ]
 
 
-def _open_captioned(arguments: argparse.Namespace) -> "ImageTextSource":
+def _open_captioned(arguments: argparse.Namespace) -> "SampleSource":
     from opencoca.data import ImageFolder, open_source
 
     source = open_source(arguments.images, arguments.captions)
@@ -256,7 +257,7 @@ def _open_captioned(arguments: argparse.Namespace) -> "ImageTextSource":
     return _limited(source, arguments.limit)
 
 
-def _limited(source: "ImageTextSource", limit: int | None) -> "ImageTextSource":
+def _limited(source: "SampleSource", limit: int | None) -> "SampleSource":
     from opencoca.data import Subset
 
     return source if limit is None else Subset(source, range(min(limit, len(source))))

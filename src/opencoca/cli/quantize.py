@@ -16,7 +16,7 @@ from opencoca.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from opencoca.data import ImageTextSource
+    from opencoca.data import SampleSource
     from opencoca.inference.pipeline import Pipeline
     from opencoca.store.model_folder import LoadedModel
 
@@ -85,7 +85,7 @@ def run_quantize(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _open_source(arguments: argparse.Namespace) -> "ImageTextSource | None":
+def _open_source(arguments: argparse.Namespace) -> "SampleSource | None":
     from opencoca.data import ImageFolder, Subset, open_source
 
     if arguments.images is None:
@@ -114,7 +114,7 @@ def _weight_bytes(model: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _scores(pipeline: "Pipeline", source: "ImageTextSource", batch_size: int) -> dict[str, float]:
+def _scores(pipeline: "Pipeline", source: "SampleSource", batch_size: int) -> dict[str, float]:
     """Measures scores, in percent, and the seconds that captioning and retrieval took."""
     from opencoca.evaluation.captioning import evaluate_captioning
     from opencoca.evaluation.retrieval import evaluate_retrieval

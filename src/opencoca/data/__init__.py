@@ -8,15 +8,17 @@ from opencoca.data.iterate import ImageBatch, iterate_images
 from opencoca.data.labels import LabelSource
 from opencoca.data.loader import TrainingLoader
 from opencoca.data.mixture import MixedOrder, MixedSource, make_order
+from opencoca.data.opening import find_shards, list_images, open_labelled, open_source
 from opencoca.data.order import BlockOrder, EpochOrder, SampleOrder
 from opencoca.data.pack import PackSummary, pack_shards
 from opencoca.data.quarantine import BadSample, Quarantine, read_quarantine
 from opencoca.data.remote import RemoteReadError, RetryPolicy
 from opencoca.data.shard_index import index_shards, load_index
-from opencoca.data.source import ImageTextSource, Place, Sample
-from opencoca.data.sources import ImageFolder, JoinedSource, Subset, find_shards, list_images, open_source
-from opencoca.data.tables import CaptionTable, read_caption_table
+from opencoca.data.source import Place, Sample, SampleSource
+from opencoca.data.sources import ImageFolder, JoinedSource, Subset
+from opencoca.data.tables import SampleTable, TableColumns, read_table
 from opencoca.data.tar_source import ShardStorage, TarShards
+from opencoca.data.targets import Target, target_names
 from opencoca.data.transforms import (
     CLIP_MEAN,
     CLIP_STD,
@@ -34,7 +36,6 @@ __all__ = [
     "BadSample",
     "Batch",
     "BlockOrder",
-    "CaptionTable",
     "CaptionTokenizer",
     "CheckReport",
     "EpochOrder",
@@ -43,7 +44,6 @@ __all__ = [
     "ImageError",
     "ImageFolder",
     "ImageHeader",
-    "ImageTextSource",
     "JoinedSource",
     "LabelSource",
     "MixedOrder",
@@ -56,9 +56,13 @@ __all__ = [
     "RetryPolicy",
     "Sample",
     "SampleOrder",
+    "SampleSource",
+    "SampleTable",
     "ShardStorage",
     "Subset",
+    "TableColumns",
     "TarShards",
+    "Target",
     "TokenizedCaptions",
     "TrainTransform",
     "TrainingLoader",
@@ -74,10 +78,12 @@ __all__ = [
     "make_order",
     "mentions_side",
     "normalize",
+    "open_labelled",
     "open_source",
     "pack_shards",
-    "read_caption_table",
     "read_header",
     "read_quarantine",
+    "read_table",
+    "target_names",
     "to_rgb",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,15 +11,19 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from opencoca.data.batch import Batch
-from opencoca.data.captions import CaptionsOnDemand, TokenizedCaptions, collate_captions
+from opencoca.data.captions import CaptionsOnDemand, ShownCaptions, TokenizedCaptions, collate_captions
 from opencoca.data.files import parallel_map
 from opencoca.data.order import SampleOrder
 from opencoca.data.quarantine import BadSample
 from opencoca.data.remote import RemoteReadError
-from opencoca.data.source import ImageTextSource, Sample
+from opencoca.data.source import Sample, SampleSource
+from opencoca.data.targets import Target
 from opencoca.data.transforms import TrainTransform, normalize
 
 Position = tuple[int, int]
+EncodeTarget = Callable[[Target], np.ndarray | int | float]
+"""A target as a row of `Batch.targets`; raises ValueError for one that the task can't use."""
+
 _MAX_BROKEN_IN_A_ROW = 1000
 _READING_THREADS = 16
 
@@ -35,20 +39,26 @@ class _Loaded(NamedTuple):
     index: int
     mirrored: bool
     token_ids: list[np.ndarray]
-    pixels: np.ndarray | None  # (H, W, 3) uint8
+    images: list[np.ndarray]  # each (H, W, 3) uint8
+    target: np.ndarray | None
 
 
 @dataclass
 class BatchDataset(Dataset):
-    """Maps (epoch, step) to a batch; the fields are those of `TrainingLoader`."""
+    """Maps (epoch, step) to a batch; the fields are those of `TrainingLoader`.
 
-    source: ImageTextSource
-    captions: TokenizedCaptions | CaptionsOnDemand
+    captions: None for samples that are shown without texts.
+    """
+
+    source: SampleSource
+    captions: TokenizedCaptions | CaptionsOnDemand | None
     pad_id: int
     transform: TrainTransform | None
     order: SampleOrder
     batch_size: int
-    captions_per_image: int
+    texts_per_sample: int
+    images_per_sample: int
+    encode_target: EncodeTarget | None
     seed: int
     load_pixels: bool
     unusable: np.ndarray
@@ -69,6 +79,11 @@ class BatchDataset(Dataset):
 
     def _make(self, epoch: int, step: int) -> MadeBatch:
         wanted = self.order.visits(epoch, step, self.batch_size, rank=self.rank, world_size=self.world_size)
+        if not len(wanted.indices):
+            # A process whose share of the step is empty gives the others' kind of batch all the same.
+            whole = self.order.visits(epoch, step, self.batch_size, rank=0, world_size=1)
+            sample, _ = self._load_or_next(int(whole.indices[0]), int(whole.passes[0]), {})
+            return MadeBatch(self._collate([sample]).split(2)[1], ())
         read_ahead = self._read_ahead(wanted.indices)
         samples: list[_Loaded] = []
         bad: list[tuple[int, BadSample]] = []
@@ -76,27 +91,26 @@ class BatchDataset(Dataset):
             sample, failed = self._load_or_next(index, number, read_ahead)
             samples.append(sample)
             bad.extend(failed)
-        texts = [token_ids for sample in samples for token_ids in sample.token_ids]
-        token_ids, token_mask = collate_captions(texts, self.pad_id)
-        if not samples:  # that the step has texts must be seen of a share without samples
-            token_ids, token_mask = token_ids.new_zeros(0, 1), token_mask.new_zeros(0, 1)
+        return MadeBatch(self._collate(samples), tuple(bad))
+
+    def _collate(self, samples: list[_Loaded]) -> Batch:
+        token_ids, token_mask = collate_captions([ids for sample in samples for ids in sample.token_ids], self.pad_id)
+        images = None
+        if self.load_pixels:
+            assert self.transform is not None
+            images = normalize(np.stack([image for s in samples for image in s.images]), self.transform.config)
+        targets = [sample.target for sample in samples if sample.target is not None]
         sample_ids = [sample.index for sample in samples]
-        batch = Batch(
+        return Batch(
             sample_ids=torch.tensor(sample_ids, dtype=torch.int64),
-            images=self._stack(samples) if self.load_pixels else None,
+            images=images,
             token_ids=token_ids,
             token_mask=token_mask,
+            targets=torch.from_numpy(np.stack(targets)) if targets else None,
             mirrored=torch.tensor([sample.mirrored for sample in samples], dtype=torch.bool),
             keys=tuple(map(self.source.key, sample_ids)),
+            images_per_sample=self.images_per_sample,
         )
-        return MadeBatch(batch, tuple(bad))
-
-    def _stack(self, samples: list[_Loaded]) -> torch.Tensor:
-        assert self.transform is not None
-        rows = [sample.pixels for sample in samples if sample.pixels is not None]
-        # A process whose share of the step is empty has pixels all the same, of no image.
-        blank = np.zeros((0, *self.transform.config.image_size, 3), dtype=np.uint8)
-        return normalize(np.stack(rows) if rows else blank, self.transform.config)
 
     def _read_ahead(self, indices: np.ndarray) -> dict[int, Sample | Exception]:
         """Remote samples of the batch: many requests at a time, as each takes long."""
@@ -106,7 +120,7 @@ class BatchDataset(Dataset):
 
         def read(index: int) -> Sample | Exception:
             try:
-                return self.source.read(index)
+                return self._read(index)
             except (ValueError, OSError) as error:
                 return error
 
@@ -135,29 +149,42 @@ class BatchDataset(Dataset):
         raise ValueError(f"{len(bad)} images in a row are broken: {bad[0][1].reason}")
 
     def _load(self, index: int, number: int, read: Sample | Exception | None) -> _Loaded:
-        bits = np.random.PCG64(np.random.SeedSequence([self.seed, number, index]))
-        chance = bits.random_raw() / 2**64
-        data, captions = self._read(index, read)
-        shown = self.captions.show(index, captions, self.captions_per_image, bits)
-        if shown is None:
-            raise ValueError(f"the image {self.source.key(index)!r} has no caption")
-        flip_probability = self.transform.flip_probability if self.transform is not None else 0.0
-        mirrored = bool(chance < flip_probability and not shown.mention_side)
-        pixels = None
-        if self.load_pixels:
-            assert self.transform is not None
-            rng = np.random.Generator(bits)
-            pixels = self.transform.decode_uint8(data, rng, flip=mirrored, name=self.source.key(index))
-        return _Loaded(index, mirrored, shown.token_ids, pixels)
-
-    def _read(self, index: int, read: Sample | Exception | None) -> Sample:
-        """Only what is needed of a sample: captions that are tokenised already are not read again."""
         if isinstance(read, Exception):
             raise read
-        if read is not None:
-            return read
-        if isinstance(self.captions, TokenizedCaptions):
-            return Sample(self.source.open_bytes(index) if self.load_pixels else b"", ())
-        if self.load_pixels:
-            return self.source.read(index)
-        return Sample(b"", self.source.read_captions(index))
+        key, sample = self.source.key(index), self._read(index) if read is None else read
+        bits = np.random.PCG64(np.random.SeedSequence([self.seed, number, index]))
+        chance = bits.random_raw() / 2**64
+        shown = ShownCaptions([], False)
+        if self.captions is not None:
+            found = self.captions.show(index, sample, self.texts_per_sample, bits)
+            if found is None:
+                raise ValueError(f"the image {key!r} has no caption")
+            shown = found
+        target = self._encode(key, sample)
+        flip_probability = self.transform.flip_probability if self.transform is not None else 0.0
+        mirrored = bool(chance < flip_probability and not shown.mention_side)
+        return _Loaded(index, mirrored, shown.token_ids, self._decode(key, sample, bits, mirrored), target)
+
+    def _encode(self, key: str, sample: Sample) -> np.ndarray | None:
+        if self.encode_target is None:
+            return None
+        if sample.target is None:
+            raise ValueError(f"the image {key!r} has no label")
+        try:
+            return np.asarray(self.encode_target(sample.target))
+        except ValueError as error:
+            raise ValueError(f"the image {key!r}: {error}") from error
+
+    def _decode(self, key: str, sample: Sample, bits: np.random.PCG64, mirrored: bool) -> list[np.ndarray]:
+        if not self.load_pixels:
+            return []
+        assert self.transform is not None
+        if len(sample.images) != self.images_per_sample:
+            raise ValueError(f"the sample {key!r} has {len(sample.images)} images instead of {self.images_per_sample}")
+        rng = np.random.Generator(bits)
+        return [self.transform.decode_uint8(data, rng, flip=mirrored, name=key) for data in sample.images]
+
+    def _read(self, index: int) -> Sample:
+        """Only what is needed of a sample: captions that are tokenised already are not read again."""
+        texts = isinstance(self.captions, CaptionsOnDemand)
+        return self.source.read(index, images=self.load_pixels, texts=texts, target=self.encode_target is not None)

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from opencoca.data.source import ImageTextSource
+from opencoca.data.source import Sample, SampleSource
 from opencoca.data.transforms import mentions_side
 
 _CHUNK = 8192
@@ -41,7 +41,7 @@ class TokenizedCaptions:
         context_length: most token ids a caption may have.
     """
 
-    def __init__(self, source: ImageTextSource, tokenizer: CaptionTokenizer, context_length: int):
+    def __init__(self, source: SampleSource, tokenizer: CaptionTokenizer, context_length: int):
         counts = [len(source.captions(index)) for index in range(len(source))]
         texts = [caption for index in range(len(source)) for caption in source.captions(index)]
         self.sides = np.fromiter(map(mentions_side, texts), dtype=bool, count=len(texts))
@@ -61,8 +61,8 @@ class TokenizedCaptions:
         """Number of captions of each image, (num_images,)."""
         return np.diff(self.image_starts)
 
-    def show(self, index: int, captions: Sequence[str], wanted: int, bits: np.random.PCG64) -> ShownCaptions | None:
-        """`wanted` captions of an image; `captions` is not used. None if it has none."""
+    def show(self, index: int, sample: Sample, wanted: int, bits: np.random.PCG64) -> ShownCaptions | None:
+        """`wanted` captions of an image; `sample` is not used. None if it has none."""
         first, end = self.image_starts[index : index + 2]
         if first == end:
             return None
@@ -80,14 +80,14 @@ class CaptionsOnDemand:
     Args: see `TokenizedCaptions`.
     """
 
-    def __init__(self, source: ImageTextSource, tokenizer: CaptionTokenizer, context_length: int):
+    def __init__(self, source: SampleSource, tokenizer: CaptionTokenizer, context_length: int):
         self.source, self.tokenizer, self.context_length = source, tokenizer, context_length
 
-    def show(self, index: int, captions: Sequence[str], wanted: int, bits: np.random.PCG64) -> ShownCaptions | None:
-        """`wanted` of an image's `captions`, or texts that its source draws. None if there are none."""
-        texts: list[str] | None = self.source.draw_texts(index, captions, wanted, bits)
-        if texts is None and captions:
-            texts = [str(captions[place]) for place in choose_captions(len(captions), wanted, bits).tolist()]
+    def show(self, index: int, sample: Sample, wanted: int, bits: np.random.PCG64) -> ShownCaptions | None:
+        """`wanted` of a sample's texts, or texts that its source draws. None if there are none."""
+        texts: list[str] | None = self.source.draw_texts(index, sample, wanted, bits)
+        if texts is None and sample.texts:
+            texts = [sample.texts[place] for place in choose_captions(len(sample.texts), wanted, bits).tolist()]
         if not texts:
             return None
         rows = self.tokenizer.encode_batch(texts, self.context_length)

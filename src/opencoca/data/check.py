@@ -1,4 +1,4 @@
-"""Look at every image and caption of a data set before anything is trained on it, and say what is wrong with it."""
+"""Look at every image, caption and label of a data set before anything is trained on it, and say what is wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from opencoca.data.files import parallel_map
 from opencoca.data.images import MAX_PIXELS, ImageError, decode_image, read_header
-from opencoca.data.source import ImageTextSource
+from opencoca.data.source import SampleSource
+from opencoca.data.targets import target_names
 
 _MEGAPIXEL_EDGES = (0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 # Two thumbnails of 8 x 8 pixels count as the same picture up to this mean difference, out of 255.
@@ -46,7 +47,7 @@ class CheckReport:
     """What `check_source` found. Images are named by their keys; groups of duplicates hold 2 or more.
 
     Attributes:
-        num_images: images in the source, broken ones included, missing ones not.
+        num_images: samples in the source, broken ones included, missing ones not.
         num_captions: captions that aren't blank.
         captions_per_image: over all images.
         width, height: in pixels, over the images that can be decoded.
@@ -60,6 +61,11 @@ class CheckReport:
         near_duplicate_images: groups of images that look the same at 8 x 8 grey pixels, one per set of same bytes.
         duplicate_captions: (caption, how often), the repeated ones; case and spacing aside.
         caption_words: words per caption.
+        num_targets: samples with a class or answers.
+        classes: (class, number of samples), the most frequent first.
+        answers: (answer, number of samples that it is one of), where samples have several, the most frequent first.
+        images_without_target: keys.
+        unusable_targets: (key, reason).
     """
 
     num_images: int
@@ -78,12 +84,28 @@ class CheckReport:
     near_duplicate_images: tuple[tuple[str, ...], ...]
     duplicate_captions: tuple[tuple[str, int], ...]
     caption_words: Spread
+    num_targets: int
+    classes: tuple[tuple[str, int], ...]
+    answers: tuple[tuple[str, int], ...]
+    images_without_target: tuple[str, ...]
+    unusable_targets: tuple[tuple[str, str], ...]
 
     @property
     def has_errors(self) -> bool:
-        """Whether something is broken or missing (duplicates are no error, nor is a source without any caption)."""
-        without = self.images_without_captions if self.num_captions else ()
-        return bool(self.broken_images or self.missing_images or without or self.blank_captions)
+        """Whether something is broken or missing; see `errors`."""
+        return any(self.errors.values())
+
+    @property
+    def errors(self) -> dict[str, tuple[Any, ...]]:
+        """What is broken or missing, by kind. Duplicates are no error, nor is a source without any caption or label."""
+        return {
+            "broken images": self.broken_images,
+            "missing images": self.missing_images,
+            "images without captions": self.images_without_captions if self.num_captions else (),
+            "blank captions": self.blank_captions,
+            "images without label": self.images_without_target if self.num_targets else (),
+            "unusable labels": self.unusable_targets,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """A dict that JSON can hold."""
@@ -101,9 +123,9 @@ class _ImageFacts(NamedTuple):
 
 
 def check_source(
-    source: ImageTextSource, *, num_workers: int = 4, max_pixels: int = MAX_PIXELS, progress: bool = True
+    source: SampleSource, *, num_workers: int = 4, max_pixels: int = MAX_PIXELS, progress: bool = True
 ) -> CheckReport:
-    """Decode every image and look at every caption.
+    """Decode every image and look at every caption and target. Of a sample with several images, each counts.
 
     Args:
         source: opened with `strict=False`, so that missing images are counted instead of an error.
@@ -112,15 +134,17 @@ def check_source(
         progress: whether to show a progress bar.
     """
 
-    def examine(index: int) -> _ImageFacts:
+    def examine(index: int) -> list[_ImageFacts]:
         return _examine(source, index, max_pixels)
 
     results = parallel_map(examine, range(len(source)), num_workers, window=4 * max(1, num_workers))
     bar = tqdm(results, total=len(source), desc="checking images", unit="image", disable=not progress)
-    facts = list(bar)
-    keys = [source.key(index) for index in range(len(source))]
+    names = [source.key(index) for index in range(len(source))]
+    images = [(key, fact) for key, facts in zip(names, bar, strict=True) for fact in facts]
+    keys, facts = [key for key, _ in images], [fact for _, fact in images]
     captions = [source.captions(index) for index in range(len(source))]
     texts = [caption for own in captions for caption in own]
+    targets = _Targets(source)
     good = [index for index, fact in enumerate(facts) if fact.error is None]
     repeated = Counter(" ".join(text.casefold().split()) for text in texts)
     return CheckReport(
@@ -134,25 +158,57 @@ def check_source(
         modes=dict(Counter(facts[index].mode for index in good).most_common()),
         broken_images=tuple((key, fact.error) for key, fact in zip(keys, facts, strict=True) if fact.error is not None),
         missing_images=source.missing_images,
-        images_without_captions=tuple(key for key, own in zip(keys, captions, strict=True) if not own),
+        images_without_captions=tuple(key for key, own in zip(names, captions, strict=True) if not own),
         blank_captions=source.blank_captions,
         duplicate_images=_groups((facts[index].digest, keys[index]) for index in good),
         near_duplicate_images=_near_duplicates([(keys[index], facts[index]) for index in good]),
         duplicate_captions=tuple((text, count) for text, count in repeated.most_common() if count > 1),
         caption_words=Spread.of(len(text.split()) for text in texts),
+        num_targets=targets.count,
+        classes=tuple(targets.classes.most_common()),
+        answers=tuple(targets.answers.most_common()),
+        images_without_target=tuple(targets.absent),
+        unusable_targets=tuple(targets.unusable),
     )
 
 
-def _examine(source: ImageTextSource, index: int, max_pixels: int) -> _ImageFacts:
+class _Targets:
+    """The classes and answers of a source, counted, and which samples have none."""
+
+    def __init__(self, source: SampleSource):
+        self.classes: Counter[str] = Counter()
+        self.answers: Counter[str] = Counter()
+        self.absent: list[str] = []
+        self.unusable: list[tuple[str, str]] = []
+        for index in range(len(source)):
+            try:
+                target = source.target(index)
+            except ValueError as error:
+                self.unusable.append((source.key(index), str(error)))
+                continue
+            if target is None:
+                self.absent.append(source.key(index))
+            else:
+                (self.classes if isinstance(target, str) else self.answers).update(target_names(target))
+        self.count = len(source) - len(self.absent) - len(self.unusable)
+
+
+def _examine(source: SampleSource, index: int, max_pixels: int) -> list[_ImageFacts]:
     try:
-        data = source.open_bytes(index)
-        name = source.key(index)
+        images = source.open_images(index)
+    except ImageError as error:
+        return [_ImageFacts(error.reason)]
+    except OSError as error:
+        return [_ImageFacts(error.strerror or str(error))]
+    return [_facts_of(data, source.key(index), max_pixels) for data in images]
+
+
+def _facts_of(data: bytes, name: str, max_pixels: int) -> _ImageFacts:
+    try:
         header = read_header(data, max_pixels=max_pixels, name=name)
         image = decode_image(data, max_pixels=max_pixels, name=name)
     except ImageError as error:
         return _ImageFacts(error.reason)
-    except OSError as error:
-        return _ImageFacts(error.strerror or str(error))
     digest = hashlib.blake2b(data, digest_size=16).digest()
     thumbnail = np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX)).reshape(64)
     return _ImageFacts(None, digest, header.width, header.height, header.format, header.mode, thumbnail)
@@ -213,6 +269,7 @@ def format_report(report: CheckReport, *, examples: int = 5) -> str:
         ("sizes", counts(report.megapixels)),
         ("formats", counts(report.formats.items())),
         ("modes", counts(report.modes.items())),
+        *_target_rows(report),
     ]
     findings: list[tuple[str, list[str]]] = [
         ("broken images", [f"{key}: {reason}" for key, reason in report.broken_images]),
@@ -223,6 +280,9 @@ def format_report(report: CheckReport, *, examples: int = 5) -> str:
         ("near-duplicate images (groups)", [", ".join(group) for group in report.near_duplicate_images]),
         ("repeated captions", [f"{count} x {text}" for text, count in report.duplicate_captions]),
     ]
+    if report.num_targets or report.unusable_targets:
+        findings.append(("images without label", list(report.images_without_target)))
+        findings.append(("unusable labels", [reason for _, reason in report.unusable_targets]))
     rows += [(name, f"{len(found):,}") for name, found in findings]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
@@ -232,3 +292,16 @@ def format_report(report: CheckReport, *, examples: int = 5) -> str:
             if len(found) > examples:
                 lines.append(f"  ... and {len(found) - examples:,} more")
     return "\n".join(lines)
+
+
+def _target_rows(report: CheckReport, examples: int = 3) -> list[tuple[str, str]]:
+    """Rows of the table about classes and answers; none for a source without targets."""
+    rows = [("images with a label", f"{report.num_targets:,}")] if report.num_targets else []
+    for name, found in (("classes", report.classes), ("answers", report.answers)):
+        if found:
+            most, rarest = (
+                ", ".join(f"{label} ({count:,})" for label, count in some)
+                for some in (found[:examples], found[::-1][:examples])
+            )
+            rows.append((name, f"{len(found):,}; most frequent: {most}; rarest: {rarest}"))
+    return rows

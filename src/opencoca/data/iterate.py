@@ -12,7 +12,7 @@ from PIL import Image
 
 from opencoca.data.files import parallel_map
 from opencoca.data.images import ImageData, ImageError, decode_image, to_rgb
-from opencoca.data.source import ImageTextSource
+from opencoca.data.source import SampleSource
 from opencoca.data.transforms import EvalTransform, normalize
 
 
@@ -25,7 +25,7 @@ class ImageBatch(NamedTuple):
 
 
 def iterate_images(
-    images: ImageTextSource | Sequence[ImageData | Image.Image],
+    images: SampleSource | Sequence[ImageData | Image.Image],
     transform: EvalTransform,
     batch_size: int,
     num_workers: int | None = None,
@@ -57,8 +57,8 @@ def iterate_images(
     return _batches(parallel_map(load, range(len(images)), num_workers, 2 * batch_size), transform, batch_size)
 
 
-def _decode(images: ImageTextSource | Sequence[ImageData | Image.Image], index: int, as_stored: bool) -> Image.Image:
-    if isinstance(images, ImageTextSource):
+def _decode(images: SampleSource | Sequence[ImageData | Image.Image], index: int, as_stored: bool) -> Image.Image:
+    if isinstance(images, SampleSource):
         return decode_image(images.open_bytes(index), name=images.key(index), as_stored=as_stored)
     image = images[index]
     if isinstance(image, Image.Image):

@@ -6,45 +6,28 @@ CoCa, arXiv:2205.01917, section 3.2: labels are treated as text, so that annotat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import PurePosixPath
-from typing import Literal
 
 import numpy as np
 
-from opencoca.data.source import ImageTextSource, Place, Sample
+from opencoca.data.prompts import check_templates, fill_template
+from opencoca.data.source import Place, Sample, SampleSource
+from opencoca.data.targets import Target, target_names
 
-LabelsFrom = Literal["captions", "folders"]
 DEFAULT_PROMPTS = ("a photo of {}.",)
 
 
-def _shuffled(length: int, bits: np.random.PCG64) -> list[int]:
-    return np.argsort(bits.random_raw(length), kind="stable").tolist()
-
-
-class LabelSource(ImageTextSource):
-    """A source whose images carry labels instead of sentences; each visit makes a new text of them.
+class LabelSource(SampleSource):
+    """A source whose targets are shown as texts; each visit makes a new text of the labels of an image.
 
     Args:
-        source: the images.
-        labels_from: `captions` takes what the table's or shards' caption column holds, one label or a list;
-            `folders` the name of the folder that an image lies in. Underscores in labels become spaces.
+        source: images with targets: one class each, or several labels. Underscores in labels become spaces.
         prompts: texts with one `{}` for the labels, one of which is drawn at each visit.
         separator: between several labels of one image.
     """
 
-    def __init__(
-        self,
-        source: ImageTextSource,
-        labels_from: LabelsFrom = "captions",
-        prompts: Sequence[str] = DEFAULT_PROMPTS,
-        separator: str = ", ",
-    ):
-        for prompt in prompts:
-            if prompt.count("{}") != 1:
-                raise ValueError(f"a prompt must hold {{}} once, where the labels go; got {prompt!r}")
-        if not prompts:
-            raise ValueError("labels need at least one prompt, such as 'a photo of {}.'")
-        self.source, self.labels_from, self.prompts, self.separator = source, labels_from, tuple(prompts), separator
+    def __init__(self, source: SampleSource, prompts: Sequence[str] = DEFAULT_PROMPTS, separator: str = ", "):
+        check_templates(prompts)
+        self.source, self.prompts, self.separator = source, tuple(prompts), separator
         self.captions_in_memory, self.is_remote, self.lost = False, source.is_remote, source.lost
         self.block_starts = source.block_starts
         self.missing_images, self.blank_captions = source.missing_images, ()
@@ -58,37 +41,32 @@ class LabelSource(ImageTextSource):
     def place(self, index: int) -> Place:
         return self.source.place(index)
 
-    def labels(self, index: int) -> tuple[str, ...]:
-        """The labels of an image, in the order in which they are stored."""
-        return self._labels(index, self.source.captions(index) if self.labels_from == "captions" else ())
+    def target(self, index: int) -> Target | None:
+        return self.source.target(index)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """One text: the labels in their order, in the first prompt."""
-        return self._plain(self.labels(index))
+        labels = _words(self.target(index))
+        return (fill_template(self.prompts[0], self.separator.join(labels)),) if labels else ()
 
     def open_bytes(self, index: int) -> bytes:
         return self.source.open_bytes(index)
 
-    def read(self, index: int) -> Sample:
-        data, captions = self.source.read(index)
-        return Sample(data, self._labels(index, captions))
+    def open_images(self, index: int) -> tuple[bytes, ...]:
+        return self.source.open_images(index)
 
-    def read_captions(self, index: int) -> tuple[str, ...]:
-        return self.labels(index)
+    def read(self, index: int, *, images: bool = True, texts: bool = True, target: bool = True) -> Sample:
+        """The images and the target, of which `draw_texts` makes the texts."""
+        return self.source.read(index, images=images, texts=False, target=target or texts)
 
-    def draw_texts(self, index: int, captions: Sequence[str], wanted: int, bits: np.random.PCG64) -> list[str] | None:
-        """`wanted` texts of the labels that `read` gave as captions."""
-        texts = []
-        for _ in range(wanted if captions else 0):
-            shuffled = [captions[place] for place in _shuffled(len(captions), bits)]
+    def draw_texts(self, index: int, sample: Sample, wanted: int, bits: np.random.PCG64) -> list[str] | None:
+        labels, texts = _words(sample.target), []
+        for _ in range(wanted if labels else 0):
+            shuffled = [labels[place] for place in np.argsort(bits.random_raw(len(labels)), kind="stable").tolist()]
             prompt = self.prompts[int(bits.random_raw() % np.uint64(len(self.prompts)))]
-            texts.append(prompt.replace("{}", self.separator.join(shuffled)))
+            texts.append(fill_template(prompt, self.separator.join(shuffled)))
         return texts
 
-    def _labels(self, index: int, captions: Sequence[str]) -> tuple[str, ...]:
-        folder = PurePosixPath(self.source.key(index)).parent.name
-        found = captions if self.labels_from == "captions" else filter(None, [folder])
-        return tuple(label.replace("_", " ") for label in found)
 
-    def _plain(self, labels: Sequence[str]) -> tuple[str, ...]:
-        return (self.prompts[0].replace("{}", self.separator.join(labels)),) if labels else ()
+def _words(target: Target | None) -> list[str]:
+    return [name.replace("_", " ") for name in target_names(target)]

@@ -1,7 +1,7 @@
-"""Training batches: images with some of their captions, from any (epoch, step) on.
+"""Training batches: samples with some of their texts, from any (epoch, step) on.
 
 What a batch holds is a pure function of (source, seed, epoch, step): not of the number of workers, of earlier batches,
-or of how often the run was interrupted. Letters: I images, C captions per image, T token positions, H height, W width.
+or of how often the run was interrupted. Letters: C texts per sample, F images per sample.
 """
 
 from __future__ import annotations
@@ -16,32 +16,37 @@ import torch
 from torch.utils.data import DataLoader
 
 from opencoca.data.batch import Batch
-from opencoca.data.batch_dataset import BatchDataset, MadeBatch, Position
+from opencoca.data.batch_dataset import BatchDataset, EncodeTarget, MadeBatch, Position
 from opencoca.data.captions import CaptionsOnDemand, CaptionTokenizer, TokenizedCaptions
 from opencoca.data.order import SampleOrder
 from opencoca.data.quarantine import MAX_BAD_SHARE, Quarantine
-from opencoca.data.source import ImageTextSource
+from opencoca.data.source import SampleSource
 from opencoca.data.transforms import TrainTransform
 
 
 class TrainingLoader:
-    """Batches of images with `captions_per_image` captions each, prefetched by worker processes.
+    """Batches of samples with `texts_per_sample` texts each, prefetched by worker processes.
 
-    Which captions an image shows, how it is cropped and whether it is mirrored are drawn anew in every epoch, from
-    (seed, epoch, index of the image) alone. An image is never mirrored while it shows a caption that speaks of left or
-    right. An image that can't be decoded, or has no caption, is replaced by the next good one of the source, with one
-    warning per file and a line in the quarantine. A remote read that fails for good stops the run instead.
+    Which texts a sample shows, how its images are cropped and whether they are mirrored are drawn anew in every epoch,
+    from (seed, epoch, index of the sample) alone. An image is never mirrored while it shows a caption that speaks of
+    left or right. A sample that can't be decoded, or lacks a text or target where one is needed, is replaced by the
+    next good one of the source, with one warning per file and a line in the quarantine. A remote read that fails for
+    good stops the run instead.
 
     Args:
-        source: images and captions.
-        tokenizer: see `CaptionTokenizer`; captions in memory are tokenised once, here, others with their image.
+        source: the samples.
+        tokenizer: see `CaptionTokenizer`; captions in memory are tokenised once, here, others with their image. Not
+            needed without texts.
         transform: decodes and augments. With `load_pixels=False` only its flip_probability counts (None: no mirroring).
-        order: which images make up a batch.
-        batch_size: images per step over all processes; a multiple of `world_size`.
-        captions_per_image: C; an image with fewer shows some of them again.
+        order: which samples make up a batch.
+        batch_size: samples per step over all processes; a multiple of `world_size`.
+        texts_per_sample: C; a sample with fewer shows some of them again. 0 for no texts.
         context_length: most token ids a caption may have.
         seed: 0 or more.
         num_workers: processes that prefetch; 0 works in the caller's, as does `load_pixels=False`.
+        images_per_sample: F; a sample with another number is a bad one.
+        encode_target: makes a target a row of `Batch.targets`, in the workers; a sample without a target, or with one
+            that it refuses (ValueError), is bad. None for no targets.
         load_pixels: whether to decode images; not needed if features of theirs are cached.
         skip: indices of images known to be unusable; replaced without a warning, and not counted as broken.
         rank, world_size: this process's part of each batch.
@@ -57,16 +62,18 @@ class TrainingLoader:
 
     def __init__(
         self,
-        source: ImageTextSource,
-        tokenizer: CaptionTokenizer,
+        source: SampleSource,
+        tokenizer: CaptionTokenizer | None,
         transform: TrainTransform | None,
         order: SampleOrder,
         batch_size: int,
-        captions_per_image: int,
+        texts_per_sample: int,
         context_length: int,
         seed: int,
         num_workers: int = 0,
         *,
+        images_per_sample: int = 1,
+        encode_target: EncodeTarget | None = None,
         load_pixels: bool = True,
         skip: Collection[int] = (),
         rank: int = 0,
@@ -77,18 +84,20 @@ class TrainingLoader:
     ):
         if order.num_samples != len(source):
             raise ValueError(f"the order is for {order.num_samples} images, the source has {len(source)}")
-        if captions_per_image < 1:
-            raise ValueError(f"captions_per_image must be 1 or more, got {captions_per_image}")
+        if texts_per_sample < 0:
+            raise ValueError(f"texts_per_sample must be 0 or more, got {texts_per_sample}")
         if load_pixels and transform is None:
             raise ValueError("a transform is needed to load pixels")
         order.batch(0, 0, batch_size, rank=rank, world_size=world_size)  # unusable sizes fail here, not in a worker
-        unusable = np.zeros(len(source), dtype=bool)
-        if source.captions_in_memory:
-            captions = TokenizedCaptions(source, tokenizer, context_length)
-            unusable = captions.counts() == 0
-            _check_captions(source, unusable, max_bad_share)
-        else:
-            captions = CaptionsOnDemand(source, tokenizer, context_length)
+        unusable, captions = np.zeros(len(source), dtype=bool), None
+        if texts_per_sample:
+            assert tokenizer is not None, "texts need a tokenizer"
+            if source.captions_in_memory:
+                captions = TokenizedCaptions(source, tokenizer, context_length)
+                unusable = captions.counts() == 0
+                _check_captions(source, unusable, max_bad_share)
+            else:
+                captions = CaptionsOnDemand(source, tokenizer, context_length)
         unusable[list(skip)] = True
         if unusable.all():
             raise ValueError("no image is left to train on: each has no caption or is to be skipped")
@@ -102,11 +111,13 @@ class TrainingLoader:
         self._dataset = BatchDataset(
             source=source,
             captions=captions,
-            pad_id=tokenizer.pad_id,
+            pad_id=tokenizer.pad_id if tokenizer is not None else 0,
             transform=transform,
             order=order,
             batch_size=batch_size,
-            captions_per_image=captions_per_image,
+            texts_per_sample=texts_per_sample,
+            images_per_sample=images_per_sample,
+            encode_target=encode_target,
             seed=seed,
             load_pixels=load_pixels,
             unusable=unusable,
@@ -161,7 +172,7 @@ class TrainingLoader:
         return item.batch
 
 
-def _check_captions(source: ImageTextSource, without: np.ndarray, max_share: float) -> None:
+def _check_captions(source: SampleSource, without: np.ndarray, max_share: float) -> None:
     if not without.any():
         return
     if without.all():

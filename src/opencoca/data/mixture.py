@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from opencoca.data.order import BlockOrder, EpochOrder, SampleOrder, Visits, random_permutation
-from opencoca.data.source import ImageTextSource
+from opencoca.data.source import SampleSource
 from opencoca.data.sources import JoinedSource
 
 PATTERN_LENGTH = 1024
@@ -26,7 +26,7 @@ class MixedSource(JoinedSource):
             samples at weight 0.5 is seen half as often as one of a million at weight 1.
     """
 
-    def __init__(self, sources: Sequence[ImageTextSource], weights: Sequence[float]):
+    def __init__(self, sources: Sequence[SampleSource], weights: Sequence[float]):
         super().__init__(sources)
         if not sources or len(weights) != len(sources):
             raise ValueError(f"{len(sources)} sources of data need as many weights, got {len(weights)}")
@@ -100,7 +100,7 @@ class MixedOrder(SampleOrder):
 
 
 def make_order(
-    source: ImageTextSource,
+    source: SampleSource,
     seed: int,
     *,
     drop_last: bool = True,

@@ -1,4 +1,4 @@
-"""Pack any source into tar shards as img2dataset makes them: `key.jpg`, `key.txt` and `key.json` per sample."""
+"""Pack any source into tar shards as img2dataset makes them: `key.jpg`, `key.txt`, `key.json`, `key.cls` per sample."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from opencoca.data.files import parallel_map
 from opencoca.data.images import ImageError, decode_image, read_header
-from opencoca.data.source import ImageTextSource
+from opencoca.data.source import SampleSource
 from opencoca.system.files import atomic_write
 
 # Pillow's format names whose files go into a shard as they are; others are stored as PNG.
@@ -45,7 +45,7 @@ class _Packed(NamedTuple):
 
 
 def pack_shards(
-    source: ImageTextSource,
+    source: SampleSource,
     out_dir: str | Path,
     *,
     samples_per_shard: int = 1000,
@@ -58,7 +58,8 @@ def pack_shards(
 
     The same source and settings give the same bytes. A shard appears whole or not at all; one that is there already is
     kept, so a stopped run continues when started again. Images that can't be decoded are left out and listed in
-    `errors.jsonl`. A sample's json holds its `key` in the source, its first `caption` and all `captions`.
+    `errors.jsonl`. A sample's json holds its `key` in the source, its first `caption` and all `captions`; a class is in
+    its `.cls`, answers with weights are in its json as `label`.
 
     Args:
         source: what to pack.
@@ -71,7 +72,8 @@ def pack_shards(
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: settings out of range, or `out_dir` was packed from another source or with other settings.
+        ValueError: settings out of range, `out_dir` was packed from another source or with other settings, a label that
+            can't be used, or samples of several images, which shards don't hold.
         OSError: a shard can't be written; those before it are complete.
     """
     if samples_per_shard < 1:
@@ -108,7 +110,7 @@ def pack_shards(
 
 def _write_shard(
     path: Path,
-    source: ImageTextSource,
+    source: SampleSource,
     indices: range,
     resize: int | None,
     quality: int,
@@ -138,10 +140,13 @@ def _write_shard(
     return errors
 
 
-def _pack_sample(source: ImageTextSource, index: int, resize: int | None, quality: int) -> _Packed:
-    key, captions = source.key(index), source.captions(index)
+def _pack_sample(source: SampleSource, index: int, resize: int | None, quality: int) -> _Packed:
+    key, captions, target = source.key(index), source.captions(index), source.target(index)
     try:
-        data = source.open_bytes(index)
+        images = source.open_images(index)
+        if len(images) != 1:
+            raise ValueError(f"the sample {key!r} has {len(images)} images; tar shards hold one a sample")
+        data = images[0]
         header = read_header(data, name=key)
         if resize is None:
             image = decode_image(data, name=key)
@@ -165,8 +170,11 @@ def _pack_sample(source: ImageTextSource, index: int, resize: int | None, qualit
         "captions": captions,
         "width": image.width,
         "height": image.height,
+        **({} if target is None or isinstance(target, str) else {"label": target}),
     }
     members = [(suffix, data)]
+    if isinstance(target, str):
+        members.append(("cls", target.encode()))
     if captions:
         members.append(("txt", captions[0].encode()))
     members.append(("json", json.dumps(details, ensure_ascii=False).encode()))
@@ -179,10 +187,12 @@ def _encode(image: Image.Image, format: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _fingerprint(source: ImageTextSource) -> str:
+def _fingerprint(source: SampleSource) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for index in range(len(source)):
-        digest.update(json.dumps([source.key(index), source.captions(index)]).encode())
+        target = source.target(index)
+        known = [source.key(index), source.captions(index), *([] if target is None else [target])]
+        digest.update(json.dumps(known).encode())
     return digest.hexdigest()
 
 
@@ -200,7 +210,7 @@ def _claim_folder(out_dir: Path, settings: dict[str, Any]) -> None:
     except ValueError:
         stored = None
     if stored != settings:
-        reason = "from other images or captions, or with other settings"
+        reason = "from other images, captions or labels, or with other settings"
         raise ValueError(f"the folder {str(out_dir)!r} was packed {reason}; choose another one or empty it")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from opencoca.data.source import ImageTextSource
+from opencoca.data.source import SampleSource
 
 MAX_BAD_SHARE = 0.1
 """The default for how many of the samples read may be bad before a run stops."""
@@ -46,7 +46,7 @@ class Quarantine:
         """Bad samples met while reading."""
         self._written = {(bad.file, bad.offset, bad.key) for bad in read_quarantine(path)} if path else set()
 
-    def note_lost(self, source: ImageTextSource, *, write: bool = True) -> None:
+    def note_lost(self, source: SampleSource, *, write: bool = True) -> None:
         """Take down what the source's files have lost already. Raises ValueError if that is too much."""
         bad = [BadSample(sample.key, file, sample.offset, sample.reason) for file, sample in source.lost]
         if write:

@@ -24,7 +24,8 @@ from opencoca.data.shards import LostSample, ShardIndex, index_shard, scan_shard
 from opencoca.system.files import atomic_write
 
 INDEX_SUFFIX = ".index.npz"
-_VERSION = 2
+_VERSION = 3
+_WITHOUT_CLASSES = 2  # an index of this version was made when classes were not looked for
 _READ_BYTES = 16 << 20
 
 
@@ -52,7 +53,7 @@ def load_index(path: str | Path, index_dir: str | Path | None = None) -> ShardIn
         return _load_or_scan(Path(path), index_dir)[0]
     url, status = str(path), remote_status(str(path))
     remedy = f"make one with `opencoca data index {url}{f' --index-dir {index_dir}' if index_dir else ''}`"
-    stored = _read_remote_sidecar(url, index_dir)
+    stored = _read_remote_sidecar(url, index_dir, allow_old=True)
     if stored is None:
         raise ValueError(f"the remote shard {url!r} has no index; {remedy}")
     if not _is_of(stored[0], status):
@@ -130,10 +131,12 @@ def _index_remote(url: str, index_dir: str | Path | None, force: bool) -> Indexe
     return IndexedShard(url, index, True)
 
 
-def _read_remote_sidecar(url: str, index_dir: str | Path | None) -> tuple[dict[str, Any], ShardIndex] | None:
+def _read_remote_sidecar(
+    url: str, index_dir: str | Path | None, *, allow_old: bool = False
+) -> tuple[dict[str, Any], ShardIndex] | None:
     place = sidecar_place(url, index_dir)
     try:
-        return _unpack(read_file(place) if is_remote(place) else Path(place).read_bytes())
+        return _unpack(read_file(place) if is_remote(place) else Path(place).read_bytes(), allow_old=allow_old)
     except FileNotFoundError:
         return None
 
@@ -160,12 +163,17 @@ def _pack(index: ShardIndex, *, mtime_ns: int = 0, etag: str = "") -> bytes:
     return buffer.getvalue()
 
 
-def _unpack(data: bytes) -> tuple[dict[str, Any], ShardIndex] | None:
-    """The facts about the shard and its index; None if these bytes are damaged, or of another version."""
+def _unpack(data: bytes, *, allow_old: bool = False) -> tuple[dict[str, Any], ShardIndex] | None:
+    """The facts about the shard and its index; None if these bytes are damaged, or of another version.
+
+    allow_old: also an index that knows of no classes will do.
+    """
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             facts, members = json.loads(arrays["facts"].tobytes()), arrays["members"]
-        if facts["version"] != _VERSION or members.shape != (len(facts["keys"]), 3, 2):
+        versions = (_VERSION, _WITHOUT_CLASSES) if allow_old else (_VERSION,)
+        num_samples, num_kinds, _ = members.shape
+        if facts["version"] not in versions or num_samples != len(facts["keys"]) or num_kinds not in (3, 4):
             return None
         index = ShardIndex(
             keys=tuple(facts["keys"]),

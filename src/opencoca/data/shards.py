@@ -1,4 +1,4 @@
-"""Tar shards as img2dataset and webdataset write them: `key.jpg` next to `key.txt` and/or `key.json`.
+"""Tar shards as img2dataset and webdataset write them: `key.jpg` next to `key.txt`, `key.json` and/or `key.cls`.
 
 A shard is scanned once; the index says where the parts of each sample lie, so that any sample is one read away.
 Letters: S samples of a shard.
@@ -22,8 +22,9 @@ import numpy as np
 from opencoca.data.images import IMAGE_SUFFIXES
 from opencoca.data.tables import split_captions
 from opencoca.data.tar_scan import BLOCK, Member, ReadAt, scan_tar
+from opencoca.data.targets import Target, parse_target
 
-IMAGE, TEXT, JSON = range(3)
+IMAGE, TEXT, JSON, CLASS = range(4)
 """The kinds of member a sample is made of, in the order of `ShardIndex.members`."""
 
 
@@ -41,7 +42,8 @@ class ShardIndex:
 
     Attributes:
         keys: of the samples, in the order of their images; a repeated one has `#2`, `#3`, ... behind it.
-        members: (S, 3, 2) int64: offset and size in bytes of image, text and json; offset 0 for what isn't there.
+        members: (S, K, 2) int64: offset and size in bytes of image, text, json and class; offset 0 for what isn't
+            there. K is 4, or 3 where no sample has a class.
         lost: samples without an image, or cut in two by damage.
         damage: (offset, reason), wherever the file is damaged.
         size: of the shard in bytes.
@@ -89,10 +91,12 @@ def index_shard(read_at: ReadAt, size: int, name: str) -> ShardIndex:
         reason = broken.get(number) or (None if IMAGE in group.places else "it has no image")
         if reason is None:
             keys.append(key)
-            places.append([group.places.get(kind, (0, 0)) for kind in (IMAGE, TEXT, JSON)])
+            places.append([group.places.get(kind, (0, 0)) for kind in (IMAGE, TEXT, JSON, CLASS)])
         else:
             lost.append(LostSample(key, group.start, reason))
-    members = np.array(places, dtype=np.int64).reshape(-1, 3, 2)
+    members = np.array(places, dtype=np.int64).reshape(-1, 4, 2)
+    if not members[:, CLASS].any():
+        members = members[:, :CLASS].copy()
     damage = tuple((damage.offset, damage.reason) for damage in scan.damage)
     return ShardIndex(tuple(keys), members, tuple(lost), damage, size, scan.digest)
 
@@ -105,7 +109,7 @@ def _group(members: list[Member]) -> list[_Group]:
         key, suffix = _split_name(member.name)
         if os.path.basename(key).startswith("."):
             continue
-        kind = IMAGE if "." + suffix in IMAGE_SUFFIXES else {"txt": TEXT, "json": JSON}.get(suffix)
+        kind = IMAGE if "." + suffix in IMAGE_SUFFIXES else {"txt": TEXT, "json": JSON, "cls": CLASS}.get(suffix)
         group = latest.get(key)
         if group is not None and kind == IMAGE and group.suffix not in ("", suffix):
             continue  # another rendering of the same image
@@ -158,25 +162,46 @@ def _own_key(read_at: ReadAt, group: _Group, name: str) -> str:
     return key if isinstance(key, str) and key else group.key
 
 
-def parse_captions(text: bytes | None, details: bytes | None, caption_field: str, where: str) -> list[str]:
-    """The captions of a sample: json's `captions`, else json's caption field, else the text file; "" is a blank one.
+class SampleParts(NamedTuple):
+    """The members of a sample, by which its captions and its target are found; None for what it hasn't."""
 
-    Raises ValueError that begins with `where` for a caption that isn't text.
-    """
-    values: object = None
-    if details is not None:
-        try:
-            values = json.loads(details)
-        except ValueError:
-            values = None
-    if isinstance(values, dict):
-        if caption_field == "caption" and values.get("captions") is not None:
+    image: bytes | None = None
+    text: bytes | None = None
+    details: bytes | None = None
+    label: bytes | None = None
+
+    def captions(self, field: str, where: str) -> list[str]:
+        """Json's `captions`, else json's caption field, else the text file; "" is a blank one.
+
+        Raises ValueError that begins with `where` for a caption that isn't text.
+        """
+        values = self._values()
+        if field == "caption" and values.get("captions") is not None:
             return split_captions(values["captions"], where) if values["captions"] else []
-        if values.get(caption_field) is not None:
-            return split_captions(values[caption_field], where)
-    if text is not None and caption_field == "caption":
-        return split_captions(text.decode("utf-8", errors="replace"), where)
-    return []
+        if values.get(field) is not None:
+            return split_captions(values[field], where)
+        if self.text is not None and field == "caption":
+            return split_captions(self.text.decode("utf-8", errors="replace"), where)
+        return []
+
+    def target(self, field: str, where: str) -> Target | None:
+        """Json's label field, else the class file; where labels are stored as captions (field `caption`), these.
+
+        Raises ValueError that begins with `where` for a label that can't be used.
+        """
+        if field == "caption":
+            return parse_target(self.captions(field, where), where)
+        values = self._values()
+        if values.get(field) is not None:
+            return parse_target(values[field], where)
+        return None if self.label is None else parse_target(self.label.decode("utf-8", errors="replace"), where)
+
+    def _values(self) -> dict[str, object]:
+        try:
+            values = json.loads(self.details or b"{}")
+        except ValueError:
+            return {}
+        return values if isinstance(values, dict) else {}
 
 
 def expand_shards(pattern: str) -> list[Path]:

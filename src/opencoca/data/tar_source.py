@@ -25,9 +25,10 @@ from opencoca.data.files import parallel_map
 from opencoca.data.images import ImageError
 from opencoca.data.remote import DEFAULT_RETRIES, RetryPolicy, is_remote, read_range
 from opencoca.data.shard_index import load_index
-from opencoca.data.shards import IMAGE, JSON, TEXT, LostSample, ShardIndex, parse_captions
-from opencoca.data.source import ImageTextSource, Place, Sample
+from opencoca.data.shards import CLASS, IMAGE, JSON, TEXT, LostSample, SampleParts, ShardIndex
+from opencoca.data.source import Place, Sample, SampleSource
 from opencoca.data.tar_scan import BLOCK, header_fits
+from opencoca.data.targets import Target, class_folder
 
 # Parts of a sample that lie further apart than this are read one by one.
 _MAX_GAP_BYTES = 1 << 16
@@ -61,7 +62,7 @@ class _Span(NamedTuple):
     stop: int
 
 
-class TarShards(ImageTextSource):
+class TarShards(SampleSource):
     """Samples of tar shards, in the order of the shards and of the samples in them.
 
     A shard that is damaged keeps the samples around the damage, and a warning names it. Samples without an image are
@@ -70,6 +71,8 @@ class TarShards(ImageTextSource):
     Args:
         paths: the shards: local paths and URLs.
         caption_field: the field of a sample's json that holds its caption or captions.
+        label_field: the field of a sample's json that holds its class or answers; where it has none, the sample's
+            `.cls` is its class. None: the folder in its key is its class.
         storage: where indexes lie and what is kept of remote shards.
         progress: whether to show a progress bar while remote shards are opened.
 
@@ -85,11 +88,12 @@ class TarShards(ImageTextSource):
         paths: Sequence[str | Path],
         *,
         caption_field: str = "caption",
+        label_field: str | None = "label",
         storage: ShardStorage | None = None,
         progress: bool = False,
     ):
         self.storage = storage or ShardStorage()
-        self.caption_field = caption_field
+        self.caption_field, self.label_field = caption_field, label_field
         self.shards = tuple(map(str, paths))
         self.paths = tuple(Path(path) for path in self.shards if not is_remote(path))
         self.is_remote = any(map(is_remote, self.shards))
@@ -177,15 +181,24 @@ class TarShards(ImageTextSource):
     def captions(self, index: int) -> tuple[str, ...]:
         return tuple(filter(None, self._captions_of(index)))
 
-    def open_bytes(self, index: int) -> bytes:
-        shard, row = self._row(index)
-        return self._members(shard, row, (IMAGE,))[0] or b""
+    def target(self, index: int) -> Target | None:
+        return self.read(index, images=False, texts=False).target
 
-    def read(self, index: int) -> Sample:
+    def open_bytes(self, index: int) -> bytes:
+        return self._members(*self._row(index), (IMAGE,)).image or b""
+
+    def read(self, index: int, *, images: bool = True, texts: bool = True, target: bool = True) -> Sample:
         shard, row = self._row(index)
-        image, text, details = self._members(shard, row, (IMAGE, TEXT, JSON))
-        captions = parse_captions(text, details, self.caption_field, self._where(shard, row))
-        return Sample(image or b"", tuple(filter(None, captions)))
+        field, where = self.label_field, self._where(shard, row)
+        in_members = target and field is not None
+        parts = self._members(
+            shard, row, (IMAGE,) * images + (TEXT, JSON) * (texts or in_members) + (CLASS,) * in_members
+        )
+        label = None
+        if target:
+            label = class_folder(self._index(shard).keys[row]) if field is None else parts.target(field, where)
+        captions = parts.captions(self.caption_field, where) if texts else []
+        return Sample((parts.image or b"",) if images else (), tuple(filter(None, captions)), label)
 
     def place(self, index: int) -> Place:
         shard, row = self._row(index)
@@ -193,8 +206,7 @@ class TarShards(ImageTextSource):
 
     def _captions_of(self, index: int) -> list[str]:
         shard, row = self._row(index)
-        text, details = self._members(shard, row, (TEXT, JSON))
-        return parse_captions(text, details, self.caption_field, self._where(shard, row))
+        return self._members(shard, row, (TEXT, JSON)).captions(self.caption_field, self._where(shard, row))
 
     def _where(self, shard: int, row: int) -> str:
         return f"the sample {self._index(shard).keys[row]!r} of {self.shards[shard]!r}"
@@ -210,16 +222,17 @@ class TarShards(ImageTextSource):
             self._keep(shard, index)
         return index
 
-    def _members(self, shard: int, row: int, kinds: tuple[int, ...]) -> list[bytes | None]:
-        """The parts of a sample, None for what it hasn't: in one read if they lie together.
+    def _members(self, shard: int, row: int, kinds: tuple[int, ...]) -> SampleParts:
+        """The parts of a sample that are of these kinds: in one read if they lie together.
 
         Raises ImageError if what lies there isn't what the index says.
         """
         index = self._index(shard)
+        kinds = tuple(kind for kind in kinds if kind < index.members.shape[1])
         places = [(int(offset), int(size)) for offset, size in index.members[row, list(kinds)]]
         there = [place for place in places if place[0]]
         if not there:
-            return [None] * len(kinds)
+            return SampleParts()
         start, stop = min(place[0] for place in there) - BLOCK, max(sum(place) for place in there)
         if stop - start <= sum(size + 2 * BLOCK for _, size in there) + _MAX_GAP_BYTES:
             data = self._read(shard, row, _Span(start, stop))
@@ -230,7 +243,10 @@ class TarShards(ImageTextSource):
             if piece is not None and not header_fits(piece[:BLOCK], size):
                 reason = "its header is damaged, or the shard has changed since its index was made"
                 raise ImageError(f"{index.keys[row]} in {self.shards[shard]}, byte {offset:,}", reason)
-        return [piece if piece is None else piece[BLOCK:] for piece in pieces]
+        found: list[bytes | None] = [None] * len(SampleParts._fields)
+        for kind, piece in zip(kinds, pieces, strict=True):
+            found[kind] = piece if piece is None else piece[BLOCK:]
+        return SampleParts(*found)
 
     def _read(self, shard: int, row: int, span: _Span) -> bytes:
         path, size = self.shards[shard], span.stop - span.start

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 
-from opencoca.data.augment import rand_augment
+from opencoca.data.augment import MAX_MAGNITUDE, rand_augment
 from opencoca.data.images import MAX_PIXELS, ImageData, decode_image
 
 ResizeMode = Literal["squash", "crop", "pad"]
@@ -165,7 +165,7 @@ class TrainTransform:
         ratio: range of the crop's aspect ratio relative to the target's, drawn log-uniformly.
         flip_probability: of mirroring; see `mentions_side`.
         color_jitter: brightness, contrast and saturation are scaled by factors in 1 ± this.
-        random_augment: (operations per image, magnitude out of 30), or None for no RandAugment.
+        rand_augment: (operations per image, magnitude out of 30), or None for no RandAugment.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class TrainTransform:
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip_probability: float = 0.5,
         color_jitter: float = 0.0,
-        random_augment: tuple[int, float] | None = None,
+        rand_augment: tuple[int, float] | None = None,
     ):
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"scale must be a range within 0..1, got {scale}")
@@ -186,14 +186,16 @@ class TrainTransform:
             raise ValueError(f"flip_probability must be in 0..1, got {flip_probability}")
         if not 0 <= color_jitter <= 1:
             raise ValueError(f"color_jitter must be in 0..1, got {color_jitter}")
-        if random_augment is not None and not (random_augment[0] >= 1 and 0 <= random_augment[1] <= 30):
-            raise ValueError(f"random_augment must be (1 or more, 0..30), got {random_augment}")
+        if rand_augment is not None and not (rand_augment[0] >= 1 and 0 <= rand_augment[1] <= MAX_MAGNITUDE):
+            raise ValueError(
+                f"rand_augment must be (1 or more operations, magnitude in 0..{MAX_MAGNITUDE}), got {rand_augment}"
+            )
         self.config = config
         self.scale = scale
         self.ratio = ratio
         self.flip_probability = flip_probability
         self.color_jitter = color_jitter
-        self.random_augment = random_augment
+        self.rand_augment = rand_augment
 
     def __call__(self, image: Image.Image, rng: np.random.Generator, *, flip: bool | None = None) -> torch.Tensor:
         """(3, H, W) float32. `flip` decides about mirroring; None lets the generator decide."""
@@ -257,8 +259,8 @@ class TrainTransform:
         if self.color_jitter > 0:
             for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
                 result = enhance(result).enhance(1.0 + self.color_jitter * rng.uniform(-1.0, 1.0))
-        if self.random_augment is not None:
-            result = rand_augment(result, rng, *self.random_augment, fill=self.config.fill)
+        if self.rand_augment is not None:
+            result = rand_augment(result, rng, *self.rand_augment, fill=self.config.fill)
         return np.array(result)
 
     def _draw_box(self, size: tuple[int, int], rng: np.random.Generator) -> Box:

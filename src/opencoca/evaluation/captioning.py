@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from opencoca.data import ImageTextSource
+from opencoca.data import SampleSource
 from opencoca.evaluation.caption_metrics import CaptionScores, caption_scores
 from opencoca.evaluation.encoding import BrokenImage, encode_images, require_images
 from opencoca.evaluation.retrieval import with_captions
@@ -24,7 +24,7 @@ class CaptioningReport:
 
 def evaluate_captioning(
     pipeline: Pipeline,
-    source: ImageTextSource,
+    source: SampleSource,
     options: GenerationOptions | None = None,
     *,
     rerank: bool | float = False,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from opencoca.data import EvalTransform, ImageTextSource, iterate_images
+from opencoca.data import EvalTransform, SampleSource, iterate_images
 from opencoca.inference.pipeline import Pipeline
 
 
@@ -40,7 +40,7 @@ class EncodedImages:
 
 def encode_images(
     pipeline: Pipeline,
-    images: ImageTextSource | Sequence[str | Path],
+    images: SampleSource | Sequence[str | Path],
     batch_size: int,
     *,
     progress: bool = False,
@@ -60,8 +60,8 @@ def encode_images(
             bar.update(len(batch.indices) + len(broken))
 
 
-def _name(images: ImageTextSource | Sequence[str | Path], index: int) -> str:
-    return images.key(index) if isinstance(images, ImageTextSource) else str(images[index])
+def _name(images: SampleSource | Sequence[str | Path], index: int) -> str:
+    return images.key(index) if isinstance(images, SampleSource) else str(images[index])
 
 
 def require_images(count: int, broken: Sequence[BrokenImage], wanted: str = "images that can be read") -> None:

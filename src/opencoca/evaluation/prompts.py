@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opencoca.data.prompts import check_templates, fill_templates
+
 SIMPLE_TEMPLATES = ("a photo of a {}.",)
 NUM_CONFUSIONS = 10
 
@@ -45,7 +47,7 @@ def load_templates(name_or_path: str = "clip") -> tuple[str, ...]:
         ) from error
     templates = tuple(line.strip() for line in lines if line.strip())
     try:
-        _check_templates(templates)
+        check_templates(templates)
     except ValueError as error:
         raise ValueError(f"{name_or_path}: {error}") from None
     return templates
@@ -59,28 +61,6 @@ def load_imagenet_class_names() -> tuple[str, ...]:
 def _load_asset(name: str) -> list[str]:
     asset = importlib.resources.files("opencoca").joinpath("assets/prompts", name)
     return json.loads(asset.read_text(encoding="utf-8"))
-
-
-def _check_templates(templates: Sequence[str]) -> None:
-    if isinstance(templates, str):
-        raise ValueError(f"The templates are the single string {templates!r}: give a list of templates.")
-    if not templates:
-        raise ValueError("There are no prompt templates: give at least one, such as 'a photo of a {}.'")
-    for template in templates:
-        if template.count("{}") != 1:
-            raise ValueError(f"The template {template!r} must contain {{}} once, where the label goes.")
-
-
-def fill_templates(label: str, templates: Sequence[str]) -> list[str]:
-    """The label in every template, in their order.
-
-    Raises:
-        ValueError: an empty label, no templates, or a template in which ``{}`` does not stand once.
-    """
-    _check_templates(templates)
-    if not label.strip():
-        raise ValueError(f"The label {label!r} is empty: give every label a name.")
-    return [template.replace("{}", label) for template in templates]  # not str.format: other braces stay
 
 
 def zero_shot_weights(

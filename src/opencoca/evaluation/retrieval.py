@@ -6,7 +6,7 @@ from typing import get_args
 
 import torch
 
-from opencoca.data import ImageTextSource, Subset
+from opencoca.data import SampleSource, Subset
 from opencoca.evaluation.encoding import BrokenImage, encode_images, require_images
 from opencoca.evaluation.likelihood_retrieval import less_prior, reranked_scores, score_shortlist, shortlist
 from opencoca.evaluation.retrieval_metrics import RetrievalScores, retrieval_scores
@@ -27,7 +27,7 @@ class RetrievalReport:
 
 def evaluate_retrieval(
     pipeline: Pipeline,
-    source: ImageTextSource,
+    source: SampleSource,
     *,
     by: Rule = "similarity",
     rerank_top: int = DEFAULT_RERANK_TOP,
@@ -70,7 +70,7 @@ def evaluate_retrieval(
     return RetrievalReport(scores, tuple(broken), len(source) - len(captioned))
 
 
-def with_captions(source: ImageTextSource, indices: Iterable[int] | None = None) -> Subset:
+def with_captions(source: SampleSource, indices: Iterable[int] | None = None) -> Subset:
     """The images of a source that have at least one caption."""
     wanted = range(len(source)) if indices is None else indices
     return Subset(source, [index for index in wanted if source.captions(index)])

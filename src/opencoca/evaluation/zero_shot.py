@@ -1,6 +1,6 @@
 """Zero-shot classification of a whole source of labelled images.
 
-A labelled source is an `ImageTextSource` whose one caption an image is its label: see `open_labelled`.
+Every image of the source has a class as its target: see `opencoca.data.open_labelled`.
 """
 
 import csv
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from opencoca.data import ImageFolder, ImageTextSource, list_images, open_source
+from opencoca.data import SampleSource
 from opencoca.evaluation.encoding import BrokenImage, encode_images, require_images
 from opencoca.evaluation.prompts import ClassificationScores, classification_scores, zero_shot_weights
 from opencoca.inference.labels import Rule
@@ -26,30 +26,6 @@ class ZeroShotReport:
     labels: tuple[str, ...]
     names: tuple[str, ...]
     broken_images: tuple[BrokenImage, ...]
-
-
-def open_labelled(images: str | Path, labels: str | Path | None = None) -> ImageTextSource:
-    """Images with their labels: from a table with the columns image and label, or one sub-folder a class without it.
-
-    Raises:
-        FileNotFoundError: a folder, the table, or an image that it names does not exist.
-        ValueError: no images, an image outside of the sub-folders, or one that has no label or several.
-    """
-    if labels is None:
-        keys = list_images(images)
-        if loose := [key for key in keys if "/" not in key]:
-            raise ValueError(
-                f"the image {loose[0]!r} lies in {str(images)!r} itself, not in a sub-folder named after its class; "
-                "move it there, or give a table of labels"
-            )
-        return ImageFolder(images, keys, {key: (key.split("/")[0],) for key in keys})
-    source = open_source(images, labels, caption_column="label")
-    for index in range(len(source)):
-        own = source.captions(index)
-        if len(own) != 1:
-            found = f"{len(own)} labels ({', '.join(own)})" if own else "no label"
-            raise ValueError(f"the image {source.key(index)!r} has {found} in {str(labels)!r}; give each image one")
-    return source
 
 
 def read_class_names(path: str | Path) -> dict[str, str]:
@@ -76,7 +52,7 @@ def read_class_names(path: str | Path) -> dict[str, str]:
 
 def evaluate_zero_shot(
     pipeline: Pipeline,
-    source: ImageTextSource,
+    source: SampleSource,
     templates: Sequence[str],
     class_names: Mapping[str, str] | None = None,
     *,
@@ -87,7 +63,7 @@ def evaluate_zero_shot(
     """Gives every image the label whose prompts are most similar to it.
 
     Args:
-        source: see `open_labelled`.
+        source: images with classes; see `opencoca.data.open_labelled`.
         templates: prompts with {} for the class's name.
         class_names: names by label; labels that no image has are to choose from too. None: the labels of the images,
             underscores read as spaces.
@@ -97,7 +73,8 @@ def evaluate_zero_shot(
     Raises:
         ValueError: no image can be read, a label has no name, unusable templates, or no such rule.
     """
-    present = {source.captions(index)[0] for index in range(len(source))}
+    classes = [_class_of(source, index) for index in range(len(source))]
+    present = set(classes)
     names = dict(class_names) if class_names else {label: label.replace("_", " ") for label in sorted(present)}
     if unnamed := sorted(present - names.keys()):
         raise ValueError(f"{len(unnamed)} labels have no class name: {', '.join(unnamed[:5])}; add them to the table")
@@ -109,11 +86,18 @@ def evaluate_zero_shot(
     broken: list[BrokenImage] = []
     for batch in encode_images(pipeline, source, batch_size, progress=progress, description="classifying images"):
         logits.append(logits_of(batch.tokens, batch.embed))
-        targets += [position[source.captions(index)[0]] for index in batch.indices]
+        targets += [position[classes[index]] for index in batch.indices]
         broken += batch.broken
     require_images(len(targets), broken)
     scores = classification_scores(torch.cat(logits), torch.tensor(targets))
     return ZeroShotReport(scores, labels, tuple(names.values()), tuple(broken))
+
+
+def _class_of(source: SampleSource, index: int) -> str:
+    target = source.target(index)
+    if not isinstance(target, str):
+        raise ValueError(f"the image {source.key(index)!r} has {'no' if target is None else 'more than one'} label")
+    return target
 
 
 def _logits_of(

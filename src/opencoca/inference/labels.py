@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from opencoca.data.prompts import check_templates, fill_templates
+
 DEFAULT_TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "{}")
 
 Rule = Literal["similarity", "likelihood", "both"]
@@ -45,15 +47,15 @@ class Classifier:
 def label_texts(labels: Sequence[str], templates: str | Sequence[str]) -> list[str]:
     """Every label in every template, the texts of a label side by side.
 
-    Raises ValueError for no labels, the same one twice, or a template without {}.
+    Raises ValueError for no labels, the same one twice, or a template that does not contain {} once.
     """
     templates = [templates] if isinstance(templates, str) else list(templates)
-    _check_labels(labels, templates)
-    # Not str.format: a label or template may hold other braces.
-    return [template.replace("{}", label) for label in labels for template in templates]
+    check_templates(templates)
+    _check_labels(labels)
+    return [text for label in labels for text in fill_templates(label, templates)]
 
 
-def _check_labels(labels: Sequence[str], templates: Sequence[str]) -> None:
+def _check_labels(labels: Sequence[str]) -> None:
     if isinstance(labels, str):
         raise ValueError(f"labels is the single text {labels[:40]!r}; give a list of labels")
     if not labels:
@@ -63,7 +65,3 @@ def _check_labels(labels: Sequence[str], templates: Sequence[str]) -> None:
             raise ValueError(f"label number {position} is {label!r}, not a string")
     if twice := [label for position, label in enumerate(labels) if label in labels[:position]]:
         raise ValueError(f"the label {twice[0]!r} is given more than once; give each label once")
-    if not templates:
-        raise ValueError("there are no templates; give at least one, such as 'a photo of a {}.'")
-    if without := [template for template in templates if "{}" not in template]:
-        raise ValueError(f"the template {without[0]!r} has no {{}} for the label; write it as in 'a photo of a {{}}.'")

@@ -264,7 +264,7 @@ class Pipeline:
         logit is the mean over its texts of log p(text | image) - log p(text), by the captioner.
 
         Raises:
-            ValueError: no labels, the same one twice, a template without {}, or no such rule.
+            ValueError: no labels, the same one twice, a template that does not contain {} once, or no such rule.
         """
         classifier = self.classifier(labels, templates, by)
         ranked = []

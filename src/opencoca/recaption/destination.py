@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from opencoca.data import ImageTextSource
+from opencoca.data import SampleSource
 from opencoca.recaption.inputs import common_folder, text_files_beside
 from opencoca.recaption.outputs import check_suffix
 
@@ -27,7 +27,7 @@ class Destination:
     texts: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, source: ImageTextSource, out: str | Path | None, beside: bool) -> Destination:
+    def of(cls, source: SampleSource, out: str | Path | None, beside: bool) -> Destination:
         """Plans the files; raises ValueError if images cannot have files beside them or `out` has an unknown suffix."""
         texts = tuple(text_files_beside(source)) if beside else ()
         if out is not None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-from opencoca.data import EvalTransform, ImageBatch, ImageTextSource, Subset, iterate_images
+from opencoca.data import EvalTransform, ImageBatch, SampleSource, Subset, iterate_images
 from opencoca.data.files import parallel_map
 from opencoca.generation import GeneratedCaption
 from opencoca.recaption.captioner import Captioner
@@ -27,7 +27,7 @@ class CaptionedImage:
 
 def caption_source(
     captioner: Captioner,
-    source: ImageTextSource,
+    source: SampleSource,
     batch_size: int,
     *,
     start: int = 0,
@@ -55,7 +55,7 @@ def _one_ahead(batches: Iterator[ImageBatch], count: int) -> Generator[ImageBatc
         batches.close()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _caption_batch(captioner: Captioner, source: ImageTextSource, batch: ImageBatch) -> list[CaptionedImage]:
+def _caption_batch(captioner: Captioner, source: SampleSource, batch: ImageBatch) -> list[CaptionedImage]:
     done = {index: CaptionedImage(source.key(index), error=reason) for index, reason in batch.errors}
     indices = batch.indices.tolist()
     if indices:

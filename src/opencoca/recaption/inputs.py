@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from opencoca.data import ImageError, ImageTextSource, JoinedSource, TarShards, list_images
+from opencoca.data import ImageError, JoinedSource, SampleSource, TarShards, list_images
 from opencoca.data.images import IMAGE_SUFFIXES
 from opencoca.data.shards import expand_shards
 from opencoca.data.tables import TABLE_SUFFIXES, read_image_names
@@ -18,7 +18,7 @@ _SHARD_SUFFIX = ".tar"
 _MAX_FILE_BYTES = 1 << 30
 
 
-class ImageFiles(ImageTextSource):
+class ImageFiles(SampleSource):
     """Image files, named by their paths. A file that cannot be read raises ImageError with the reason."""
 
     def __init__(self, paths: Sequence[str]):
@@ -60,7 +60,7 @@ class ShardImages(TarShards):
 
 def open_inputs(
     arguments: Iterable[str], *, image_column: str = "image", image_root: str | Path | None = None
-) -> ImageTextSource:
+) -> SampleSource:
     """Opens all images that the arguments name, each once, in their order; those of a folder or glob are sorted.
 
     Args:
@@ -88,11 +88,11 @@ class _Collection:
     def __init__(self, image_column: str, image_root: Path | None):
         self.image_column = image_column
         self.image_root = image_root
-        self.sources: list[ImageTextSource] = []
+        self.sources: list[SampleSource] = []
         self.seen: set[str] = set()
         self.files: list[str] = []
 
-    def source(self) -> ImageTextSource:
+    def source(self) -> SampleSource:
         self._close_files()
         return self.sources[0] if len(self.sources) == 1 else JoinedSource(self.sources)
 
@@ -172,7 +172,7 @@ class _Collection:
             self.files = []
 
 
-def text_files_beside(source: ImageTextSource) -> list[str]:
+def text_files_beside(source: SampleSource) -> list[str]:
     """Returns for each image the `.txt` file beside it.
 
     Raises ValueError if the images are not files of their own, or two would share one.
@@ -194,7 +194,7 @@ def text_files_beside(source: ImageTextSource) -> list[str]:
     return paths
 
 
-def common_folder(source: ImageTextSource) -> Path:
+def common_folder(source: SampleSource) -> Path:
     """Returns the folder that contains all files of a source."""
     folders = {os.path.dirname(source.key(index)) for index in range(len(source))}
     try:

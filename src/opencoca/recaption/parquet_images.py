@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from opencoca.data import ImageError, ImageTextSource
+from opencoca.data import ImageError, SampleSource
 
 
 def has_encoded_images(path: Path, image_column: str) -> bool:
@@ -39,7 +39,7 @@ def _bytes_field(kind: Any) -> str | None:
     return None
 
 
-class ParquetImages(ImageTextSource):
+class ParquetImages(SampleSource):
     """The rows of a Parquet file, named `TABLE#ROW`, rows counted from 0.
 
     Rows are read a group at a time, and the last two groups are kept: reading in order costs each group once. Safe to

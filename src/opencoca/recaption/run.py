@@ -13,7 +13,7 @@ from dataclasses import asdict
 import torch
 from tqdm import tqdm
 
-from opencoca.data import ImageTextSource
+from opencoca.data import SampleSource
 from opencoca.recaption.captioner import Captioner
 from opencoca.recaption.destination import Destination
 from opencoca.recaption.engine import caption_source
@@ -31,7 +31,7 @@ def _silent(_: str) -> None:
 
 def caption_to_files(
     captioner: Captioner,
-    source: ImageTextSource,
+    source: SampleSource,
     destination: Destination,
     *,
     batch_size: int | None = None,
@@ -80,7 +80,7 @@ def caption_to_files(
 
 def _work(
     captioner: Captioner,
-    source: ImageTextSource,
+    source: SampleSource,
     journal: Journal,
     batch_size: int,
     progress: bool,

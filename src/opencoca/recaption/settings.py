@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from opencoca.data import ImageTextSource
+from opencoca.data import SampleSource
 from opencoca.inference.pipeline import Pipeline
 from opencoca.recaption.captioner import Captioner
 
 Settings = dict[str, Any]
 
 
-def run_settings(captioner: Captioner, source: ImageTextSource, **others: Any) -> Settings:
+def run_settings(captioner: Captioner, source: SampleSource, **others: Any) -> Settings:
     """Collects everything that two runs must share for their captions to be the same, as JSON can hold it."""
     from opencoca import __version__
 

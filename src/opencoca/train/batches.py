@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from opencoca.data import Batch, ImageTextSource, TrainingLoader, TrainTransform
+from opencoca.data import Batch, SampleSource, TrainingLoader, TrainTransform
 from opencoca.distributed.world import World
 from opencoca.tokenizer import Tokenizer
 from opencoca.train.data_sources import training_order
@@ -21,7 +21,7 @@ class TrainBatches:
     def __init__(
         self,
         recipe: Recipe,
-        source: ImageTextSource,
+        source: SampleSource,
         tokenizer: Tokenizer,
         transform: TrainTransform,
         context_length: int,

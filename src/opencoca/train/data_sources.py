@@ -1,19 +1,20 @@
 """From the data section of a recipe to the source that a run reads, and the order in which it does."""
 
 from opencoca.data import (
-    ImageTextSource,
     LabelSource,
     MixedSource,
     SampleOrder,
+    SampleSource,
     ShardStorage,
     make_order,
     open_source,
 )
+from opencoca.data.opening import FOLDERS
 from opencoca.train.recipe.data import DataRecipe, SourceRecipe
 from opencoca.train.recipe.recipe import Recipe
 
 
-def open_train_source(recipe: Recipe) -> ImageTextSource:
+def open_train_source(recipe: Recipe) -> SampleSource:
     """The training pairs: one data set, or a mixture of several.
 
     Raises ValueError for what the recipe gets wrong, FileNotFoundError for data that are not there.
@@ -24,7 +25,7 @@ def open_train_source(recipe: Recipe) -> ImageTextSource:
     if not data.sources:
         if not data.train_images:
             raise ValueError("the recipe names no data.train_images; add --data.train_images FOLDER")
-        source = open_source(data.train_images, data.train_captions, storage=_storage(data))
+        source = _open(data, data.train_images, data.train_captions, data.train_labels)
     else:
         parts = [_open_part(part, data) for part in data.sources]
         weights = [part.weight for part in data.sources]
@@ -37,17 +38,17 @@ def open_train_source(recipe: Recipe) -> ImageTextSource:
     return source
 
 
-def open_val_source(recipe: Recipe) -> ImageTextSource | None:
+def open_val_source(recipe: Recipe) -> SampleSource | None:
     """The validation pairs, if the recipe names any. Raises as `open_train_source` does."""
     data = recipe.data
     if data.val_images is None:
         return None
     if not data.val_images:
         raise ValueError("the recipe names no data.val_images; add --data.val_images FOLDER")
-    return open_source(data.val_images, data.val_captions, storage=_storage(data))
+    return _open(data, data.val_images, data.val_captions, data.val_labels)
 
 
-def training_order(source: ImageTextSource, recipe: Recipe) -> SampleOrder:
+def training_order(source: SampleSource, recipe: Recipe) -> SampleOrder:
     """The order of a run over ``source``."""
     data = recipe.data
     return make_order(
@@ -60,19 +61,24 @@ def training_order(source: ImageTextSource, recipe: Recipe) -> SampleOrder:
     )
 
 
-def _open_part(part: SourceRecipe, data: DataRecipe) -> ImageTextSource:
+def _open_part(part: SourceRecipe, data: DataRecipe) -> SampleSource:
     if not part.images:
         raise ValueError("each of data.sources needs images: a folder, or tar shards")
+    as_labels = part.labels == "captions"  # the column or field of captions holds class labels
     source = open_source(
         part.images,
-        part.captions,
+        None if as_labels else part.captions,
+        {"none": None, "captions": part.captions, "folders": FOLDERS}[part.labels],
         image_column=part.image_column,
         caption_column=part.caption_column,
+        label_column=part.caption_column if as_labels else "label",
         storage=_storage(data),
     )
-    if part.labels == "none":
-        return source
-    return LabelSource(source, part.labels, part.prompts, part.separator)
+    return source if part.labels == "none" else LabelSource(source, part.prompts, part.separator)
+
+
+def _open(data: DataRecipe, images: str, captions: str | None, labels: str | None) -> SampleSource:
+    return open_source(images, captions, labels, label_column=data.label_column, storage=_storage(data))
 
 
 def _storage(data: DataRecipe) -> ShardStorage:

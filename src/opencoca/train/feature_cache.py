@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from opencoca.data import EvalTransform, ImageTextSource, TrainTransform, decode_image, mentions_side
+from opencoca.data import EvalTransform, SampleSource, TrainTransform, decode_image, mentions_side
 from opencoca.data.files import parallel_map
 from opencoca.data.images import ImageError
-from opencoca.data.sources import ImageFolder, TarShards
+from opencoca.data.sources import ImageFolder
+from opencoca.data.tar_source import TarShards
 from opencoca.system.files import WriteError, atomic_write
 
 _BATCH = 32
@@ -36,7 +37,7 @@ class CacheViews:
     count: int
     seed: int
 
-    def pixels(self, source: ImageTextSource, image: int, view: int) -> Tensor:
+    def pixels(self, source: SampleSource, image: int, view: int) -> Tensor:
         """(3, H, W) of one view: 0 as evaluation sees it, 1 mirrored, others random crops."""
         picture = decode_image(source.open_bytes(image), name=source.key(image))
         may_flip = not any(mentions_side(caption) for caption in source.captions(image))
@@ -52,6 +53,8 @@ class CacheViews:
         if self.training is not None and self.count > 2:
             crops = self.training
             views["crops"] = [crops.scale, crops.ratio, crops.flip_probability, crops.color_jitter]
+            if crops.rand_augment is not None:
+                views["crops"].append(crops.rand_augment)
             views["seed"] = self.seed
         return views
 
@@ -73,7 +76,7 @@ def open_feature_cache(
     folder: Path,
     encoder,
     stages: int,
-    source: ImageTextSource,
+    source: SampleSource,
     views: CacheViews,
     device: torch.device,
     label: str,
@@ -158,7 +161,7 @@ def _view_batches(source, views: CacheViews, start: int) -> Iterator[tuple[np.nd
         yield images, [torch.stack([row[view] for row in good]) for view in range(views.count)], broken
 
 
-def _fingerprint(encoder, stages: int, source: ImageTextSource, views: CacheViews, precision: str) -> str:
+def _fingerprint(encoder, stages: int, source: SampleSource, views: CacheViews, precision: str) -> str:
     """Of all that the features depend on: weights and settings of the stages, the images, and how views are made."""
     digest = hashlib.sha256()
     for name, tensor in encoder.stages[:stages].state_dict().items():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from opencoca.data import EvalTransform, ImageTextSource, PreprocessConfig, TrainTransform
+from opencoca.data import EvalTransform, PreprocessConfig, SampleSource, TrainTransform
 from opencoca.distributed.world import World
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
@@ -44,8 +44,8 @@ class RunSetup:
     model: CoCa
     frozen_stages: int
     batches: TrainBatches
-    train_source: ImageTextSource
-    val_source: ImageTextSource | None
+    train_source: SampleSource
+    val_source: SampleSource | None
     validator: Validator | None
 
 
@@ -90,7 +90,7 @@ def set_up(recipe: Recipe, folder: Path, continues: bool, world: World) -> RunSe
     )
 
 
-def make_tokenizer(recipe: Recipe, source: ImageTextSource, stored: Path, continues: bool, world: World) -> Tokenizer:
+def make_tokenizer(recipe: Recipe, source: SampleSource, stored: Path, continues: bool, world: World) -> Tokenizer:
     """The vocabulary that the recipe names; a trained one is kept in the file ``stored``."""
     options = recipe.tokenizer
     if options.source == "clip":
@@ -162,9 +162,10 @@ class _Caches:
             ratio=data.crop_ratio,
             flip_probability=data.flip_probability,
             color_jitter=data.color_jitter,
+            rand_augment=data.rand_augment,
         )
 
-    def open(self, source: ImageTextSource, training: bool, label: str) -> FeatureCache | None:
+    def open(self, source: SampleSource, training: bool, label: str) -> FeatureCache | None:
         """Computes what is missing, in the main process. Raises ValueError if too many images cannot be read."""
         if not self.stages:
             return None

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opencoca.data import EvalTransform, ImageTextSource, Subset, collate_captions, iterate_images
+from opencoca.data import EvalTransform, SampleSource, Subset, collate_captions, iterate_images
 from opencoca.data.batch import Batch
 from opencoca.distributed.world import World
 from opencoca.evaluation.caption_metrics import caption_scores
@@ -96,7 +96,7 @@ class Validator:
     def __init__(
         self,
         recipe: Recipe,
-        source: ImageTextSource,
+        source: SampleSource,
         tokenizer: Tokenizer,
         transform: EvalTransform,
         cache: FeatureCache | None,
@@ -217,7 +217,7 @@ def _share(count: int, rank: int, num_ranks: int) -> tuple[int, int]:
     return min(count, first), min(count, stop)
 
 
-def fixed_photographs(source: ImageTextSource, count: int) -> list[str]:
+def fixed_photographs(source: SampleSource, count: int) -> list[str]:
     """Keys of so many images that have captions, evenly spaced: the same ones in every run on this source."""
     keys = [source.key(image) for image in range(len(source)) if source.captions(image)]
     return [keys[number * len(keys) // min(count, len(keys))] for number in range(min(count, len(keys)))]

@@ -37,9 +37,13 @@ class DataRecipe:
     Args:
         train_images: folder of images, or tar shards (folder, pattern or URL) that hold captions too.
         train_captions: CSV, JSONL or Parquet with one row a caption; not needed for shards.
+        train_labels: such a table with classes (it may be that of captions), or folders: the folder that an image lies
+            in names its class; not needed for shards.
         sources: several data sets, with weights, in place of train_images.
         val_images: as train_images; nothing is validated without it.
         val_captions: as train_captions.
+        val_labels: as train_labels.
+        label_column: column of classes of these tables, or the field of a sample's json.
         captions_per_image: captions of one image in a batch; they share its encoding.
         resize_mode: how evaluation makes images fit: crop, pad or squash.
         mean: subtracted from RGB values in [0, 1].
@@ -48,6 +52,8 @@ class DataRecipe:
         crop_ratio: width over height of a training crop, at least and at most.
         flip_probability: of mirroring; images whose captions say left or right never are.
         color_jitter: strength of random brightness, contrast and saturation, 0 to 1.
+        rand_augment: operations of RandAugment on an image, and their magnitude, 0 to 30; null = none. The paper
+            finetunes with [2, 20] and [1, 10].
         num_workers: processes that decode images; 0 decodes in the training process.
         drop_last: an epoch ends before a last batch that would be smaller.
         shuffle: samples (all of them), blocks (runs of 256 samples of tar shards, and the samples of shuffle_window
@@ -61,9 +67,12 @@ class DataRecipe:
 
     train_images: str = ""
     train_captions: str | None = None
+    train_labels: str | None = None
     sources: list[SourceRecipe] | None = None
     val_images: str | None = None
     val_captions: str | None = None
+    val_labels: str | None = None
+    label_column: str = "label"
     captions_per_image: int = 1
     resize_mode: Literal["crop", "pad", "squash"] = "crop"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -72,6 +81,7 @@ class DataRecipe:
     crop_ratio: tuple[float, float] = (0.75, 1.3333)
     flip_probability: float = 0.5
     color_jitter: float = 0.0
+    rand_augment: tuple[int, float] | None = None
     num_workers: int = 2
     drop_last: bool = True
     shuffle: Literal["auto", "samples", "blocks"] = "auto"

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from opencoca.data import ImageTextSource, decode_image
+from opencoca.data import SampleSource, decode_image
 from opencoca.system.files import atomic_write
 from opencoca.train.data_sources import open_val_source
 from opencoca.train.recipe.recipe import load_recipe
@@ -27,7 +27,7 @@ _SCORES = {
 }
 
 
-def write_report(folder: Path, source: ImageTextSource | None, captions: dict[str, str], title: str) -> Path:
+def write_report(folder: Path, source: SampleSource | None, captions: dict[str, str], title: str) -> Path:
     """Writes report.html and report.png from the run's metrics.jsonl; captions: by key, of the images to show.
 
     source: of the validation photographs; None = there are none to show. Returns the picture's path.
@@ -58,7 +58,7 @@ def report_runs(folders: Sequence[str | Path], output: str | Path | None = None)
     return [page, _write_picture(run.folder, source, captions, title)]
 
 
-def followed_pictures(runs: Sequence[RunLog], source: ImageTextSource | None) -> dict[str, Image.Image]:
+def followed_pictures(runs: Sequence[RunLog], source: SampleSource | None) -> dict[str, Image.Image]:
     """By key, the photographs whose captions the runs followed; those that cannot be read are left out."""
     keys = {key for run in runs for line in run.of("captions") for key in line.get("captions", {})}
     found: dict[str, Image.Image] = {}
@@ -71,7 +71,7 @@ def followed_pictures(runs: Sequence[RunLog], source: ImageTextSource | None) ->
     return found
 
 
-def _source_of(run: RunLog) -> ImageTextSource | None:
+def _source_of(run: RunLog) -> SampleSource | None:
     """The run's validation photographs; None if there are none, or not any more."""
     try:
         return open_val_source(load_recipe(run.folder / "recipe.json"))
@@ -79,7 +79,7 @@ def _source_of(run: RunLog) -> ImageTextSource | None:
         return None
 
 
-def _write_picture(folder: Path, source: ImageTextSource | None, captions: dict[str, str], title: str) -> Path:
+def _write_picture(folder: Path, source: SampleSource | None, captions: dict[str, str], title: str) -> Path:
     metrics = read_metrics(folder / "metrics.jsonl")
     photographs = _photographs(source, captions) if source is not None else []
     figure = Figure(figsize=(16, 5 + 4.2 * ((len(photographs) + 3) // 4)), layout="constrained")
@@ -130,7 +130,7 @@ def _draw_scores(axes: Axes, metrics: list[dict[str, Any]]) -> None:
         axes.legend()
 
 
-def _photographs(source: ImageTextSource, captions: dict[str, str], count: int = 8) -> list[tuple[Any, str]]:
+def _photographs(source: SampleSource, captions: dict[str, str], count: int = 8) -> list[tuple[Any, str]]:
     wanted = [i for i in range(len(source)) if source.key(i) in captions]
     chosen = wanted[:: max(1, len(wanted) // count)][:count]
     return [(decode_image(source.open_bytes(i)), captions[source.key(i)]) for i in chosen]
