@@ -256,7 +256,7 @@ def test_similarity_is_the_cosine(pipeline, arrays):
     assert pipeline.similarity(arrays[0], "a dog").shape == (1, 1)
 
 
-@pytest.mark.parametrize("templates", ["it is {}", ["a photo of a {}.", "{}", "{} and {}"]])
+@pytest.mark.parametrize("templates", ["it is {}", ["a photo of a {}.", "{}", "{}!"]])
 def test_classes_equal_the_definition(pipeline, arrays, templates):
     results = pipeline.classify(arrays, LABELS, templates)
     images = pipeline.embed_images(arrays).double()
