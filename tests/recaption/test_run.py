@@ -186,7 +186,7 @@ def test_changed_options_are_refused(
     journal = (tmp_path / "o.jsonl.journal").read_bytes()
     with pytest.raises(ValueError, match="belongs to a run with other settings") as caught:
         caption(changed, images, out)
-    assert f"settings: {sentence}; go on" in str(caught.value)
+    assert f"settings: {sentence}; continue with" in str(caught.value)
     assert "--overwrite" in str(caught.value)
     assert (tmp_path / "o.jsonl.journal").read_bytes() == journal
     caption(changed, images, out, overwrite=True)
@@ -198,15 +198,15 @@ def test_other_images_and_another_model_are_refused(
 ) -> None:
     out = tmp_path / "o.jsonl"
     interrupt(captioner, images, out, monkeypatch)
-    with pytest.raises(ValueError, match="there were 7 images and now are 6"):
+    with pytest.raises(ValueError, match="there were 7 images and there are 6 now"):
         caption(captioner, images[:6], out)
-    with pytest.raises(ValueError, match="the list of images is another one"):
+    with pytest.raises(ValueError, match="the list of images is different"):
         caption(captioner, images[::-1], out)
     other = load(save_tiny_model(tmp_path / "other"), "cpu")
     assert caption(replace(captioner, pipeline=other), images, tmp_path / "same.jsonl").captions == 7
     with torch.no_grad():
         other.model.unimodal_decoder.token_embed.weight[5, 3] += 1e-3
-    with pytest.raises(ValueError, match="the model is another one"):
+    with pytest.raises(ValueError, match="the model is a different one"):
         caption(replace(captioner, pipeline=other), images, out)
     half = load(tmp_path / "other", "cpu", "bfloat16")
     with pytest.raises(ValueError, match='dtype was "float32" and is "bfloat16" now'):
@@ -221,7 +221,7 @@ def test_a_batch_that_does_not_fit_says_what_to_do(
 
     with monkeypatch.context() as patch:
         patch.setattr(Captioner, "__call__", fail)
-        with pytest.raises(ValueError, match=r"4 images at a time do not fit into .*--batch-size 2 goes on"):
+        with pytest.raises(ValueError, match=r"4 images at a time do not fit into .*--batch-size 2 continues"):
             caption(captioner, images, tmp_path / "o.jsonl", batch_size=4)
     caption(captioner, images, tmp_path / "o.jsonl", batch_size=2)
     assert len(read_jsonl(tmp_path / "o.jsonl")) == 7

@@ -161,7 +161,7 @@ def _write_captions(
         )
     except KeyboardInterrupt:
         if destination.journal.exists():
-            complain("the images that are done are kept; the same command goes on from there")
+            complain("the images that are done are kept; the same command continues from there")
         raise
     print(_summary(report, destination))
     return 2 if report.unreadable else 0

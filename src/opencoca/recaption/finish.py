@@ -8,17 +8,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from opencoca.recaption.destination import Destination
 from opencoca.recaption.flags import ALL_FLAGS, COMMON, CommonCaptions, FlagThresholds, caption_flags
 from opencoca.recaption.journal import Journal
 from opencoca.recaption.outputs import write_rows, write_texts
-from opencoca.recaption.rows import output_rows
+from opencoca.recaption.rows import Row, output_rows
 from opencoca.recaption.settings import Settings
 from opencoca.system.files import atomic_write, remove_partial_files
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from opencoca.recaption.rows import Row
 from opencoca.system.files import WriteError
 
 FORMAT = "opencoca-captions-1"
 _HEAD = f'{{"format":"{FORMAT}"'
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Journal:
             file.seek(0)
             if end == 0 and not _TORN_HEADER.fullmatch(file.read(1 << 20)):
                 raise ValueError(
-                    f"{self.path} is no journal that this version of opencoca can read; remove it, or start anew with "
+                    f"{self.path} is no journal that this version of opencoca can read; remove it, or start over with "
                     "--overwrite"
                 )
         return end
@@ -145,7 +145,7 @@ class Journal:
         except OSError as error:
             with contextlib.suppress(OSError):  # if this fails too, the damaged line is cut off at the next start
                 os.ftruncate(self._file.fileno(), self._end)
-            kept = f"the {self.num_done:,} images that are done are kept, and the same command goes on from there"
+            kept = f"the {self.num_done:,} images that are done are kept, and the same command continues from there"
             raise _write_error(self.path, error, kept) from error
         self._end += len(line)
 

@@ -11,9 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from opencoca.recaption.rows import Row
 from opencoca.system.files import WriteError, atomic_write
 
-Row = dict[str, Any]
 OUTPUT_SUFFIXES = (".jsonl", ".csv", ".parquet")
 _ROWS_PER_GROUP = 16_384
 

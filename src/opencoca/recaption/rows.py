@@ -9,6 +9,7 @@ from opencoca.generation import GeneratedCaption
 from opencoca.recaption.engine import CaptionedImage
 
 Row = dict[str, Any]
+"""A row as JSON can hold it."""
 _DIGITS = 4  # further digits are rounding errors
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import asdict
 
 import torch
 from tqdm import tqdm
@@ -58,8 +57,7 @@ def caption_to_files(
         WriteError: a file cannot be written; what was done so far is kept.
     """
     thresholds = thresholds or FlagThresholds()
-    fixed = {"beside": bool(destination.texts), "thresholds": asdict(thresholds)}
-    settings = run_settings(captioner, source, **fixed)
+    settings = run_settings(captioner, source, thresholds, beside=bool(destination.texts))
     if not overwrite and not destination.journal.exists():
         if (report := _complete_already(destination, settings)) is not None:
             on_note(f"{destination.base} is complete already: {report.images:,} images")
@@ -68,7 +66,7 @@ def caption_to_files(
     with Journal(destination.journal, settings, overwrite=overwrite) as journal:
         _check_settings(journal, settings)
         if journal.num_done:
-            on_note(f"going on from {journal.num_done:,} of {len(source):,} images in {journal.path}")
+            on_note(f"continuing after {journal.num_done:,} of {len(source):,} images in {journal.path}")
         if journal.num_done < len(source):
             size = batch_size or (None if memory_bytes else journal.last_batch_size)
             size = size or choose_batch_size(captioner, len(source), memory_bytes)
@@ -102,15 +100,15 @@ def _work(
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"{batch_size} images at a time do not fit into the memory of {captioner.device}; the same command "
-                f"with --batch-size {max(1, batch_size // 2)} goes on from image {journal.num_done:,}"
+                f"with --batch-size {max(1, batch_size // 2)} continues from image {journal.num_done:,}"
             ) from error
 
 
 def _check_settings(journal: Journal, settings: Settings) -> None:
     if changes := describe_changes(journal.header, settings):
         raise ValueError(
-            f"{journal.path} belongs to a run with other settings: {changes}; go on with what it was begun with, or "
-            "begin anew with --overwrite"
+            f"{journal.path} belongs to a run with other settings: {changes}; continue with the old settings, or "
+            "start over with --overwrite"
         )
 
 
@@ -127,6 +125,4 @@ def _refuse_existing(destination: Destination) -> None:
     existing = destination.existing()
     if existing:
         more = f" and {len(existing) - 1:,} other files" if len(existing) > 1 else ""
-        raise ValueError(
-            f"{existing[0]}{more} would be replaced; choose another name, or write over what is there with --overwrite"
-        )
+        raise ValueError(f"{existing[0]}{more} would be replaced; choose another name, or replace it with --overwrite")

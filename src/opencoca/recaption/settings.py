@@ -13,11 +13,12 @@ import torch
 from opencoca.data import SampleSource
 from opencoca.inference.pipeline import Pipeline
 from opencoca.recaption.captioner import Captioner
+from opencoca.recaption.flags import FlagThresholds
 
 Settings = dict[str, Any]
 
 
-def run_settings(captioner: Captioner, source: SampleSource, **others: Any) -> Settings:
+def run_settings(captioner: Captioner, source: SampleSource, thresholds: FlagThresholds, *, beside: bool) -> Settings:
     """Collects everything that two runs must share for their captions to be the same, as JSON can hold it."""
     from opencoca import __version__
 
@@ -31,7 +32,8 @@ def run_settings(captioner: Captioner, source: SampleSource, **others: Any) -> S
         "image_list": _digest(f"{len(key)}:{key}".encode("utf-8", "surrogateescape") for key in keys),
         **asdict(captioner.options),
         "rerank": captioner.rerank,
-        **others,
+        "beside": beside,
+        "thresholds": asdict(thresholds),
     }
     return json.loads(json.dumps(content))  # as the journal returns it, with lists instead of tuples
 
@@ -65,12 +67,12 @@ def describe_changes(before: Settings, now: Settings) -> str | None:
         if old == new:
             continue
         if name == "weights":
-            changes.append("the model is another one")
+            changes.append("the model is a different one")
         elif name == "images":
-            changes.append(f"there were {old:,} images and now are {new:,}")
+            changes.append(f"there were {old:,} images and there are {new:,} now")
         elif name == "image_list":
             if before.get("images") == now.get("images"):
-                changes.append("the list of images is another one")
+                changes.append("the list of images is different")
         elif name == "version":
             changes.append(f"it was opencoca {old} and is {new} now")
         else:
