@@ -1,7 +1,7 @@
 """What many tests share: a fixed seed, hypothesis without deadlines, and tiny configurations."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict
 from importlib.util import find_spec
 
 import pytest
@@ -35,7 +35,10 @@ def fixed_seed() -> None:
 
 
 def tiny_config(image: dict | None = None, pooler: dict | None = None, **text: object) -> CoCaConfig:
-    """A CoCa of some ten thousand parameters; changes to the text's fields go by name, to the others' as dicts."""
+    """A CoCa of some ten thousand parameters; changes to the text's fields go by name, to the others' as dicts.
+
+    Fields of `Compat` may be given without the name of their part, as stored models of before have them.
+    """
     base_text = TextConfig(
         vocab_size=37,
         context_length=12,
@@ -48,11 +51,13 @@ def tiny_config(image: dict | None = None, pooler: dict | None = None, **text: o
     base_image = ImageEncoderConfig(
         image_size=(12, 12), patch_size=4, width=24, depth=2, num_heads=2, mlp_width=32, dropout=0.0
     )
-    return CoCaConfig(
-        embed_dim=8,
-        image=replace(base_image, **(image or {})),
-        pooler=replace(PoolerConfig(num_queries=5, num_heads=2), **(pooler or {})),
-        text=replace(base_text, **text),
+    return CoCaConfig.from_dict(
+        {
+            "embed_dim": 8,
+            "image": asdict(base_image) | (image or {}),
+            "pooler": asdict(PoolerConfig(num_queries=5, num_heads=2)) | (pooler or {}),
+            "text": asdict(base_text) | text,
+        }
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from opencoca.data import Batch, EpochOrder
 from opencoca.distributed.world import World, full_tensor, join_world
 from opencoca.model.coca import CoCa
-from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
+from opencoca.model.config import CoCaConfig, Compat, ImageEncoderConfig, PoolerConfig, TextConfig
 from opencoca.train.optim.optimizer import WeightAverage, build_optimizer
 from opencoca.train.parallel import ParallelModel
 from opencoca.train.recipe.recipe import DistributedRecipe, LossRecipe, OptimizerRecipe, Recipe
@@ -91,8 +91,8 @@ def make_recipe(case: Case, strategy: str = "ddp", shard_size: int | None = None
             mlp_width=24,
             tie_embeddings=case.tied,
             dropout=case.dropout,
-            norm_image_tokens=case.norm_image_tokens,
         ),
+        compat=Compat(text_norm_image_tokens=case.norm_image_tokens),
     )
     return Recipe(
         model=config,

@@ -4,7 +4,7 @@ import torch
 
 from opencoca.generation import GeneratedCaption
 from opencoca.model.coca import CoCa
-from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
+from opencoca.model.config import CoCaConfig
 from opencoca.tokenizer import Tokenizer, train_tokenizer
 
 CAPTIONS = [
@@ -34,11 +34,13 @@ def make_model(tokenizer: Tokenizer, text: dict | None = None, pooler: dict | No
         "mlp_width": 48,
         **(text or {}),
     }
-    config = CoCaConfig(
-        embed_dim=24,
-        image=ImageEncoderConfig(image_size=(16, 16), patch_size=8, width=24, depth=1, num_heads=2, mlp_width=32),
-        pooler=PoolerConfig(num_heads=4, **(pooler or {"num_queries": 5})),
-        text=TextConfig(**text_config),
+    config = CoCaConfig.from_dict(
+        {
+            "embed_dim": 24,
+            "image": {"image_size": 16, "patch_size": 8, "width": 24, "depth": 1, "num_heads": 2, "mlp_width": 32},
+            "pooler": {"num_heads": 4, **(pooler or {"num_queries": 5})},
+            "text": text_config,
+        }
     )
     model = CoCa(config).double().eval()
     with torch.no_grad():

@@ -11,7 +11,15 @@ from torch import nn
 
 from opencoca.generation.decoding.state import start_decoding
 from opencoca.model.coca import CoCa
-from opencoca.model.config import NAMED_SIZES, BlockConfig, CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
+from opencoca.model.config import (
+    NAMED_SIZES,
+    BlockConfig,
+    CoCaConfig,
+    Compat,
+    ImageEncoderConfig,
+    PoolerConfig,
+    TextConfig,
+)
 
 # The paper's table 1, in millions: image encoder, text decoder, both.
 PAPER_SIZES = {"base": (86, 297, 383), "large": (303, 484, 787), "2b": (1000, 1100, 2100)}
@@ -83,7 +91,7 @@ def test_the_towers_choices_reach_the_blocks():
         linear_bias=False,
         dropout=0.25,
     )
-    assert text.block_config() == BlockConfig(
+    assert CoCaConfig(text=text, compat=Compat(text_norm_image_tokens=True)).unimodal_block() == BlockConfig(
         width=48,
         num_heads=8,
         num_kv_heads=2,
@@ -96,10 +104,16 @@ def test_the_towers_choices_reach_the_blocks():
         rotary=True,
         dropout=0.25,
     )
-    plain = TextConfig(width=48, num_heads=8, mlp_width=20).block_config()
-    assert plain == BlockConfig(width=48, num_heads=8, num_kv_heads=8, head_dim=6, mlp_width=20)
-    image = ImageEncoderConfig(width=48, num_heads=8, mlp_width=20, dropout=0.25).block()
-    assert image == BlockConfig(width=48, num_heads=8, num_kv_heads=8, head_dim=6, mlp_width=20, dropout=0.25)
+    config = CoCaConfig(
+        text=TextConfig(width=48, num_heads=8, mlp_width=20),
+        image=ImageEncoderConfig(width=48, num_heads=8, mlp_width=20, dropout=0.25),
+    )
+    assert config.unimodal_block() == BlockConfig(width=48, num_heads=8, num_kv_heads=8, head_dim=6, mlp_width=20)
+    compat = Compat(text_multimodal_num_heads=4, text_multimodal_mlp_width=30, text_norm_image_tokens=True)
+    assert replace(config, compat=compat).multimodal_block() == BlockConfig(
+        width=48, num_heads=4, num_kv_heads=4, head_dim=12, mlp_width=30, norm_context=True
+    )
+    assert config.image_block() == replace(config.unimodal_block(), dropout=0.25)
 
 
 @pytest.mark.parametrize(("num_kv_heads", "expected"), [(None, 4), (2, 2), (1, 1)])
@@ -160,6 +174,37 @@ def test_missing_fields_take_their_defaults():
     assert config.image.image_size == (36, 36)
 
 
+def test_what_earlier_versions_stored_is_read():
+    """They had the fields of `Compat` among those of the parts."""
+    old, new = CoCaConfig().to_dict(), CoCaConfig().to_dict()
+    del old["compat"]
+    old["project_embeds"] = True
+    old["image"] |= {"class_token": True, "patch_bias": False, "pre_norm": True, "layer_scale": 0.5, "head_dim": 64}
+    old["pooler"] |= {"norm_queries": True, "norm_output": False, "head_dim": 32}
+    old["text"] |= {"hidden_id": 3, "hide_next": True, "self_attn_mlp": True, "cross_attn_mlp": True}
+    new["image"]["head_dim"] = 64
+    new["compat"] |= {
+        "image_class_token": True,
+        "image_patch_bias": False,
+        "image_pre_norm": True,
+        "image_layer_scale": 0.5,
+        "pooler_norm_queries": True,
+        "pooler_norm_output": False,
+        "pooler_head_dim": 32,
+        "text_hidden_id": 3,
+        "text_hide_next": True,
+        "text_self_attn_mlp": True,
+        "project_embeds": True,
+    }
+    before = json.dumps(old)
+    assert CoCaConfig.from_dict(old) == CoCaConfig.from_dict(new)
+    assert json.dumps(old) == before
+    assert CoCaConfig.from_dict(old).to_dict().keys() == new.keys()
+    old["text"]["cross_attn_mlp"] = False
+    with pytest.raises(ValueError, match=r"cross_attn_mlp is False: layers without .* are not supported"):
+        CoCaConfig.from_dict(old)
+
+
 WRONG_DICTS = [
     ({"embed_dims": 3}, r"model has unknown fields embed_dims; known: .*embed_dim"),
     ({"text": {"widht": 3, "depth": 1}}, r"model\.text has unknown fields depth, widht; known: .*width"),
@@ -201,6 +246,14 @@ WRONG_DICTS = [
     ({"initial_temperature": 0}, r"initial_temperature 0 must be positive"),
     ({"initial_temperature": 0.001}, r"initial_temperature 0\.001 must be at least"),
     ({"max_logit_scale": -1}, r"max_logit_scale"),
+    ({"compat": {"image_positions": "sine"}}, r"image_positions 'sine' is none of learned, sincos"),
+    ({"compat": {"image_positions": "sincos"}}, r"sincos positions must have image_patch_norm"),
+    ({"compat": {"image_patch_norm": True, "image_pre_norm": True}}, r"image_patch_norm has .* no image_pre_norm"),
+    ({"compat": {"text_multimodal_num_heads": 7}}, r"text_multimodal_num_heads 7 must divide the text width 768"),
+    ({"compat": {"text_cls_position": "after_padding"}}, r"after_padding needs rotary positions"),
+    ({"compat": {"project_embeds": False}, "embed_dim": 3}, r"embed_dim 3 is not the text width 768"),
+    ({"compat": {"text_layer_scale": 0.1}, "text": {"block": "parallel"}}, r"parallel blocks have no text_layer_scale"),
+    ({"pooler": {"arrangement": "class_token"}}, r"needs a ViT with image_class_token"),
 ]
 
 

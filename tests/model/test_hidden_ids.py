@@ -122,7 +122,7 @@ def test_cached_decoding_hides_the_same_after_rows_were_reordered(make_model):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"hide_next": True}, "hide_next needs a hidden_id"),
+        ({"hide_next": True}, "hide_next needs a text_hidden_id"),
         ({"hidden_id": 37}, "hidden_id 37 is not an id of a vocabulary of 37"),
     ],
 )

@@ -153,7 +153,7 @@ class TestLayerDecay:
 class TestPatchDropout:
     @pytest.mark.parametrize("class_token", [False, True])
     def test_training_sees_fewer_patches(self, pairs: Pairs, output: Path, class_token: bool) -> None:
-        recipe = tiny_recipe(pairs, output, encoder__patch_dropout=0.5, model__image__class_token=class_token)
+        recipe = tiny_recipe(pairs, output, encoder__patch_dropout=0.5, model__compat__image_class_token=class_token)
         encoder = Trainer(recipe).model.image_encoder
         images = torch.randn(3, 3, 32, 32)
         seen = encoder.train()(images)

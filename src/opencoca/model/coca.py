@@ -70,10 +70,10 @@ class CoCa(nn.Module):
         super().__init__()
         self.config = config
         width = config.text.width
-        self.image_encoder = build_image_encoder(config.image, image_encoder)
+        self.image_encoder = build_image_encoder(config, image_encoder)
         self.image_pooling = ImagePooling(config, self.image_encoder.width)
-        self.unimodal_decoder = UnimodalDecoder(config.text)
-        self.multimodal_decoder = MultimodalDecoder(config.text)
+        self.unimodal_decoder = UnimodalDecoder(config)
+        self.multimodal_decoder = MultimodalDecoder(config)
         self.lm_head = Linear(width, config.text.vocab_size, bias=False)
         self.tie_head()
         projected = config.projects_embeds

@@ -11,9 +11,11 @@ from opencoca.model.config_parts import (
     ACTIVATIONS,
     Activation,
     BlockConfig,
+    Compat,
     ImageEncoderConfig,
     PoolerConfig,
     TextConfig,
+    at_todays_places,
 )
 
 __all__ = [
@@ -22,9 +24,11 @@ __all__ = [
     "Activation",
     "BlockConfig",
     "CoCaConfig",
+    "Compat",
     "ImageEncoderConfig",
     "PoolerConfig",
     "TextConfig",
+    "at_todays_places",
 ]
 
 
@@ -33,9 +37,9 @@ class CoCaConfig:
     """A whole CoCa. ``CoCaConfig.named("base")`` gives the sizes that have a name.
 
     embed_dim: E, of the space that images and texts share.
-    project_embeds: both vectors are projected into that space; None = only where its width is not theirs.
     initial_temperature: of the contrastive softmax (paper, section 3: starts at 0.07).
     max_logit_scale: the learned scale 1 / temperature is clamped to this.
+    compat: what weights of other projects need.
     """
 
     embed_dim: int = 768
@@ -44,24 +48,21 @@ class CoCaConfig:
     text: TextConfig = field(default_factory=TextConfig)
     initial_temperature: float = 0.07
     max_logit_scale: float = 100.0
-    project_embeds: bool | None = None
+    compat: Compat = field(default_factory=Compat)
 
     def __post_init__(self) -> None:
         check_counts("model", self, "embed_dim")
-        if self.pooler.head_dim is None:
+        self._check_compat()
+        if self.compat.pooler_head_dim is None:
             check_divides("pooler num_heads", self.pooler.num_heads, "text width", self.text.width)
         if self.pooler.arrangement == "class_token":
-            if self.image.name != "vit" or not self.image.class_token:
-                raise ValueError("pooler arrangement class_token needs a ViT with class_token")
+            if self.image.name != "vit" or not self.compat.image_class_token:
+                raise ValueError("pooler arrangement class_token needs a ViT with image_class_token")
             if self.image.width != self.text.width:
                 raise ValueError(
                     f"pooler arrangement class_token needs an image width of {self.text.width}, the text width, "
                     f"got {self.image.width}"
                 )
-        if self.project_embeds is False and self.embed_dim != self.text.width:
-            raise ValueError(
-                f"embed_dim {self.embed_dim} is not the text width {self.text.width}: project_embeds is needed"
-            )
         if self.initial_temperature <= 0:
             raise ValueError(f"initial_temperature {self.initial_temperature} must be positive")
         if 1 / self.initial_temperature > self.max_logit_scale:
@@ -71,10 +72,91 @@ class CoCaConfig:
                 f"{1 / self.max_logit_scale if self.max_logit_scale > 0 else float('inf'):.3g}"
             )
 
+    def _check_compat(self) -> None:
+        """Raises ValueError where the part for other projects' weights does not go with the rest."""
+        image, text, compat = self.image, self.text, self.compat
+        if compat.project_embeds is False and self.embed_dim != text.width:
+            raise ValueError(f"embed_dim {self.embed_dim} is not the text width {text.width}: project_embeds is needed")
+        if compat.image_positions == "sincos" and (image.width % 4 or image.width < 8):
+            raise ValueError(f"sincos positions need an image width of at least 8 that 4 divides, got {image.width}")
+        heads = compat.text_multimodal_num_heads or text.num_heads
+        if text.head_dim is None:
+            check_divides("text_multimodal_num_heads", heads, "text width", text.width)
+        check_divides("num_kv_heads", text.num_kv_heads or heads, "text_multimodal_num_heads", heads)
+        if compat.text_cls_position == "after_padding" and text.positions != "rotary":
+            raise ValueError(
+                "text_cls_position after_padding needs rotary positions: with learned ones [CLS] has its own"
+            )
+        if compat.text_hidden_id is not None and not 0 <= compat.text_hidden_id < text.vocab_size:
+            raise ValueError(
+                f"text_hidden_id {compat.text_hidden_id} is not an id of a vocabulary of {text.vocab_size}"
+            )
+        if text.block == "parallel" and compat.text_layer_scale is not None:
+            raise ValueError("parallel blocks have no text_layer_scale")
+
     @property
     def projects_embeds(self) -> bool:
         """Whether the vectors of images and texts are projected into the space that they share."""
-        return self.embed_dim != self.text.width if self.project_embeds is None else self.project_embeds
+        wanted = self.compat.project_embeds
+        return self.embed_dim != self.text.width if wanted is None else wanted
+
+    def image_block(self) -> BlockConfig:
+        """The blocks of the ViT."""
+        image = self.image
+        return BlockConfig(
+            width=image.width,
+            num_heads=image.num_heads,
+            num_kv_heads=image.num_heads,
+            head_dim=image.head_dim or image.width // image.num_heads,
+            mlp_width=image.mlp_width,
+            activation=image.activation,
+            dropout=image.dropout,
+            layer_scale=self.compat.image_layer_scale,
+        )
+
+    def pooler_block(self) -> BlockConfig:
+        """The attention of the poolers."""
+        pooler, width = self.pooler, self.text.width
+        return BlockConfig(
+            width=width,
+            num_heads=pooler.num_heads,
+            num_kv_heads=pooler.num_kv_heads or pooler.num_heads,
+            head_dim=self.compat.pooler_head_dim or width // pooler.num_heads,
+            mlp_width=0,
+            norm_bias=self.compat.pooler_norm_bias,
+            linear_bias=self.compat.pooler_linear_bias,
+        )
+
+    def unimodal_block(self) -> BlockConfig:
+        """The blocks of the text decoder's unimodal half."""
+        text = self.text
+        return BlockConfig(
+            width=text.width,
+            num_heads=text.num_heads,
+            num_kv_heads=text.num_kv_heads or text.num_heads,
+            head_dim=text.head_dim or text.width // text.num_heads,
+            mlp_width=text.mlp_width,
+            parallel=text.block == "parallel",
+            activation=text.activation,
+            norm_bias=text.norm_bias,
+            linear_bias=text.linear_bias,
+            rotary=text.positions == "rotary",
+            dropout=text.dropout,
+            layer_scale=self.compat.text_layer_scale,
+        )
+
+    def multimodal_block(self) -> BlockConfig:
+        """The blocks of the text decoder's multimodal half."""
+        text, compat = self.text, self.compat
+        num_heads = compat.text_multimodal_num_heads or text.num_heads
+        return replace(
+            self.unimodal_block(),
+            num_heads=num_heads,
+            num_kv_heads=text.num_kv_heads or num_heads,
+            head_dim=text.head_dim or text.width // num_heads,
+            mlp_width=compat.text_multimodal_mlp_width or text.mlp_width,
+            norm_context=compat.text_norm_image_tokens,
+        )
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> "CoCaConfig":
@@ -92,8 +174,11 @@ class CoCaConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CoCaConfig":
-        """The inverse of `to_dict`. Raises ValueError for unknown fields and impossible values."""
-        return config_from_dict(cls, values, "model")
+        """The inverse of `to_dict`, which also reads what earlier versions stored.
+
+        Raises ValueError for unknown fields and impossible values.
+        """
+        return config_from_dict(cls, at_todays_places(values), "model")
 
 
 def _paper_size(width: int, heads: int, image: tuple[int, int], text: tuple[int, int], tied: bool) -> CoCaConfig:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from opencoca.model.config import TextConfig
+from opencoca.model.config import CoCaConfig
 from opencoca.model.kernels.image_attention import SharedImages, pays
 from opencoca.model.layers.attention import CrossKeysValues, WordCache, trains_on_cpu
 from opencoca.model.layers.blocks import Dropout, LookedAt, TransformerBlock, make_block, make_norm
@@ -44,12 +44,12 @@ class UnimodalOutput(NamedTuple):
 class UnimodalDecoder(nn.Module):
     """Token ids -> word states and a [CLS] vector; causal self-attention only."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, model: CoCaConfig):
         super().__init__()
-        block = config.block_config()
+        block, config, compat = model.unimodal_block(), model.text, model.compat
         self.context_length = config.context_length
-        self.hidden_id, self.hide_next = config.hidden_id, config.hide_next
-        self.cls_after_padding = config.cls_position == "after_padding"
+        self.hidden_id, self.hide_next = compat.text_hidden_id, compat.text_hide_next
+        self.cls_after_padding = compat.text_cls_position == "after_padding"
         self.token_embed = nn.Embedding(config.vocab_size, config.width)
         self.cls_embed = nn.Parameter(torch.empty(config.width))
         learned = config.positions == "learned"
@@ -147,13 +147,13 @@ class UnimodalDecoder(nn.Module):
 
 
 class MultimodalLayer(nn.Module):
-    """Causal self-attention over the words, then cross-attention to the image; where the MLPs are is configuration."""
+    """Causal self-attention over the words, then cross-attention to the image; `Compat` may add an MLP between them."""
 
-    def __init__(self, config: TextConfig, context_width: int):
+    def __init__(self, config: CoCaConfig):
         super().__init__()
-        block = config.multimodal_block_config()
-        self.self_block = make_block(block, has_mlp=config.self_attn_mlp)
-        self.cross_block = make_block(block, context_width, has_mlp=config.cross_attn_mlp)
+        block = config.multimodal_block()
+        self.self_block = make_block(block, has_mlp=config.compat.text_self_attn_mlp)
+        self.cross_block = make_block(block, config.text.width)
 
     def forward(
         self,
@@ -169,10 +169,10 @@ class MultimodalLayer(nn.Module):
 class MultimodalDecoder(nn.Module):
     """Word states and image tokens -> hidden states that predict the next word."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: CoCaConfig):
         super().__init__()
-        self.layers = nn.ModuleList(MultimodalLayer(config, config.width) for _ in range(config.multimodal_depth))
-        self.norm = make_norm(config.multimodal_block_config())
+        self.layers = nn.ModuleList(MultimodalLayer(config) for _ in range(config.text.multimodal_depth))
+        self.norm = make_norm(config.multimodal_block())
 
     def project_image(self, image_tokens: Tensor) -> list[CrossKeysValues]:
         """image_tokens (I, Q, D) -> keys and values of every layer."""

@@ -107,7 +107,7 @@ class DecoderGraph(nn.Module):
 def empty_cache(model: CoCa, batch_size: int, half: str, past: int = 0) -> Tensor:
     """Makes the cache of the ``unimodal`` or ``multimodal`` half: zeros (L, 2, B, K, past, d)."""
     text = model.config.text
-    block = text.block_config() if half == "unimodal" else text.multimodal_block_config()
+    block = model.config.unimodal_block() if half == "unimodal" else model.config.multimodal_block()
     depth = text.unimodal_depth if half == "unimodal" else text.multimodal_depth
     return torch.zeros(depth, 2, batch_size, block.num_kv_heads, past, block.head_dim)
 
@@ -122,7 +122,7 @@ def _embed(decoder: UnimodalDecoder, ids: Tensor, columns: Tensor) -> Tensor:
 
 
 def _visible(decoder: UnimodalDecoder, ids: Tensor) -> Tensor | None:
-    """Tells which of the ids (B, N) attention may see; None = all. See `TextConfig.hidden_id`."""
+    """Tells which of the ids (B, N) attention may see; None = all. See `Compat.text_hidden_id`."""
     if decoder.hidden_id is None:
         return None
     visible = torch.ne(ids, decoder.hidden_id)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from opencoca.model.config import at_todays_places
 from opencoca.system.files import atomic_write
 from opencoca.train.recipe.recipe import Recipe
 
@@ -66,7 +67,8 @@ def remember_recipe(folder: Path, recipe: Recipe, continues: bool) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        recipe = json.loads(path.read_text(encoding="utf-8"))
+        return recipe | {"model": at_todays_places(recipe["model"])}
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); delete the folder to begin the run anew") from error
 

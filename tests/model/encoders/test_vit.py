@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opencoca.model.config import ImageEncoderConfig
+from opencoca.model.config import CoCaConfig, ImageEncoderConfig
 from opencoca.model.encoders import build_image_encoder
 from opencoca.model.encoders.vit import PatchEmbed, VisionTransformer
 
@@ -15,7 +15,7 @@ TINY = ImageEncoderConfig(image_size=(12, 20), patch_size=4, width=16, depth=3, 
 
 
 def vit(config: ImageEncoderConfig = TINY) -> VisionTransformer:
-    encoder = build_image_encoder(config)
+    encoder = build_image_encoder(CoCaConfig(image=config))
     assert isinstance(encoder, VisionTransformer)
     with torch.no_grad():
         for parameter in encoder.parameters():

@@ -1,6 +1,5 @@
 """Cross-attention without keys and values against the form with them, in float64: outputs and gradients."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,8 +67,7 @@ def test_pays_for_few_words_and_many_tokens_alone() -> None:
 def test_a_model_is_the_same_in_either_form(
     make_config, monkeypatch: pytest.MonkeyPatch, norm_image_tokens: bool, texts_per_image: int
 ) -> None:
-    config = make_config()
-    model = CoCa(replace(config, text=replace(config.text, norm_image_tokens=norm_image_tokens))).double().train()
+    model = CoCa(make_config(norm_image_tokens=norm_image_tokens)).double().train()
     ids, mask = torch.randint(1, 30, (4, 9)), torch.arange(9) < torch.tensor([[9], [2], [5], [1]])
     images = torch.randn(4 // texts_per_image, 3, 12, 12, dtype=torch.float64)
 

@@ -402,7 +402,7 @@ def test_configuration_is_read_from_the_tensors_and_survives_storing():
         )
         assert config.embed_dim == sizes.dim_latents
         assert config.image.image_size == (GRID * PATCH, GRID * PATCH)
-        assert (config.image.num_heads, config.image.class_token) == (
+        assert (config.image.num_heads, config.compat.image_class_token) == (
             sizes.vit_heads,
             sizes.class_token and not sizes.simple,
         )

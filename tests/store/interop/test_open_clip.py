@@ -330,10 +330,16 @@ def test_convert_to_a_smaller_type(tmp_path: Path, config_file: Path, their_weig
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"text": {"self_attn_mlp": False}}, "text.self_attn_mlp is False and would have to be True"),
-        ({"text": {"hidden_id": None, "hide_next": False}}, "text.hidden_id is None and would have to be 0"),
-        ({"text": {"tie_embeddings": True}, "pooler": {"norm_output": False}}, "pooler.norm_output is False.*; text.t"),
-        ({"image": {"image_size": (16, 16), "class_token": False}}, "image.class_token is False"),
+        ({"compat": {"text_self_attn_mlp": False}}, "compat.text_self_attn_mlp is False and would have to be True"),
+        (
+            {"compat": {"text_hidden_id": None, "text_hide_next": False}},
+            "text_hidden_id is None and would have to be 0",
+        ),
+        (
+            {"text": {"tie_embeddings": True}, "compat": {"pooler_norm_output": False}},
+            "text.t.*pooler_norm_output",
+        ),
+        ({"compat": {"image_class_token": False}}, "compat.image_class_token is False"),
         ({"image": {"name": "efficientnet_lite0"}}, "image.name is 'efficientnet_lite0'"),
     ],
     ids=str,

@@ -207,8 +207,8 @@ def test_configuration_is_read_from_the_tensors_and_survives_storing():
     config = torchmultimodal.config_from_state_dict(make_state_dict(class_token=True), **HEADS)
     assert CoCaConfig.from_dict(config.to_dict()) == config
     assert (config.pooler.arrangement, config.pooler.num_queries) == ("cascade", 4)
-    assert (config.text.context_length, config.text.mlp_width, config.text.multimodal_mlp_width) == (9, 20, 28)
-    assert (config.image.class_token, config.image.final_norm) == (True, False)
+    assert (config.text.context_length, config.text.mlp_width, config.compat.text_multimodal_mlp_width) == (9, 20, 28)
+    assert (config.compat.image_class_token, config.compat.image_final_norm) == (True, False)
     assert config.image.image_size == (GRID * PATCH, GRID * PATCH)
 
 

@@ -171,3 +171,14 @@ def test_a_file_of_bytes(recipe_file: Path) -> None:
     with pytest.raises(ValueError, match="not YAML") as error:
         load_recipe(recipe_file)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_section_of_before_is_read(tmp_path: Path) -> None:
+    """It had the fields of `Compat` among those of the parts."""
+    (tmp_path / "old.yaml").write_text(
+        "size: tiny\nmodel:\n  text:\n    self_attn_mlp: true\n    cross_attn_mlp: true\n"
+    )
+    (tmp_path / "new.yaml").write_text("size: tiny\nmodel:\n  compat:\n    text_self_attn_mlp: true\n")
+    old, new = (load_recipe(tmp_path / name).model for name in ("old.yaml", "new.yaml"))
+    assert old == new
+    assert old.compat.text_self_attn_mlp

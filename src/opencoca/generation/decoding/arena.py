@@ -45,7 +45,7 @@ class ArenaSize:
     def num_bytes(self, model: CoCa, dtype: torch.dtype) -> int:
         """Of an arena of this size."""
         text = model.config.text
-        own, cross = text.block_config(), text.multimodal_block_config()
+        own, cross = model.config.unimodal_block(), model.config.multimodal_block()
         per_entry = text.unimodal_depth * own.num_kv_heads * own.head_dim
         per_token = text.multimodal_depth * cross.num_kv_heads * cross.head_dim
         numbers = self.rows * self.entries * (per_entry + per_token) + self.images * self.image_tokens * per_token
@@ -102,8 +102,8 @@ class DecodingArena:
             return [like.new_zeros(shape) for _ in range(depth)]
 
         self.size, self.dtype, self.device = size, like.dtype, like.device
-        multimodal = text.multimodal_block_config()
-        self.unimodal = new(text.unimodal_depth, size.rows, text.block_config(), size.entries)
+        multimodal = model.config.multimodal_block()
+        self.unimodal = new(text.unimodal_depth, size.rows, model.config.unimodal_block(), size.entries)
         self.multimodal = new(text.multimodal_depth, size.rows, multimodal, size.entries)
         self.images = new(text.multimodal_depth, size.images, multimodal, size.image_tokens)
 

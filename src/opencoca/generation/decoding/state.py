@@ -33,7 +33,7 @@ class DecodingState:
 
     num_words: how many words of each text there are; texts_per_row: P.
     seen (C, P, capacity): the entries that hold each text's words, where P > 1.
-    hidden (C, capacity): entries that unimodal attention does not see, where P > 1 (`TextConfig.hidden_id`).
+    hidden (C, capacity): entries that unimodal attention does not see, where P > 1 (`Compat.text_hidden_id`).
     last_ids (R, 1): the last word of each text. arena: where images and caches lie, if they have a place.
     """
 
@@ -172,8 +172,8 @@ def start_decoding(
     like = cache_like(images)
     return DecodingState(
         images,
-        caches(text.unimodal_depth, text.block_config()),
-        caches(text.multimodal_depth, text.multimodal_block_config()),
+        caches(text.unimodal_depth, model.config.unimodal_block()),
+        caches(text.multimodal_depth, model.config.multimodal_block()),
     )
 
 
@@ -243,7 +243,7 @@ def _hidden_in_rows(state: DecodingState) -> Tensor | None:
 @dataclass(frozen=True)
 class _Closing:
     """What follows the cached words of each text, (B, T) each, T = 3 or 4: a last word, the end token, what
-    `TextConfig.hide_next` puts behind it, [CLS] (any id). used: whether there is such a word; visible: whether
+    `Compat.text_hide_next` puts behind it, [CLS] (any id). used: whether there is such a word; visible: whether
     attention sees it."""
 
     token_ids: Tensor

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from opencoca.model.config import ImageEncoderConfig
+from opencoca.model.config import CoCaConfig
 
 
 class ImageEncoder(Protocol):
@@ -24,12 +24,13 @@ class ImageEncoder(Protocol):
     def run_stages(self, x: Tensor, start: int, stop: int) -> Tensor: ...
 
 
-def build_image_encoder(config: ImageEncoderConfig, module: nn.Module | None = None):
+def build_image_encoder(model: CoCaConfig, module: nn.Module | None = None):
     """The encoder that the configuration names; a ``custom`` one is the module that is handed over.
 
     Raises ValueError if there is none of that name, and if a module is missing or not expected.
     """
-    kind, _, model = config.name.partition(":")
+    config = model.image
+    kind, _, backbone = config.name.partition(":")
     if (kind == "custom") != (module is not None):
         given = "is missing" if module is None else "was given, but only the image encoder 'custom' takes one"
         raise ValueError(f"the image encoder is {config.name!r} and image_encoder, a module, {given}")
@@ -40,15 +41,15 @@ def build_image_encoder(config: ImageEncoderConfig, module: nn.Module | None = N
     if kind == "vit":
         from opencoca.model.encoders.vit import VisionTransformer
 
-        return VisionTransformer(config)
+        return VisionTransformer(model)
     if kind.startswith("efficientnet_lite") and kind[-1] in "012":
         from opencoca.model.encoders.efficientnet_lite import EfficientNetLite
 
         return EfficientNetLite(int(kind[-1]))
-    if kind == "timm" and model:
+    if kind == "timm" and backbone:
         from opencoca.model.encoders.timm_backbone import TimmBackbone
 
-        return TimmBackbone(model, image_size=config.image_size)
+        return TimmBackbone(backbone, image_size=config.image_size)
     raise ValueError(
         f"there is no image encoder {config.name!r}; known: vit, efficientnet_lite0, efficientnet_lite1, "
         "efficientnet_lite2, timm:MODEL"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opencoca.model.config import ImageEncoderConfig
+from opencoca.model.config import CoCaConfig
 from opencoca.model.layers.blocks import Dropout
 
 
@@ -18,16 +18,17 @@ class NormedPatchEmbed(nn.Module):
     The scale and shift of the first norm are part of the projection, which acts on them at once.
     """
 
-    def __init__(self, config: ImageEncoderConfig):
+    def __init__(self, model: CoCaConfig):
         super().__init__()
+        config, compat = model.image, model.compat
         self.patch_size = config.patch_size
         self.grid = (config.image_size[0] // config.patch_size, config.image_size[1] // config.patch_size)
         self.proj = nn.Linear(3 * config.patch_size**2, config.width)
         self.norm = nn.LayerNorm(config.width)
-        self.class_token = nn.Parameter(torch.empty(config.width)) if config.class_token else None
+        self.class_token = nn.Parameter(torch.empty(config.width)) if compat.image_class_token else None
         # The first row is the class token's.
-        rows = self.grid[0] * self.grid[1] + config.class_token
-        learned = config.positions == "learned"
+        rows = self.grid[0] * self.grid[1] + compat.image_class_token
+        learned = compat.image_positions == "learned"
         self.pos_embed = nn.Parameter(torch.empty(rows, config.width)) if learned else None
         self.dropout = Dropout(config.dropout)
 

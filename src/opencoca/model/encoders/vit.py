@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opencoca.model.config import ImageEncoderConfig
+from opencoca.model.config import CoCaConfig
 from opencoca.model.encoders.normed_patches import NormedPatchEmbed
 from opencoca.model.layers.blocks import Dropout, TransformerBlock
 
@@ -18,16 +18,19 @@ class PatchEmbed(nn.Module):
     Positions are a grid for the configured size; for another size or shape they are interpolated (bicubic).
     """
 
-    def __init__(self, config: ImageEncoderConfig):
+    def __init__(self, model: CoCaConfig):
         super().__init__()
+        config, compat = model.image, model.compat
         self.patch_size = config.patch_size
         self.grid = tuple(side // config.patch_size for side in config.image_size)
-        self.proj = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=config.patch_bias)
-        self.class_token = nn.Parameter(torch.empty(config.width)) if config.class_token else None
+        self.proj = nn.Conv2d(
+            3, config.width, config.patch_size, stride=config.patch_size, bias=compat.image_patch_bias
+        )
+        self.class_token = nn.Parameter(torch.empty(config.width)) if compat.image_class_token else None
         # The first row is the class token's.
-        rows = self.grid[0] * self.grid[1] + config.class_token
+        rows = self.grid[0] * self.grid[1] + compat.image_class_token
         self.pos_embed = nn.Parameter(torch.empty(1, rows, config.width))
-        self.norm = nn.LayerNorm(config.width) if config.pre_norm else nn.Identity()
+        self.norm = nn.LayerNorm(config.width) if compat.image_pre_norm else nn.Identity()
         self.dropout = Dropout(config.dropout)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -68,12 +71,12 @@ class VisionTransformer(nn.Module):
     2212.00794); the class token stays.
     """
 
-    def __init__(self, config: ImageEncoderConfig):
+    def __init__(self, model: CoCaConfig):
         super().__init__()
-        self.width = config.width
-        blocks = [TransformerBlock(config.block()) for _ in range(config.depth)]
-        patch_embed = NormedPatchEmbed(config) if config.patch_norm else PatchEmbed(config)
-        norm = [nn.LayerNorm(config.width)] if config.final_norm else []
+        self.width = model.image.width
+        blocks = [TransformerBlock(model.image_block()) for _ in range(model.image.depth)]
+        patch_embed = NormedPatchEmbed(model) if model.compat.image_patch_norm else PatchEmbed(model)
+        norm = [nn.LayerNorm(self.width)] if model.compat.image_final_norm else []
         self.stages = nn.ModuleList([patch_embed, *blocks, *norm])
         self.num_stages = len(self.stages)
         self.patch_dropout = 0.0

@@ -109,14 +109,13 @@ def _split_first(vectors: Tensor, captioning: bool, contrastive: bool) -> Pooled
 
 
 def _make_pooler(config: CoCaConfig, context_width: int, num_queries: int) -> AttentionalPooler:
-    pooler = config.pooler
     return AttentionalPooler(
-        pooler.block(config.text.width),
+        config.pooler_block(),
         context_width,
         num_queries,
-        pooler.project_queries,
-        pooler.norm_queries,
-        pooler.norm_output,
+        config.pooler.project_queries,
+        config.compat.pooler_norm_queries,
+        config.compat.pooler_norm_output,
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from opencoca.model.coca import CoCa
-from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
+from opencoca.model.config import BlockConfig, CoCaConfig, Compat, ImageEncoderConfig, PoolerConfig, TextConfig
 from opencoca.model.init import without_values
 from opencoca.store.interop.tensor_reader import StateDictSource, TensorReader
 from opencoca.store.interop.vit_pytorch import vit_config, vit_tensors
@@ -69,7 +69,7 @@ def load_lucidrains(
         raise ValueError(f"{reader.label} holds no image encoder; hand yours over: image_encoder=")
     tensors = _model_tensors(reader, config)
     if image_encoder is None:
-        encoder = vit_tensors(reader, _vit_prefix(reader), config.image)
+        encoder = vit_tensors(reader, _vit_prefix(reader), config)
         tensors |= {f"image_encoder.{name}": tensor for name, tensor in encoder.items()}
     elif reader.has_prefix(_ENCODER):
         _fill(image_encoder, reader)
@@ -120,10 +120,10 @@ def _read_config(
 ) -> CoCaConfig:
     sizes = _read_sizes(reader)
     if handed_over or not reader.has_prefix(_ENCODER):
-        image = ImageEncoderConfig(name="custom", width=sizes.context_width)
+        image, compat = ImageEncoderConfig(name="custom", width=sizes.context_width), Compat()
         image = image if image_size is None else replace(image, image_size=image_size)
     else:
-        image = vit_config(reader, _vit_prefix(reader), image_head_dim, image_size)
+        image, compat = vit_config(reader, _vit_prefix(reader), image_head_dim, image_size)
     vocab_size = reader.shape("token_emb.weight", 2)[0]
     head = reader.tensors.get("to_logits.1.weight")
     scale = reader.take_scale("temperature", 1)
@@ -139,11 +139,9 @@ def _read_config(
         mlp_width=sizes.mlp_width,
         block="parallel",
         positions="rotary",
-        cls_position="after_padding",
         activation="swiglu",
         norm_bias=False,
         linear_bias=False,
-        self_attn_mlp=True,
         # Safetensors files leave out shared tensors.
         tie_embeddings=head is None or torch.equal(head, reader.tensors["token_emb.weight"]),
     )
@@ -155,16 +153,21 @@ def _read_config(
             num_queries=reader.shape("img_queries", 2)[0],
             num_heads=sizes.num_heads,
             num_kv_heads=1,
-            head_dim=sizes.head_dim,
-            norm_bias=False,
-            linear_bias=False,
             project_queries=True,
-            norm_queries=True,
         ),
         text=text,
         initial_temperature=1 / scale,
         max_logit_scale=max(100.0, 1.001 * scale),  # theirs has no limit
-        project_embeds=True,
+        compat=replace(
+            compat,
+            pooler_head_dim=sizes.head_dim,
+            pooler_norm_bias=False,
+            pooler_linear_bias=False,
+            pooler_norm_queries=True,
+            text_cls_position="after_padding",
+            text_self_attn_mlp=True,
+            project_embeds=True,
+        ),
     )
 
 
@@ -184,19 +187,20 @@ def _model_tensors(reader: TensorReader, config: CoCaConfig) -> dict[str, Tensor
         head = reader.take("to_logits.1.weight", vocab_size, width)
         tensors |= {} if config.text.tie_embeddings else {"lm_head.weight": head}
     tensors |= _pooler_tensors(reader, config)
+    block = config.unimodal_block()  # the multimodal half's are alike
     for index in range(config.text.unimodal_depth):
         theirs = f"unimodal_layers.{index}.fn."
-        tensors |= _self_block_tensors(reader, theirs, config.text, f"unimodal_decoder.blocks.{index}.")
+        tensors |= _self_block_tensors(reader, theirs, block, f"unimodal_decoder.blocks.{index}.")
     for index in range(config.text.multimodal_depth):
         theirs, ours = f"multimodal_layers.{index}.", f"multimodal_decoder.layers.{index}."
-        tensors |= _self_block_tensors(reader, f"{theirs}0.fn.", config.text, f"{ours}self_block.")
-        tensors |= _cross_block_tensors(reader, f"{theirs}1.fn.", config.text, f"{ours}cross_block.")
+        tensors |= _self_block_tensors(reader, f"{theirs}0.fn.", block, f"{ours}self_block.")
+        tensors |= _cross_block_tensors(reader, f"{theirs}1.fn.", block, f"{ours}cross_block.")
     return tensors
 
 
 def _pooler_tensors(reader: TensorReader, config: CoCaConfig) -> dict[str, Tensor]:
     pooler, width, ours = config.pooler, config.text.width, "image_pooling.poolers.pooler."
-    block = pooler.block(width)
+    block = config.pooler_block()
     inner, context_width = block.num_heads * block.head_dim, reader.shape(f"{_POOL}to_kv.weight", 2)[1]
     return {
         f"{ours}query": reader.take("img_queries", pooler.num_queries, width),
@@ -209,10 +213,9 @@ def _pooler_tensors(reader: TensorReader, config: CoCaConfig) -> dict[str, Tenso
     }
 
 
-def _self_block_tensors(reader: TensorReader, theirs: str, config: TextConfig, ours: str) -> dict[str, Tensor]:
-    block = config.block_config()
-    width, inner = config.width, block.num_heads * block.head_dim
-    parts = (inner, 2 * block.head_dim, 2 * config.mlp_width)
+def _self_block_tensors(reader: TensorReader, theirs: str, block: BlockConfig, ours: str) -> dict[str, Tensor]:
+    width, inner = block.width, block.num_heads * block.head_dim
+    parts = (inner, 2 * block.head_dim, 2 * block.mlp_width)
     fused = reader.take(f"{theirs}fused_attn_ff_proj.weight", sum(parts), width)
     queries, keys_values, up = (part.clone() for part in fused.split(parts))
     _check_rotary(reader, f"{theirs}rotary_emb.inv_freq", block.head_dim)
@@ -222,13 +225,12 @@ def _self_block_tensors(reader: TensorReader, theirs: str, config: TextConfig, o
         f"{ours}attn.kv_proj.weight": keys_values,
         f"{ours}attn.out_proj.weight": reader.take(f"{theirs}attn_out.weight", width, inner),
         f"{ours}mlp.up_proj.weight": up,
-        f"{ours}mlp.down_proj.weight": reader.take(f"{theirs}ff_out.1.weight", width, config.mlp_width),
+        f"{ours}mlp.down_proj.weight": reader.take(f"{theirs}ff_out.1.weight", width, block.mlp_width),
     }
 
 
-def _cross_block_tensors(reader: TensorReader, theirs: str, config: TextConfig, ours: str) -> dict[str, Tensor]:
-    block = config.block_config()
-    width, inner, mlp_width = config.width, block.num_heads * block.head_dim, config.mlp_width
+def _cross_block_tensors(reader: TensorReader, theirs: str, block: BlockConfig, ours: str) -> dict[str, Tensor]:
+    width, inner, mlp_width = block.width, block.num_heads * block.head_dim, block.mlp_width
     return {
         f"{ours}norm1.weight": _take_norm(reader, f"{theirs}norm", width),
         f"{ours}attn.q_proj.weight": reader.take(f"{theirs}to_q.weight", inner, width),

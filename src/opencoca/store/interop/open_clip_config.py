@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from opencoca.data.transforms import PreprocessConfig
-from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
+from opencoca.model.config import CoCaConfig, Compat, ImageEncoderConfig, PoolerConfig, TextConfig
 from opencoca.store.interop.open_clip_options import DEFAULT_LOGIT_SCALE, VISION, OpenClipConfig, read_options
 
 # open_clip ignores its own option multimodal_cfg.mlp_ratio.
@@ -16,14 +16,15 @@ _MULTIMODAL_MLP_RATIO = 4
 def config_from_open_clip(options: Mapping[str, Any]) -> CoCaConfig:
     """Returns the configuration that gives the same outputs as open_clip's CoCa with these options.
 
-    It sets what open_clip has and the paper has not: the [CLS] mask shifted by one (`TextConfig.hide_next`), one pooler
-    for both purposes, two MLPs in each multimodal layer, projected embeddings.
+    It sets what open_clip has and the paper has not: the [CLS] mask shifted by one (`Compat.text_hide_next`), one
+    pooler for both purposes, two MLPs in each multimodal layer, projected embeddings.
 
     Raises ValueError that names the option if it is not supported, unknown or impossible.
     """
     model, vision, text, multimodal = read_options(options)
     activation = "quick_gelu" if model["quick_gelu"] else "gelu"
-    has_pooler = bool(vision["attentional_pool"])
+    has_pooler, is_shared = bool(vision["attentional_pool"]), vision["attentional_pool"] is True
+    mlp_width, multimodal_mlp_width = int(text["width"] * text["mlp_ratio"]), _MULTIMODAL_MLP_RATIO * text["width"]
     return CoCaConfig(
         embed_dim=model["embed_dim"],
         image=ImageEncoderConfig(
@@ -33,51 +34,46 @@ def config_from_open_clip(options: Mapping[str, Any]) -> CoCaConfig:
             depth=vision["layers"],
             num_heads=max(1, vision["width"] // vision["head_width"]),
             mlp_width=int(vision["width"] * vision["mlp_ratio"]),
-            class_token=True,
-            patch_bias=False,
-            pre_norm=not vision["no_ln_pre"],
-            final_norm=vision["attentional_pool"] is not True,
             activation=activation,
-            layer_scale=vision["ls_init_value"],
         ),
         pooler=_read_pooler(vision) if has_pooler else PoolerConfig("class_token", num_queries=0, num_heads=1),
-        text=_read_text(text, multimodal, activation),
+        text=TextConfig(
+            vocab_size=text["vocab_size"],
+            context_length=text["context_length"],
+            width=text["width"],
+            unimodal_depth=text["layers"],
+            multimodal_depth=multimodal["layers"],
+            num_heads=text["heads"],
+            mlp_width=mlp_width,
+            activation=activation,
+        ),
         initial_temperature=math.exp(-model["init_logit_scale"]),
-        project_embeds=True,
+        compat=Compat(
+            image_class_token=True,
+            image_patch_bias=False,
+            image_pre_norm=not vision["no_ln_pre"],
+            image_final_norm=not is_shared,
+            image_layer_scale=vision["ls_init_value"],
+            pooler_norm_queries=has_pooler,
+            pooler_norm_output=is_shared or not has_pooler,
+            text_self_attn_mlp=True,
+            text_norm_image_tokens=True,
+            text_multimodal_num_heads=multimodal["heads"] if multimodal["heads"] != text["heads"] else None,
+            text_multimodal_mlp_width=multimodal_mlp_width if multimodal_mlp_width != mlp_width else None,
+            text_layer_scale=text["ls_init_value"],
+            text_hidden_id=text["pad_id"],
+            text_hide_next=not text["correct_cls_mask"],
+            project_embeds=True,
+        ),
     )
 
 
 def _read_pooler(vision: dict[str, Any]) -> PoolerConfig:
-    is_shared = vision["attentional_pool"] is True
     return PoolerConfig(
-        arrangement="shared" if is_shared else vision["attentional_pool"],
+        arrangement="shared" if vision["attentional_pool"] is True else vision["attentional_pool"],
         num_queries=vision["attn_pooler_queries"],
         num_heads=vision["attn_pooler_heads"],
         project_queries=True,
-        norm_queries=True,
-        norm_output=is_shared,
-    )
-
-
-def _read_text(text: dict[str, Any], multimodal: dict[str, Any], activation: Any) -> TextConfig:
-    width = text["width"]
-    mlp_width, multimodal_mlp_width = int(width * text["mlp_ratio"]), _MULTIMODAL_MLP_RATIO * width
-    return TextConfig(
-        vocab_size=text["vocab_size"],
-        context_length=text["context_length"],
-        width=width,
-        unimodal_depth=text["layers"],
-        multimodal_depth=multimodal["layers"],
-        num_heads=text["heads"],
-        mlp_width=mlp_width,
-        activation=activation,
-        self_attn_mlp=True,
-        norm_image_tokens=True,
-        multimodal_num_heads=multimodal["heads"] if multimodal["heads"] != text["heads"] else None,
-        multimodal_mlp_width=multimodal_mlp_width if multimodal_mlp_width != mlp_width else None,
-        layer_scale=text["ls_init_value"],
-        hidden_id=text["pad_id"],
-        hide_next=not text["correct_cls_mask"],
     )
 
 
@@ -132,7 +128,7 @@ def config_to_open_clip(config: CoCaConfig) -> dict[str, Any]:
 
     Raises ValueError that names the fields in which the model differs from everything open_clip can build.
     """
-    image, text = config.image, config.text
+    image, text, compat = config.image, config.text, config.compat
     height, width = image.image_size
     tower = {"context_length": text.context_length, "vocab_size": text.vocab_size, "width": text.width}
     options: dict[str, Any] = {
@@ -146,9 +142,9 @@ def config_to_open_clip(config: CoCaConfig) -> dict[str, Any]:
             "head_width": image.width // image.num_heads,
             "mlp_ratio": _ratio(image.mlp_width, image.width),
             "patch_size": image.patch_size,
-            "ls_init_value": image.layer_scale,
+            "ls_init_value": compat.image_layer_scale,
             **_pooler_options(config.pooler),
-            "no_ln_pre": not image.pre_norm,
+            "no_ln_pre": not compat.image_pre_norm,
             "output_tokens": True,
         },
         "text_cfg": {
@@ -156,17 +152,17 @@ def config_to_open_clip(config: CoCaConfig) -> dict[str, Any]:
             "heads": text.num_heads,
             "layers": text.unimodal_depth,
             "mlp_ratio": _ratio(text.mlp_width, text.width),
-            "ls_init_value": text.layer_scale,
-            "pad_id": text.hidden_id or 0,
-            "correct_cls_mask": not text.hide_next,
+            "ls_init_value": compat.text_layer_scale,
+            "pad_id": compat.text_hidden_id or 0,
+            "correct_cls_mask": not compat.text_hide_next,
             "embed_cls": True,
             "output_tokens": True,
         },
         "multimodal_cfg": {
             **tower,
-            "heads": text.multimodal_num_heads or text.num_heads,
+            "heads": compat.text_multimodal_num_heads or text.num_heads,
             "layers": text.multimodal_depth,
-            "ls_init_value": text.layer_scale,
+            "ls_init_value": compat.text_layer_scale,
         },
         "custom_text": True,
     }

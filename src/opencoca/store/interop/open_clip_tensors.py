@@ -47,7 +47,7 @@ def tensor_maps(config: CoCaConfig) -> list[TensorMap]:
         *_image_encoder(config),
         *_poolers(config),
     ]
-    has_scale = config.text.layer_scale is not None
+    has_scale = config.compat.text_layer_scale is not None
     for index in range(config.text.unimodal_depth):
         maps += _block(f"text.transformer.resblocks.{index}", f"unimodal_decoder.blocks.{index}", has_scale)
     for index in range(config.text.multimodal_depth):
@@ -59,7 +59,7 @@ def tensor_maps(config: CoCaConfig) -> list[TensorMap]:
 
 
 def _image_encoder(config: CoCaConfig) -> list[TensorMap]:
-    image, first = config.image, "image_encoder.stages.0"
+    image, compat, first = config.image, config.compat, "image_encoder.stages.0"
     maps = [
         _same("visual.conv1.weight", f"{first}.proj.weight"),
         _same("visual.class_embedding", f"{first}.class_token"),
@@ -70,12 +70,12 @@ def _image_encoder(config: CoCaConfig) -> list[TensorMap]:
             lambda tensors: [tensors[0].squeeze(0)],
         ),
     ]
-    if image.pre_norm:
+    if compat.image_pre_norm:
         maps += _norm("visual.ln_pre", f"{first}.norm")
     for index in range(image.depth):
         ours = f"image_encoder.stages.{index + 1}"
-        maps += _block(f"visual.transformer.resblocks.{index}", ours, image.layer_scale is not None)
-    if image.final_norm:
+        maps += _block(f"visual.transformer.resblocks.{index}", ours, compat.image_layer_scale is not None)
+    if compat.image_final_norm:
         maps += _norm("visual.ln_post", f"image_encoder.stages.{image.depth + 1}")
     return maps
 

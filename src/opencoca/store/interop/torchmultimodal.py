@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from opencoca.model.coca import CoCa
-from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
+from opencoca.model.config import CoCaConfig, Compat, ImageEncoderConfig, PoolerConfig, TextConfig
 from opencoca.model.init import without_values
 from opencoca.store.interop.tensor_reader import StateDictSource, TensorReader
 
 _PRETRAINING = "model."
 _SCALE = "contrastive_loss.logit_scale"
+_CLASS_TOKEN = "vision_encoder.embeddings.cls_token"
 
 
 def config_from_state_dict(
@@ -140,11 +141,7 @@ def _read_config(names: _Names, heads: _Heads, image_size: tuple[int, int] | Non
         unimodal_depth=names.count("text_decoder.transformer_decoder.layer."),
         multimodal_depth=names.count("multimodal_decoder.transformer_decoder.layer."),
         num_heads=text_heads,
-        multimodal_num_heads=None if multimodal_heads == text_heads else multimodal_heads,
         mlp_width=mlp_width,
-        multimodal_mlp_width=None if multimodal_mlp_width == mlp_width else multimodal_mlp_width,
-        hidden_id=pad_id,
-        hide_next=True,
     )
     cascade = "vision_pooler.poolers.0.query" in names
     query = "vision_pooler.poolers.0.query" if cascade else "vision_pooler.query"
@@ -153,14 +150,22 @@ def _read_config(names: _Names, heads: _Heads, image_size: tuple[int, int] | Non
         num_queries=names.shape(query, 2)[0],
         num_heads=heads.pooler,
         project_queries=True,
-        norm_queries=True,
     )
     config = CoCaConfig(
         embed_dim=names.shape("text_decoder.text_projection.weight", 2)[0],
         image=_read_image_config(names, heads, image_size),
         pooler=pooler,
         text=text,
-        project_embeds=True,
+        compat=Compat(
+            image_class_token=_CLASS_TOKEN in names,
+            image_final_norm="vision_encoder.encoder.final_layer_norm.weight" in names,
+            pooler_norm_queries=True,
+            text_multimodal_num_heads=None if multimodal_heads == text_heads else multimodal_heads,
+            text_multimodal_mlp_width=None if multimodal_mlp_width == mlp_width else multimodal_mlp_width,
+            text_hidden_id=pad_id,
+            text_hide_next=True,
+            project_embeds=True,
+        ),
     )
     if _SCALE not in names.reader:
         return config
@@ -171,8 +176,7 @@ def _read_config(names: _Names, heads: _Heads, image_size: tuple[int, int] | Non
 def _read_image_config(names: _Names, heads: _Heads, image_size: tuple[int, int] | None) -> ImageEncoderConfig:
     embed = "vision_encoder.embeddings."
     width, _, patch_size, _ = names.shape(f"{embed}conv_projection.weight", 4)
-    has_class_token = f"{embed}cls_token" in names
-    rows = names.shape(f"{embed}position_embeddings", 3)[1] - has_class_token
+    rows = names.shape(f"{embed}position_embeddings", 3)[1] - (_CLASS_TOKEN in names)
     if image_size is None:
         image_size = (isqrt(rows) * patch_size, isqrt(rows) * patch_size)
         if isqrt(rows) ** 2 != rows:
@@ -184,8 +188,6 @@ def _read_image_config(names: _Names, heads: _Heads, image_size: tuple[int, int]
         depth=names.count("vision_encoder.encoder.layer."),
         num_heads=heads.image or _heads_of_64(width),
         mlp_width=names.shape("vision_encoder.encoder.layer.0.feedforward.model.0.weight", 2)[0],
-        class_token=has_class_token,
-        final_norm="vision_encoder.encoder.final_layer_norm.weight" in names,
     )
 
 
@@ -197,10 +199,10 @@ def _image_tensors(names: _Names, config: CoCaConfig) -> dict[str, Tensor]:
     image, theirs, ours = config.image, "vision_encoder.", "image_encoder.stages."
     width, size = image.width, image.patch_size
     tensors = names.affine(f"{theirs}embeddings.conv_projection", f"{ours}0.proj", width, 3, size, size)
-    rows = image.image_size[0] // size * (image.image_size[1] // size) + image.class_token
+    rows = image.image_size[0] // size * (image.image_size[1] // size) + config.compat.image_class_token
     tensors[f"{ours}0.pos_embed"] = names.take(f"{theirs}embeddings.position_embeddings", 1, rows, width)
-    if image.class_token:
-        tensors[f"{ours}0.class_token"] = names.take(f"{theirs}embeddings.cls_token", 1, 1, width).flatten()
+    if config.compat.image_class_token:
+        tensors[f"{ours}0.class_token"] = names.take(_CLASS_TOKEN, 1, 1, width).flatten()
     for index in range(image.depth):
         layer, block = f"{theirs}encoder.layer.{index}.", f"{ours}{index + 1}."
         tensors |= names.affine(f"{layer}attention_layernorm", f"{block}norm1", width)
@@ -211,7 +213,7 @@ def _image_tensors(names: _Names, config: CoCaConfig) -> dict[str, Tensor]:
             fused = names.take(f"{layer}attention.input_proj.{part}", *shape)
             tensors[f"{block}attn.q_proj.{part}"] = fused[:width].clone()
             tensors[f"{block}attn.kv_proj.{part}"] = fused[width:].clone()
-    if image.final_norm:
+    if config.compat.image_final_norm:
         norm = f"{ours}{image.depth + 1}"
         tensors |= names.affine(f"{theirs}encoder.final_layer_norm", norm, width)
     return tensors
@@ -253,7 +255,7 @@ def _text_tensors(names: _Names, config: CoCaConfig) -> dict[str, Tensor]:
         tensors |= names.affine(f"{layer}feedforward_layernorm", f"{block}norm2", width)
         tensors |= names.attention(f"{layer}attention", f"{block}attn", width, width)
         tensors |= names.mlp(f"{layer}feedforward", f"{block}mlp", width, text.mlp_width)
-    mlp_width = text.multimodal_mlp_width or text.mlp_width
+    mlp_width = config.multimodal_block().mlp_width
     for index in range(text.multimodal_depth):
         layer = f"multimodal_decoder.transformer_decoder.layer.{index}."
         block = f"multimodal_decoder.layers.{index}."

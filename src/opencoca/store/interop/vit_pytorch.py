@@ -9,7 +9,7 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from opencoca.model.config import ImageEncoderConfig
+from opencoca.model.config import BlockConfig, CoCaConfig, Compat, ImageEncoderConfig
 from opencoca.store.interop.tensor_reader import TensorReader
 
 _HINT = "hand the encoder over as a module: image_encoder="
@@ -17,7 +17,7 @@ _HINT = "hand the encoder over as a module: image_encoder="
 
 def vit_config(
     reader: TensorReader, prefix: str, head_dim: int, image_size: int | tuple[int, int] | None
-) -> ImageEncoderConfig:
+) -> tuple[ImageEncoderConfig, Compat]:
     """Derives the configuration of the encoder whose weights begin with ``prefix``; head_dim gives the number of heads.
 
     Raises ValueError if it is another kind of network, or if its image size must be given and is not.
@@ -44,7 +44,7 @@ def vit_config(
             raise ValueError(f"{reader.label}: {prefix}pos_embedding is of {rows} patches, no square; give image_size")
     if image_size is None:
         raise ValueError(f"{reader.label} does not say for which image size its SimpleViT is; give image_size")
-    return ImageEncoderConfig(
+    image = ImageEncoderConfig(
         name="vit",
         image_size=image_size,  # pyright: ignore[reportArgumentType]
         patch_size=patch_size,
@@ -53,21 +53,25 @@ def vit_config(
         num_heads=inner // head_dim,
         mlp_width=reader.shape(f"{layer}1.net.1.weight", 2)[0],
         head_dim=head_dim,
-        patch_norm=True,
-        positions="learned" if learned else "sincos",
-        class_token=has_class_token,
-        final_norm=f"{prefix}transformer.norm.weight" in reader,
     )
+    compat = Compat(
+        image_patch_norm=True,
+        image_positions="learned" if learned else "sincos",
+        image_class_token=has_class_token,
+        image_final_norm=f"{prefix}transformer.norm.weight" in reader,
+    )
+    return image, compat
 
 
-def vit_tensors(reader: TensorReader, prefix: str, config: ImageEncoderConfig) -> dict[str, Tensor]:
+def vit_tensors(reader: TensorReader, prefix: str, model: CoCaConfig) -> dict[str, Tensor]:
     """Returns the weights under the names of our vision transformer. Raises ValueError as the reader does."""
+    config = model.image
     width = config.width
-    tensors = _patch_tensors(reader, prefix, config)
+    tensors = _patch_tensors(reader, prefix, model)
     for index in range(config.depth):
         layer = f"{prefix}transformer.layers.{index}."
-        tensors |= _block_tensors(reader, layer, config, f"stages.{index + 1}.")
-    if config.final_norm:
+        tensors |= _block_tensors(reader, layer, model.image_block(), f"stages.{index + 1}.")
+    if model.compat.image_final_norm:
         for part in ("weight", "bias"):
             tensors[f"stages.{config.depth + 1}.{part}"] = reader.take(f"{prefix}transformer.norm.{part}", width)
     # The classifier after the features.
@@ -75,7 +79,8 @@ def vit_tensors(reader: TensorReader, prefix: str, config: ImageEncoderConfig) -
     return tensors
 
 
-def _patch_tensors(reader: TensorReader, prefix: str, config: ImageEncoderConfig) -> dict[str, Tensor]:
+def _patch_tensors(reader: TensorReader, prefix: str, model: CoCaConfig) -> dict[str, Tensor]:
+    config, compat = model.image, model.compat
     width, size = config.width, config.patch_size
     values = 3 * size**2
     embed = f"{prefix}to_patch_embedding."
@@ -87,11 +92,11 @@ def _patch_tensors(reader: TensorReader, prefix: str, config: ImageEncoderConfig
     tensors = {"stages.0.proj.weight": weight, "stages.0.proj.bias": bias}
     for part in ("weight", "bias"):
         tensors[f"stages.0.norm.{part}"] = reader.take(f"{embed}3.{part}", width)
-    if config.class_token:
+    if compat.image_class_token:
         shape = reader.tensors[f"{prefix}cls_token"].shape
         tensors["stages.0.class_token"] = reader.take(f"{prefix}cls_token", *shape).reshape(-1)
-    if config.positions == "learned":
-        rows = config.image_size[0] // size * (config.image_size[1] // size) + config.class_token
+    if compat.image_positions == "learned":
+        rows = config.image_size[0] // size * (config.image_size[1] // size) + compat.image_class_token
         # Older versions keep a leading dimension of one.
         leading = reader.tensors[f"{prefix}pos_embedding"].shape[:-2]
         positions = reader.take(f"{prefix}pos_embedding", *leading, rows, width)
@@ -99,8 +104,8 @@ def _patch_tensors(reader: TensorReader, prefix: str, config: ImageEncoderConfig
     return tensors
 
 
-def _block_tensors(reader: TensorReader, layer: str, config: ImageEncoderConfig, ours: str) -> dict[str, Tensor]:
-    width, inner, mlp_width = config.width, config.block().head_dim * config.num_heads, config.mlp_width
+def _block_tensors(reader: TensorReader, layer: str, config: BlockConfig, ours: str) -> dict[str, Tensor]:
+    width, inner, mlp_width = config.width, config.head_dim * config.num_heads, config.mlp_width
     tensors = {}
     for part in ("weight", "bias"):
         tensors[f"{ours}norm1.{part}"] = reader.take(f"{layer}0.norm.{part}", width)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from opencoca.model.config import NAMED_SIZES, CoCaConfig
+from opencoca.model.config import NAMED_SIZES, CoCaConfig, at_todays_places
 from opencoca.train.recipe.data import DataRecipe
 from opencoca.train.recipe.optimizer import SHARDABLE, ComputeRecipe, OptimizerRecipe
 from opencoca.train.recipe.safety import CheckpointRecipe, SafetyRecipe
@@ -285,6 +285,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             raise ValueError(f"recipe {path}: {name} must be a mapping of keys to values, got {section!r}")
     parser = recipe_parser(size)
     try:
+        if "model" in values:
+            values["model"] = at_todays_places(values["model"])
         from_file = parser.parse_object(values, defaults=True)
         namespace: Namespace = parser.parse_args(overrides, namespace=from_file)
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.49
