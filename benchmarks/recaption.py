@@ -30,7 +30,7 @@ from PIL import Image
 
 import opencoca
 from opencoca.data import EvalTransform, iterate_images
-from opencoca.data.files import parallel_map
+from opencoca.data.read_ahead import parallel_map
 from opencoca.generation import GenerationOptions
 from opencoca.recaption import Captioner, Destination, caption_to_files, choose_batch_size, open_inputs
 from opencoca.system.allocator import keep_freed_memory

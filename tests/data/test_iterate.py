@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opencoca.data import EvalTransform, PreprocessConfig, decode_image, iterate_images, open_source
-from opencoca.data.files import parallel_map
+from opencoca.data.read_ahead import batches_ahead, one_ahead, parallel_map
 
 from .helpers import encode, gradient, write_images
 
@@ -87,3 +87,46 @@ def test_order_is_kept_and_errors_arrive():
     assert list(parallel_map(lambda i: time.sleep(delays[i]) or i, range(40), 8, 16)) == list(range(40))
     with pytest.raises(ZeroDivisionError):
         list(parallel_map(lambda item: 1 / item, [1, 0, 1], 2, 4))
+
+
+@pytest.mark.parametrize("num_threads", [0, 3])
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 30])
+def test_batches_ahead_are_the_results_in_order(num_threads, batch_size):
+    batches = list(batches_ahead(lambda item: item * item, range(21), batch_size, num_threads))
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    assert [result for batch in batches for result in batch] == [item * item for item in range(21)]
+    assert not list(batches_ahead(lambda item: item, [], batch_size, num_threads))
+
+
+def test_two_batches_are_under_way_and_none_after_closing():
+    begun = []
+    batches = batches_ahead(lambda item: begun.append(item) or item, range(100), 3, 2)
+    assert next(batches) == [0, 1, 2]
+    assert len(begun) <= 9
+    threads = threading.active_count()
+    batches.close()
+    assert threading.active_count() < threads
+
+
+def test_one_ahead_works_while_the_caller_does_and_closes_what_it_reads():
+    made, closed = [], []
+
+    def items():
+        try:
+            for number in range(5):
+                made.append(number)
+                yield number
+        finally:
+            closed.append(True)
+
+    assert list(one_ahead(items(), 5)) == [0, 1, 2, 3, 4]
+    assert closed == [True]
+    made.clear()
+    early = one_ahead(items(), 5)
+    assert next(early) == 0
+    deadline = time.monotonic() + 60
+    while len(made) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert made == [0, 1]
+    early.close()
+    assert closed == [True, True]

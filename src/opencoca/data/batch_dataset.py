@@ -12,9 +12,9 @@ from torch.utils.data import Dataset, get_worker_info
 
 from opencoca.data.batch import Batch
 from opencoca.data.captions import CaptionsOnDemand, ShownCaptions, TokenizedCaptions, collate_captions
-from opencoca.data.files import parallel_map
 from opencoca.data.order import SampleOrder
 from opencoca.data.quarantine import BadSample
+from opencoca.data.read_ahead import parallel_map
 from opencoca.data.remote import RemoteReadError
 from opencoca.data.source import Sample, SampleSource
 from opencoca.data.targets import Target

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from opencoca.data.files import parallel_map
 from opencoca.data.images import MAX_PIXELS, ImageError, decode_image, read_header
+from opencoca.data.read_ahead import parallel_map
 from opencoca.data.source import SampleSource
 from opencoca.data.targets import target_names
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from opencoca.data.files import parallel_map
 from opencoca.data.images import ImageData, ImageError, decode_image, to_rgb
+from opencoca.data.read_ahead import batches_ahead, one_ahead
 from opencoca.data.source import SampleSource
 from opencoca.data.transforms import EvalTransform, normalize
 
@@ -29,7 +30,7 @@ def iterate_images(
     transform: EvalTransform,
     batch_size: int,
     num_workers: int | None = None,
-) -> Iterator[ImageBatch]:
+) -> Generator[ImageBatch, None, None]:
     """Decode and transform all images, `batch_size` at a time, while the caller works on the batch before.
 
     Args:
@@ -43,6 +44,8 @@ def iterate_images(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    if num_workers is not None and num_workers < 0:
+        raise ValueError(f"num_workers must be 0 or more, got {num_workers}")
     if num_workers is None:
         num_workers = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
@@ -54,7 +57,8 @@ def iterate_images(
         except (ImageError, OSError) as error:
             return index, str(error)
 
-    return _batches(parallel_map(load, range(len(images)), num_workers, 2 * batch_size), transform, batch_size)
+    batches = _batches(batches_ahead(load, range(len(images)), batch_size, num_workers), transform)
+    return one_ahead(batches, math.ceil(len(images) / batch_size)) if num_workers else batches
 
 
 def _decode(images: SampleSource | Sequence[ImageData | Image.Image], index: int, as_stored: bool) -> Image.Image:
@@ -67,26 +71,12 @@ def _decode(images: SampleSource | Sequence[ImageData | Image.Image], index: int
 
 
 def _batches(
-    results: Iterator[tuple[int, np.ndarray | str]], transform: EvalTransform, batch_size: int
-) -> Iterator[ImageBatch]:
-    indices: list[int] = []
-    arrays: list[np.ndarray] = []
-    errors: list[tuple[int, str]] = []
-
-    def batch() -> ImageBatch:
-        height, width = transform.config.image_size
-        stacked = np.stack(arrays) if arrays else np.zeros((0, height, width, 3), dtype=np.uint8)
-        pixels = normalize(stacked, transform.config)
-        return ImageBatch(torch.tensor(indices, dtype=torch.int64), pixels, tuple(errors))
-
-    for index, result in results:
-        if isinstance(result, str):
-            errors.append((index, result))
-        else:
-            indices.append(index)
-            arrays.append(result)
-        if len(indices) + len(errors) == batch_size:
-            yield batch()
-            indices, arrays, errors = [], [], []
-    if indices or errors:
-        yield batch()
+    results: Iterable[list[tuple[int, np.ndarray | str]]], transform: EvalTransform
+) -> Generator[ImageBatch, None, None]:
+    height, width = transform.config.image_size
+    for rows in results:
+        good = [(index, found) for index, found in rows if not isinstance(found, str)]
+        errors = tuple((index, found) for index, found in rows if isinstance(found, str))
+        pixels = np.stack([array for _, array in good]) if good else np.zeros((0, height, width, 3), dtype=np.uint8)
+        indices = torch.tensor([index for index, _ in good], dtype=torch.int64)
+        yield ImageBatch(indices, normalize(pixels, transform.config), errors)

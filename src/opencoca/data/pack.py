@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from opencoca.data.files import parallel_map
 from opencoca.data.images import ImageError, decode_image, read_header
+from opencoca.data.read_ahead import parallel_map
 from opencoca.data.source import SampleSource
 from opencoca.system.files import atomic_write
 

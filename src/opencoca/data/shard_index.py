@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from opencoca.data.files import parallel_map
+from opencoca.data.read_ahead import parallel_map
 from opencoca.data.remote import RemoteStatus, is_remote, read_file, read_range, remote_status, write_file
 from opencoca.data.shards import LostSample, ShardIndex, index_shard, scan_shard
 from opencoca.system.files import atomic_write

@@ -21,8 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from opencoca.data.block_cache import BlockCache
-from opencoca.data.files import parallel_map
 from opencoca.data.images import ImageError
+from opencoca.data.read_ahead import parallel_map
 from opencoca.data.remote import DEFAULT_RETRIES, RetryPolicy, is_remote, read_range
 from opencoca.data.shard_index import load_index
 from opencoca.data.shards import CLASS, IMAGE, JSON, TEXT, LostSample, SampleParts, ShardIndex

@@ -6,9 +6,7 @@ Letters: I images, H height, W width, in pixels.
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from opencoca.data.images import ImageError, decode_image, to_rgb
+from opencoca.data.read_ahead import batches_ahead
 from opencoca.data.transforms import EvalTransform, PreprocessConfig
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
@@ -54,19 +53,12 @@ class Preprocess:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
         images = as_list(images)
-        pool = ThreadPoolExecutor(_DECODING_THREADS)
-        try:
-            prepared = deque()
-            position = 0
-            for start in range(0, len(images), batch_size):
-                ahead = min(start + 2 * batch_size, len(images))
-                while position < ahead:
-                    prepared.append(pool.submit(self._prepare, images[position], position))
-                    position += 1
-                count = min(batch_size, len(images) - start)
-                yield torch.stack([prepared.popleft().result() for _ in range(count)])
-        finally:
-            pool.shutdown(cancel_futures=True)
+
+        def prepare(position: int) -> Tensor:
+            return self._prepare(images[position], position)
+
+        for rows in batches_ahead(prepare, range(len(images)), batch_size, _DECODING_THREADS):
+            yield torch.stack(rows)
 
     def _prepare(self, image: ImageLike, position: int) -> Tensor:
         return self._transform(as_pil(image, position, as_stored=self.config.decoding == "as_stored"))

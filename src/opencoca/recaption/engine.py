@@ -6,12 +6,10 @@ Letters: B images of a batch.
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 from opencoca.data import EvalTransform, ImageBatch, SampleSource, Subset, iterate_images
-from opencoca.data.files import parallel_map
 from opencoca.generation import GeneratedCaption
 from opencoca.recaption.captioner import Captioner
 
@@ -42,17 +40,9 @@ def caption_source(
     """
     remaining = Subset(source, range(start, len(source))) if start else source
     transform = EvalTransform(captioner.pipeline.preprocess.config)
-    batches = iterate_images(remaining, transform, batch_size, num_workers)
-    with contextlib.closing(_one_ahead(batches, math.ceil(len(remaining) / batch_size))) as ahead:
-        for batch in ahead:
+    with contextlib.closing(iterate_images(remaining, transform, batch_size, num_workers)) as batches:
+        for batch in batches:
             yield _caption_batch(captioner, remaining, batch)
-
-
-def _one_ahead(batches: Iterator[ImageBatch], count: int) -> Generator[ImageBatch, None, None]:
-    try:
-        yield from parallel_map(lambda _: next(batches), range(count), num_threads=1, window=2)
-    finally:
-        batches.close()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _caption_batch(captioner: Captioner, source: SampleSource, batch: ImageBatch) -> list[CaptionedImage]:

@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opencoca.data import EvalTransform, SampleSource, TrainTransform, decode_image, mentions_side
-from opencoca.data.files import parallel_map
 from opencoca.data.images import ImageError
+from opencoca.data.read_ahead import batches_ahead
 from opencoca.data.sources import ImageFolder
 from opencoca.data.tar_source import TarShards
 from opencoca.system.files import WriteError, atomic_write
@@ -152,10 +152,10 @@ def _view_batches(source, views: CacheViews, start: int) -> Iterator[tuple[np.nd
             return str(error)
 
     blank = torch.zeros(3, *views.evaluation.config.image_size)
-    loaded = parallel_map(load, range(start, len(source)), 2, 2 * _BATCH)
-    for first in range(start, len(source), _BATCH):
-        images = np.arange(first, min(first + _BATCH, len(source)))
-        rows = [next(loaded) for _ in images]
+    first = start
+    for rows in batches_ahead(load, range(start, len(source)), _BATCH, 2):
+        images = np.arange(first, first + len(rows))
+        first += len(rows)
         broken = {int(image): row for image, row in zip(images, rows, strict=True) if isinstance(row, str)}
         good = [[blank] * views.count if isinstance(row, str) else row for row in rows]
         yield images, [torch.stack([row[view] for row in good]) for view in range(views.count)], broken

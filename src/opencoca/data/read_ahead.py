@@ -1,9 +1,11 @@
-"""Work done ahead in threads."""
+"""The one way to read ahead: work done in threads while the caller is busy with what is done already."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -13,7 +15,7 @@ Result = TypeVar("Result")
 
 def parallel_map(
     function: Callable[[Item], Result], items: Iterable[Item], num_threads: int, window: int
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """`map(function, items)` in a thread pool: results in order, at most `window` items under way or waiting.
 
     The bound keeps memory flat when the consumer is slower than the threads. Closing the iterator early cancels what
@@ -35,3 +37,20 @@ def parallel_map(
             yield pending.popleft().result()
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def batches_ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], batch_size: int, num_threads: int
+) -> Generator[list[Result], None, None]:
+    """`map(function, items)` in lists of `batch_size` (the last may be shorter), two lists ahead of the caller."""
+    with contextlib.closing(parallel_map(function, items, num_threads, 2 * batch_size)) as results:
+        while batch := list(itertools.islice(results, batch_size)):
+            yield batch
+
+
+def one_ahead(items: Generator[Item, None, None], count: int) -> Generator[Item, None, None]:
+    """The `count` items of a generator, of which a thread makes the next while the caller works on the present one."""
+    try:
+        yield from parallel_map(lambda _: next(items), range(count), num_threads=1, window=2)
+    finally:
+        items.close()
