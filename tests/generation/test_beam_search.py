@@ -8,8 +8,9 @@ import pytest
 import torch
 from captioner import NUM_IMAGES, forbidden_ids, make_model, make_tokens, next_log_probs, teacher_forced
 
-from opencoca.generation import GenerationOptions, generate, loop
+from opencoca.generation import GenerationOptions, generate
 from opencoca.generation.beam_search import BeamSearch
+from opencoca.generation.decoding.session import DecodingSession
 from opencoca.generation.search import Limits
 from opencoca.model.coca import CoCa
 from opencoca.tokenizer import Tokenizer
@@ -214,8 +215,8 @@ def test_groups_that_find_the_same_are_searched_once(tokenizer, monkeypatch, pen
     model = make_model(tokenizer)
     tokens = make_tokens(model)
     rows = set()
-    step = loop.decode_step
-    monkeypatch.setattr(loop, "decode_step", lambda *args: rows.add(len(args[1])) or step(*args))
+    step = DecodingSession.step
+    monkeypatch.setattr(DecodingSession, "step", lambda *args: rows.add(len(args[1])) or step(*args))
     options = GenerationOptions(num_beams=6, num_groups=3, num_captions=6, diversity_penalty=penalty, min_new_tokens=4)
     found = generate(model, tokens, tokenizer, options)
     assert max(rows) == texts_an_image * len(tokens)
@@ -234,7 +235,7 @@ def test_more_candidates_than_words_are_no_candidates():
     visible = torch.ones(1, 5, dtype=torch.bool)
     search.extend(allowed, allowed, visible)
     search.extend(allowed.expand(2, -1), allowed.expand(2, -1), visible.expand(2, -1))
-    (found,) = search.results(torch.tensor([0]), visible)
+    (found,) = search.results(torch.tensor([0]))
     assert [candidate.token_ids for candidate in found] == [[5, 3, 3]]
     assert found[0].score == pytest.approx(-1.0)
 

@@ -16,8 +16,9 @@ from captioner import (
     teacher_forced,
 )
 
-from opencoca.generation import GenerationOptions, generate, loop
+from opencoca.generation import GenerationOptions, generate
 from opencoca.generation.decoding import image_memory
+from opencoca.generation.decoding.session import DecodingSession
 from opencoca.generation.decoding.state import DecodingState
 from opencoca.model.coca import CoCa
 from opencoca.tokenizer import Tokenizer
@@ -143,7 +144,7 @@ def test_a_part_is_forgotten_before_the_next_one_starts(tokenizer, monkeypatch):
     tokens = make_tokens(model)
     states: list[weakref.ref[DecodingState]] = []
     alive = []
-    start = loop.start_decoding
+    start = DecodingSession._start
 
     def start_and_count(*args, **kwargs):
         alive.append(sum(state() is not None for state in states))
@@ -151,7 +152,7 @@ def test_a_part_is_forgotten_before_the_next_one_starts(tokenizer, monkeypatch):
         states.append(weakref.ref(state))
         return state
 
-    monkeypatch.setattr(loop, "start_decoding", start_and_count)
+    monkeypatch.setattr(DecodingSession, "_start", start_and_count)
     monkeypatch.setattr("opencoca.generation.loop._TEXTS_AT_A_TIME_ON_CPU", 4)
     generate(model, tokens, tokenizer, GenerationOptions(num_beams=2))
     assert len(alive) > 1
@@ -163,8 +164,8 @@ def test_finished_texts_are_not_computed_on(tokenizer, monkeypatch):
     tokens = make_tokens(model)
     monkeypatch.setattr("opencoca.generation.loop._DROP_FROM_SHARE", 0.0)
     rows = []
-    step = loop.decode_step
-    monkeypatch.setattr(loop, "decode_step", lambda model, ids, state: rows.append(len(ids)) or step(model, ids, state))
+    step = DecodingSession.step
+    monkeypatch.setattr(DecodingSession, "step", lambda *args: rows.append(len(args[1])) or step(*args))
     captions = best_of(generate(model, tokens, tokenizer))
     assert sum(rows) == sum(caption.length for caption in captions)
 

@@ -1,4 +1,4 @@
-"""The whole model: one pass equals its parts, cached decoding equals uncached, a half switched off costs nothing."""
+"""The whole model: one pass equals its parts, a half switched off costs nothing."""
 
 import math
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opencoca.generation.decoding.state import decode_step, start_decoding
+from opencoca.generation.decoding.session import DecodingSession
 from opencoca.losses import captioning_loss, contrastive_loss
 from opencoca.model.coca import CoCa
 
@@ -82,48 +82,6 @@ def test_texts_without_a_next_word_train_without_nan(make_model):
     loss = loss + contrastive_loss(output.image_embed, output.text_embed, output.logit_scale)
     loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-
-
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_cached_decoding_equals_uncached(make_model, variant: dict):
-    model = make_model(**variant)
-    images, ids = torch.randn(2, 3, 12, 12), torch.randint(0, 37, (4, 9))
-    with torch.no_grad():
-        tokens = model.encode_image(images).tokens
-        whole = model.logits(images, ids)
-        for steps in ([1] * 9, [9], [4, 1, 1, 3], [1, 8]):
-            state = start_decoding(model, tokens, texts_per_image=2, capacity=9)
-            start = 0
-            for length in steps:
-                logits = decode_step(model, ids[:, start : start + length], state)
-                start += length
-                torch.testing.assert_close(logits, whole[:, start - 1], atol=1e-4, rtol=1e-4)
-
-
-def test_decoding_goes_on_with_rows_dropped_reordered_and_repeated(make_model):
-    model = make_model()
-    images, ids = torch.randn(3, 3, 12, 12), torch.randint(0, 37, (3, 6))
-    with torch.no_grad():
-        state = start_decoding(model, model.encode_image(images).tokens)
-        decode_step(model, ids[:, :4], state)
-        rows = torch.tensor([2, 0])
-        state.select(rows, images=rows)
-        logits = decode_step(model, ids[rows, 4:5], state)
-        torch.testing.assert_close(logits, model.logits(images, ids)[rows, 4], atol=1e-4, rtol=1e-4)
-        # Texts alone: two texts of the one image that is left.
-        state = start_decoding(model, model.encode_image(images[:1]).tokens, texts_per_image=3)
-        decode_step(model, ids[:, :4], state)
-        rows = torch.tensor([1, 1])
-        state.select(rows)
-        logits = decode_step(model, ids[rows, 4:5], state)
-        whole = model.logits(images[:1].expand(3, -1, -1, -1), ids)
-        torch.testing.assert_close(logits, whole[rows, 4], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("capacity", [0, 13])
-def test_impossible_capacities(make_model, capacity: int):
-    with pytest.raises(ValueError, match=f"capacity {capacity} .* context_length 12"):
-        start_decoding(make_model(), torch.randn(1, 5, 16), capacity=capacity)
 
 
 def calls_of(modules: dict[str, nn.Module]) -> tuple[dict[str, int], list]:
@@ -299,10 +257,11 @@ def test_eight_pairs_are_learned_by_heart(make_config):
     with torch.no_grad():
         image, text = model.encode_image(images), model.encode_text(ids, mask)
         similarity = image.embed @ text.embed.T
-        state = start_decoding(model, image.tokens)
+        session = DecodingSession(model)
+        state = session.start(image.tokens)
         words = [torch.full((8,), begin)]
         for _ in range(width - 1):
-            words.append(decode_step(model, words[-1][:, None], state).argmax(dim=1))
+            words.append(session.step(words[-1][:, None], state).argmax(dim=1))
     written = torch.stack(words, dim=1).tolist()
     assert [row[: row.index(end) + 1] if end in row else row for row in written] == captions
     assert similarity.argmax(dim=0).tolist() == list(range(8))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from opencoca.generation.decoding.state import start_decoding
+from opencoca.generation.decoding.session import DecodingSession, Room
 from opencoca.model.coca import CoCa
 from opencoca.model.config import (
     NAMED_SIZES,
@@ -122,8 +122,8 @@ def test_fewer_key_value_heads_make_smaller_projections_and_caches(make_config, 
     projections = [m for name, m in model.unimodal_decoder.named_modules() if name.endswith("kv_proj")]
     projections += [m for name, m in model.multimodal_decoder.named_modules() if name.endswith("kv_proj")]
     assert [m.out_features for m in projections] == [2 * expected * 6] * 6
-    state = start_decoding(model, torch.empty(2, 5, 16, device="meta"), capacity=7)
-    assert {cache.keys.shape for cache in (*state.unimodal, *state.multimodal)} == {(2, expected, 7, 6)}
+    state = DecodingSession(model).start(torch.empty(2, 5, 16, device="meta"), Room(7))
+    assert {cache.memory.shape for cache in (*state.unimodal, *state.multimodal)} == {(2, 2, expected, 7, 6)}
 
 
 heads_and_widths = st.integers(1, 6).flatmap(

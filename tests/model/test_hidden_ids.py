@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from opencoca.generation.decoding.state import decode_step, start_decoding
+from opencoca.generation.decoding.session import DecodingSession
 from opencoca.model.layers.blocks import TransformerBlock
 from opencoca.model.text_decoder import UnimodalDecoder
 
@@ -99,10 +99,12 @@ def test_cached_decoding_hides_the_same(make_model, fields: dict, steps: list[in
     images = torch.randn(2, 3, 12, 12, dtype=torch.float64)
     with torch.no_grad():
         whole = model.logits(images, ids)
-        state = start_decoding(model, model.encode_image(images).tokens, texts_per_image=len(ids) // 2)
+        session = DecodingSession(model)
+        state = session.start(model.encode_image(images).tokens)
+        state.select(torch.arange(2).repeat_interleave(len(ids) // 2))
         start = 0
         for length in steps:
-            logits = decode_step(model, ids[:, start : start + length], state)
+            logits = session.step(ids[:, start : start + length], state)
             start += length
             torch.testing.assert_close(logits, whole[:, start - 1])
 
@@ -112,10 +114,12 @@ def test_cached_decoding_hides_the_same_after_rows_were_reordered(make_model):
     ids, _ = texts()
     images, rows = torch.randn(1, 3, 12, 12, dtype=torch.float64), torch.tensor([4, 2, 2, 0, 5])
     with torch.no_grad():
-        state = start_decoding(model, model.encode_image(images).tokens, texts_per_image=len(ids))
-        decode_step(model, ids[:, :6], state)
+        session = DecodingSession(model)
+        state = session.start(model.encode_image(images).tokens)
+        state.select(torch.zeros(len(ids), dtype=torch.int64))
+        session.step(ids[:, :6], state)
         state.select(rows)
-        logits = decode_step(model, ids[rows, 6:8], state)
+        logits = session.step(ids[rows, 6:8], state)
         torch.testing.assert_close(logits, model.logits(images, ids[rows])[:, 7])
 
 

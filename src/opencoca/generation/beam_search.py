@@ -68,7 +68,8 @@ class BeamSearch:
             visible=torch.zeros((*shape, num_entries), dtype=torch.bool, device=device),
         )
 
-    def extend(self, allowed: Tensor, log_probs: Tensor, visible: Tensor) -> Tensor:
+    def extend(self, allowed: Tensor, log_probs: Tensor, visible: Tensor | None) -> Tensor:
+        assert visible is not None, "beams share their rows"
         num_images = self.group_done.shape[0]
         candidates = self._candidates(allowed, log_probs)
         chosen: list[_Candidates] = []
@@ -179,7 +180,7 @@ class BeamSearch:
     def done(self) -> Tensor:
         return self.group_done.all(dim=1)
 
-    def results(self, images: Tensor, visible: Tensor) -> list[list[Candidate]]:
+    def results(self, images: Tensor) -> list[list[Candidate]]:
         finished = _Finished(*(x[images].flatten(1, 2) for x in self.finished))
         orders = finished.scores.argsort(dim=1, descending=True, stable=True).tolist()
         # Each way from a GPU's memory takes as long as several kernels.

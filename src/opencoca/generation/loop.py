@@ -5,26 +5,22 @@ Letters: I images, Q image tokens, D width, R texts in work, T tokens so far, V 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from opencoca.generation.beam_search import BeamSearch
-from opencoca.generation.decoding.graphs import DecodingGraphs, borrow_graphs
-from opencoca.generation.decoding.state import DecodingState, decode_step, embed_decoded, start_decoding
+from opencoca.generation.decoding.session import DecodingSession, Room
+from opencoca.generation.decoding.state import DecodingState
+from opencoca.generation.decoding.text_embed import embed_decoded
 from opencoca.generation.logit_filters import LogitFilter, make_filters
 from opencoca.generation.options import GeneratedCaption, GenerationOptions
 from opencoca.generation.search import Candidate, Limits, Search, SingleTexts
 from opencoca.model.coca import CoCa
-from opencoca.model.kernels.linear import pack_weights
 from opencoca.tokenizer import Tokenizer
 
 # Texts at a time on a CPU: more of them are no faster, and their keys and values take memory.
 _TEXTS_AT_A_TIME_ON_CPU = 128
-
-# Rearranged weights make steps of up to so many texts faster by more than their memory is worth.
-_PACK_FOR_TEXTS = 64
 
 # Dropping finished images copies the caches of the others; below this share of them, computing on is cheaper.
 _DROP_FROM_SHARE = 1 / 8
@@ -41,6 +37,7 @@ def generate(
     *,
     image_seeds: Sequence[int] | None = None,
     with_text_embed: bool = False,
+    session: DecodingSession | None = None,
 ) -> list[tuple[GeneratedCaption, ...]]:
     """For each image of image_tokens (I, Q, D), as `CoCa.encode_image` gives them, its captions, the best first.
 
@@ -51,10 +48,11 @@ def generate(
         image_seeds: one number for each image; sampling depends on `options.seed` and on it, not on where the image
             stands. Default: 0 to I - 1. `seeds_of_images` makes them from the pixels.
         with_text_embed: captions come with their text embedding, from the unimodal states that are there already.
+        session: what earlier calls have made ready for this model; default: one for this call alone.
 
     Raises:
         ValueError: the model is in training mode, the prefix leaves no room for a caption, the required words do not
-            fit, or image_seeds is not as long as there are images.
+            fit, image_seeds is not as long as there are images, or the session is another model's.
     """
     if model.training:
         raise ValueError("the model is in training mode, where dropout spoils captions; call model.eval() first")
@@ -70,42 +68,55 @@ def generate(
     )
     vocab_size = model.config.text.vocab_size
     filters = make_filters(options, tokenizer, limits.prompt_length, limits.max_length, vocab_size)
+    session = session or DecodingSession(model)
+    if session.model is not model:
+        raise ValueError("the session was made for another model; make one with DecodingSession(model)")
+    job = _Job(session, options, limits, prompt, filters, with_text_embed)
     seeds = torch.arange(num_images) if image_seeds is None else torch.tensor(image_seeds, dtype=torch.int64)
     at_a_time = max(1, num_images)
     if image_tokens.device.type == "cpu":
         at_a_time = max(1, _TEXTS_AT_A_TIME_ON_CPU // options.texts_in_work)
     captions: list[tuple[GeneratedCaption, ...]] = []
     for start in range(0, num_images, at_a_time):
-        part = slice(start, start + at_a_time)
-        arguments = (model, image_tokens[part], options, limits, prompt, seeds[part], with_text_embed)
-        captions += [
-            tuple(_as_caption(text, tokenizer, len(prompt)) for text in found) for found in _search(filters, *arguments)
-        ]
+        found = _search(job, image_tokens[start : start + at_a_time], seeds[start : start + at_a_time])
+        captions += [tuple(_as_caption(text, tokenizer, len(prompt)) for text in of_image) for of_image in found]
     return captions
 
 
-def _search(
-    filters: list[LogitFilter],
-    model: CoCa,
-    image_tokens: Tensor,
-    options: GenerationOptions,
-    limits: Limits,
-    *arguments: Any,
-) -> list[list["_Finished"]]:
+@dataclass(frozen=True)
+class _Job:
+    """What is to be done with images, whichever they are."""
+
+    session: DecodingSession
+    options: GenerationOptions
+    limits: Limits
+    prompt: list[int]
+    filters: list[LogitFilter]
+    with_text_embed: bool
+
+    @property
+    def room(self) -> Room:
+        """What an image needs."""
+        shared = self.options.num_beams > 1
+        return Room(self.limits.max_length, self.options.texts_in_work, shared, self.limits.prompt_length)
+
+    def new_search(self, image_seeds: Tensor, device: torch.device) -> Search:
+        """The search over images with these seeds (I,)."""
+        token_ids = torch.tensor(self.prompt, device=device).repeat(image_seeds.shape[0], 1)
+        if self.options.num_beams > 1:
+            return BeamSearch(self.options, self.limits, token_ids, self.room.entries)
+        return SingleTexts(self.options, self.limits, token_ids, image_seeds)
+
+
+def _search(job: _Job, image_tokens: Tensor, image_seeds: Tensor) -> list[list["_Finished"]]:
     """What is found for each image; a function of its own, so that its caches are gone when the next ones are made."""
     finished: dict[int, list[_Finished]] = {}
-    entries, texts = _num_entries(options, limits), options.texts_in_work
-    with borrow_graphs(model, image_tokens, 1 if options.num_beams > 1 else texts, entries, texts) as graphs:
-        work = _Work.start(graphs, model, image_tokens, options, limits, *arguments)
+    search = job.new_search(image_seeds, image_tokens.device)
+    with job.session.search(image_tokens, job.room) as state:
+        work = _Work(job, state, search, torch.arange(image_tokens.shape[0], device=image_tokens.device))
         while work.images.numel():
-            finished.update(work.advance(filters))
+            finished.update(work.advance())
     return [found for _, found in sorted(finished.items())]
-
-
-def _num_entries(options: GenerationOptions, limits: Limits) -> int:
-    """Of a cache row, which beams of an image share."""
-    texts_per_row = options.texts_in_work if options.num_beams > 1 else 1
-    return limits.prompt_length + texts_per_row * (limits.max_length - limits.prompt_length)
 
 
 @dataclass(frozen=True)
@@ -118,69 +129,26 @@ class _Finished:
 class _Work:
     """The images in work (I,), by their numbers, the search over their texts and the caches it reads."""
 
-    graphs: DecodingGraphs | None
-    model: CoCa
-    options: GenerationOptions
-    limits: Limits
+    job: _Job
     state: DecodingState
     search: Search
     images: Tensor
-    with_text_embed: bool
 
-    @classmethod
-    def start(
-        cls,
-        graphs: DecodingGraphs | None,
-        model: CoCa,
-        image_tokens: Tensor,
-        options: GenerationOptions,
-        limits: Limits,
-        prompt: list[int],
-        image_seeds: Tensor,
-        with_text_embed: bool,
-    ) -> "_Work":
-        device, num_images = image_tokens.device, image_tokens.shape[0]
-        images = torch.arange(num_images, device=device)
-        token_ids = torch.tensor(prompt, device=device).repeat(num_images, 1)
-        num_entries = _num_entries(options, limits)
-        if options.num_beams > 1:
-            search: Search = BeamSearch(options, limits, token_ids, num_entries)
-        else:
-            search = SingleTexts(options, limits, token_ids, image_seeds)
-        if num_images * options.texts_in_work <= _PACK_FOR_TEXTS:
-            pack_weights(model.unimodal_decoder, model.multimodal_decoder, model.lm_head)
-        state = start_decoding(
-            model,
-            image_tokens,
-            capacity=limits.max_length,
-            num_entries=num_entries,
-            words_per_image=options.texts_in_work * limits.max_length,
-            arena=graphs.arena if graphs else None,
-        )
-        return cls(graphs, model, options, limits, state, search, images, with_text_embed)
-
-    def advance(self, filters: list[LogitFilter]) -> dict[int, list[_Finished]]:
+    def advance(self) -> dict[int, list[_Finished]]:
         """Makes every text one token longer; returns the texts of images that leave the work, by image."""
-        search, state = self.search, self.state
+        job, search, state = self.job, self.search, self.state
         starts = state.num_words == 0
-        log_probs = next_log_probs(self._next_logits())
-        allowed = log_probs if all(one.only_forbids for one in filters) else log_probs.clone()
-        for logit_filter in filters:
+        token_ids = search.token_ids if starts else search.token_ids[:, -1:]
+        log_probs = next_log_probs(job.session.step(token_ids, state))
+        allowed = log_probs if all(one.only_forbids for one in job.filters) else log_probs.clone()
+        for logit_filter in job.filters:
             logit_filter.apply(allowed, search.token_ids)
-        parents = search.extend(allowed, log_probs, state.entries_of_texts())
+        parents = search.extend(allowed, log_probs, state.entries_of_texts() if search.shares_cache else None)
         if starts:
             self._take_up(parents)
         elif search.shares_cache:
             state.reorder(parents)
-        return self._drop_finished(is_last=search.token_ids.shape[1] >= self.limits.max_length)
-
-    def _next_logits(self) -> Tensor:
-        token_ids, state = self.search.token_ids, self.state
-        if state.num_words == 0:
-            return decode_step(self.model, token_ids, state)
-        if self.graphs:
-            return self.graphs.step(self.model, token_ids[:, -1:], state)
-        return decode_step(self.model, token_ids[:, -1:], state)
+        return self._drop_finished(is_last=search.token_ids.shape[1] >= job.limits.max_length)
 
     def _take_up(self, parents: Tensor) -> None:
         """Makes rows for the texts (R,) that go on from the prompts."""
@@ -189,19 +157,19 @@ class _Work:
             return
         if self.search.texts_per_image > 1:
             self.state.select(parents)
-        if self.graphs:
+        if self.state.recorded:
             self.state.share_rows(1)
 
     def _drop_finished(self, is_last: bool) -> dict[int, list[_Finished]]:
         done = self.search.done() | is_last
         num_done = int(done.sum())
-        least = _DROP_FROM_SHARE_OF_GRAPHS if self.graphs else _DROP_FROM_SHARE
+        least = _DROP_FROM_SHARE_OF_GRAPHS if self.state.recorded else _DROP_FROM_SHARE
         if num_done == 0 or num_done < least * done.numel():
             return {}
         leaving, staying = done.nonzero().squeeze(1), (~done).nonzero().squeeze(1)
-        visible = self.state.entries_of_texts()
-        results = [found[: self.options.num_captions] for found in self.search.results(leaving, visible)]
-        embeds = self._embed(leaving, results) if self.with_text_embed else [[None] * len(found) for found in results]
+        results = [found[: self.job.options.num_captions] for found in self.search.results(leaving)]
+        wanted = self.job.with_text_embed
+        embeds = self._embed(leaving, results) if wanted else [[None] * len(found) for found in results]
         finished = {
             image: [_Finished(*pair) for pair in zip(found, vectors, strict=True)]
             for image, found, vectors in zip(self.images[leaving].tolist(), results, embeds, strict=True)
@@ -226,7 +194,8 @@ class _Work:
             texts = [(found * per_row)[index] for found in results for index in range(per_row)]
         seen = torch.stack([text.visible for text in texts]).unflatten(0, (-1, per_row))
         ids = [text.token_ids for text in texts]
-        vectors = embed_decoded(self.model, self.state, rows, seen, ids, self.limits.eos_id).flatten(0, 1)
+        model, eos_id = self.job.session.model, self.job.limits.eos_id
+        vectors = embed_decoded(model, self.state, rows, seen, ids, eos_id).flatten(0, 1)
         vectors = iter(vectors.float().cpu())
         if not self.search.shares_cache:
             return [[next(vectors) for _ in found] for found in results]

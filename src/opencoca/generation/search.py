@@ -48,11 +48,12 @@ class Search(Protocol):
     shares_cache: bool
     token_ids: Tensor
 
-    def extend(self, allowed: Tensor, log_probs: Tensor, visible: Tensor) -> Tensor:
+    def extend(self, allowed: Tensor, log_probs: Tensor, visible: Tensor | None) -> Tensor:
         """Makes the texts in work one token longer; returns which of the present texts each comes from: (R,).
 
         allowed (R, V): the log-probabilities after all filters; log_probs (R, V): the model's own, equal to allowed
-        where that is not -inf unless a filter does more than forbid; visible (R, N): the cache entries of each text.
+        where that is not -inf unless a filter does more than forbid; visible (R, N): the cache entries of each text,
+        where they share rows.
         """
         ...
 
@@ -60,8 +61,8 @@ class Search(Protocol):
         """(I,) whether nothing can change an image's result any more."""
         ...
 
-    def results(self, images: Tensor, visible: Tensor) -> list[list[Candidate]]:
-        """Candidates of each of these images in work (I',), the best first; visible (R, N), as in `extend`."""
+    def results(self, images: Tensor) -> list[list[Candidate]]:
+        """Candidates of each of these images in work (I',), the best first."""
         ...
 
     def keep(self, images: Tensor) -> None:
@@ -84,25 +85,25 @@ class SingleTexts:
         self.token_ids = prompt
         self.totals = torch.zeros(num_texts, device=prompt.device)
         self.ended = torch.zeros(num_texts, dtype=torch.bool, device=prompt.device)
+        self.draws = options.samples
         self.uniforms = torch.empty(num_texts, 0, device=prompt.device)
-        if options.samples:
+        if self.draws:
             seeds = text_seeds(image_seeds.to(prompt.device), self.texts_per_image)
             self.uniforms = uniform_numbers(options.seed, seeds, limits.max_length - limits.prompt_length)
 
-    def extend(self, allowed: Tensor, log_probs: Tensor, visible: Tensor) -> Tensor:
+    def extend(self, allowed: Tensor, log_probs: Tensor, visible: Tensor | None) -> Tensor:
         num_texts = self.totals.shape[0]
         rows = torch.arange(allowed.shape[0], device=allowed.device)
         if allowed.shape[0] != num_texts:  # the prompt, of which all texts of an image are made
             rows = rows.repeat_interleave(self.texts_per_image)
-        next_ids = self._choose(allowed, rows).where(~self.ended, self.limits.eos_id)
+        next_ids = self._draw(allowed, rows) if self.draws else allowed.argmax(dim=1)[rows]
+        next_ids = next_ids.where(~self.ended, self.limits.eos_id)
         self.totals += log_probs[rows, next_ids].to(self.totals.dtype).where(~self.ended, 0)
         self.ended |= next_ids == self.limits.eos_id
         self.token_ids = torch.cat((self.token_ids[rows], next_ids[:, None]), dim=1)
         return rows
 
-    def _choose(self, allowed: Tensor, rows: Tensor) -> Tensor:
-        if not self.options.samples:
-            return allowed.argmax(dim=1)[rows]
+    def _draw(self, allowed: Tensor, rows: Tensor) -> Tensor:
         draws = drawable_tokens(allowed, self.options)
         position = self.token_ids.shape[1] - self.limits.prompt_length
         if draws.token_ids.shape[0] != rows.shape[0]:
@@ -112,12 +113,12 @@ class SingleTexts:
     def done(self) -> Tensor:
         return self.ended.view(-1, self.texts_per_image).all(dim=1)
 
-    def results(self, images: Tensor, visible: Tensor) -> list[list[Candidate]]:
+    def results(self, images: Tensor) -> list[list[Candidate]]:
         per_image, start = self.texts_per_image, self.limits.prompt_length
         rows = (images[:, None] * per_image + torch.arange(per_image, device=images.device)).flatten()
         texts = [self._until_end(ids) for ids in self.token_ids[rows].tolist()]
-        num_cached = torch.tensor([len(ids) - 1 for ids in texts], device=visible.device)
-        seen = torch.arange(visible.shape[1], device=visible.device) < num_cached[:, None]
+        num_cached = torch.tensor([len(ids) - 1 for ids in texts], device=images.device)
+        seen = torch.arange(self.limits.max_length, device=images.device) < num_cached[:, None]
         found: list[list[Candidate]] = [[] for _ in range(images.shape[0])]
         for place, (ids, total, row) in enumerate(zip(texts, self.totals[rows].tolist(), rows.tolist(), strict=True)):
             score = total / (len(ids) - start) ** self.options.length_penalty

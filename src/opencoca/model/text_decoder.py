@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from opencoca.model.config import CoCaConfig
 from opencoca.model.kernels.image_attention import SharedImages, pays
-from opencoca.model.layers.attention import CrossKeysValues, WordCache, trains_on_cpu
+from opencoca.model.layers.attention import CrossKeysValues, Memory, NextWords, trains_on_cpu
 from opencoca.model.layers.blocks import Dropout, LookedAt, TransformerBlock, make_block, make_norm
 from opencoca.model.layers.layout import TextLayout, put_rows, take_rows
 
@@ -69,7 +69,7 @@ class UnimodalDecoder(nn.Module):
         mask = torch.ones_like(token_ids, dtype=torch.bool) if token_mask is None else token_mask.bool()
         if not with_cls:
             layout, ids = TextLayout.from_mask(mask), token_ids[mask]
-            states = self._run(self._embed(ids, layout.positions), self._hide(layout, ids))
+            states = self._run(self.embed(ids, layout.positions), self._hide(layout, ids))
             return UnimodalOutput(Words(states, layout), None)
         if not self.hide_next:
             return self._words_and_cls(token_ids, mask)
@@ -96,18 +96,17 @@ class UnimodalDecoder(nn.Module):
             ids_and_cls = ids.new_full(is_word.shape, _CLS_ID)
             ids_and_cls[word_rows] = ids
             with_cls_layout = self._hide(with_cls_layout, ids_and_cls)
-        words = self._embed(ids, layout.positions)
+        words = self.embed(ids, layout.positions)
         cls = self.cls_embed if self.pos_embed is None else self.cls_embed + self.pos_embed[-1]
         cls = self.dropout(cls.to(words.dtype).expand(mask.shape[0], -1))
         x = put_rows(words, word_rows, is_word.shape[0]) + put_rows(cls, cls_rows, is_word.shape[0])
         x = self._run(x, with_cls_layout)
         return UnimodalOutput(Words(take_rows(x, word_rows), layout), self.norm(take_rows(x, cls_rows)))
 
-    def step(self, token_ids: Tensor, caches: Sequence[WordCache], layout: TextLayout) -> Tensor:
-        """token_ids (B, T): the next T words of each text, all real -> their states (B x T, D); extends the caches."""
-        x = self._embed(token_ids.flatten(), layout.positions)
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x = block.self_attend(x, layout, cache)  # pyright: ignore[reportCallIssue]
+    def step(self, x: Tensor, memories: Sequence[Memory], words: NextWords) -> Tensor:
+        """x (R x T, D), embedded: the next words of texts -> their states (R x T, D); each block has its memory."""
+        for block, memory in zip(self.blocks, memories, strict=True):
+            x = block.step(x, memory, words)  # pyright: ignore[reportCallIssue]
         return x
 
     def hides(self, token_ids: Tensor, previous_ids: Tensor) -> Tensor | None:
@@ -119,7 +118,7 @@ class UnimodalDecoder(nn.Module):
     def embed_words_and_cls(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """token_ids, positions (B, T) -> (B x T, D) for the blocks; the last of each text is [CLS], of any id."""
         positions = torch.cat((positions[:, :-1], torch.zeros_like(positions[:, -1:])), dim=1)
-        words = self._embed(token_ids, positions)
+        words = self.embed(token_ids, positions)
         cls = self.cls_embed if self.pos_embed is None else self.cls_embed + self.pos_embed[-1]
         words[:, -1] = cls.to(words.dtype)
         return words.flatten(0, 1)
@@ -134,7 +133,8 @@ class UnimodalDecoder(nn.Module):
         visible[:, 0] = True
         return replace(layout, visible=visible)
 
-    def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Words (S,) at these positions (S,) of their texts -> what the first block takes, (S, D)."""
         x = self.token_embed(ids)
         if self.pos_embed is not None:
             x = x + self.pos_embed[positions]
@@ -155,14 +155,8 @@ class MultimodalLayer(nn.Module):
         self.self_block = make_block(block, has_mlp=config.compat.text_self_attn_mlp)
         self.cross_block = make_block(block, config.text.width)
 
-    def forward(
-        self,
-        x: Tensor,
-        images: LookedAt,
-        layout: TextLayout,
-        cache: WordCache | None = None,
-    ) -> Tensor:
-        x = self.self_block.self_attend(x, layout, cache)
+    def forward(self, x: Tensor, images: LookedAt, layout: TextLayout) -> Tensor:
+        x = self.self_block.self_attend(x, layout)
         return self.cross_block.cross_attend(x, images, layout)
 
 
@@ -197,23 +191,24 @@ class MultimodalDecoder(nn.Module):
             x = layer(x, images, words.layout)
         return self.norm(x)
 
-    def forward(
-        self,
-        words: Words,
-        images: Sequence[LookedAt],
-        caches: Sequence[WordCache] | None = None,
-    ) -> Tensor:
+    def forward(self, words: Words, images: Sequence[CrossKeysValues]) -> Tensor:
         """words of B texts over I images (text row r looks at image r // (B / I)) -> hidden (S, D), packed.
 
         Raises ValueError if B is not a multiple of I.
         """
-        num_texts, first = words.layout.batch_size, images[0]
-        num_images = first[0].shape[0] if isinstance(first, tuple) else first.num_images
+        num_texts, num_images = words.layout.batch_size, images[0][0].shape[0]
         if num_texts % num_images:
             raise ValueError(f"{num_texts} texts cannot be shared out evenly among {num_images} images")
         x = words.states
-        for index, (layer, looked_at) in enumerate(zip(self.layers, images, strict=True)):
-            x = layer(x, looked_at, words.layout, caches[index] if caches is not None else None)
+        for layer, keys_values in zip(self.layers, images, strict=True):
+            x = layer(x, keys_values, words.layout)
+        return self.norm(x)
+
+    def step(self, x: Tensor, memories: Sequence[Memory], images: Sequence[Memory], words: NextWords) -> Tensor:
+        """x (R x T, D): states of the next words -> hidden (R x T, D); each layer has its two memories."""
+        for layer, memory, image in zip(self.layers, memories, images, strict=True):
+            x = layer.self_block.step(x, memory, words)  # pyright: ignore
+            x = layer.cross_block.step(x, image, words)  # pyright: ignore
         return self.norm(x)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from opencoca.generation import GeneratedCaption, GenerationOptions, generate
 from opencoca.generation.decoding import graphs as decoding_graphs
 from opencoca.generation.decoding.arena import ArenaSize, DecodingArena
+from opencoca.generation.decoding.session import DecodingSession, Room
 from opencoca.model.coca import CoCa
 from opencoca.tokenizer import Tokenizer
 
@@ -50,7 +51,7 @@ def recorder(device, monkeypatch) -> RecordedOps:
     if device == "cuda":
         made = decoding_graphs.CudaRecorder(torch.device("cuda"))
         counting = _Counting(made)
-    monkeypatch.setitem(decoding_graphs._RECORDERS, device, lambda _: counting)
+    monkeypatch.setitem(decoding_graphs.RECORDERS, device, lambda _: counting)
     return counting
 
 
@@ -76,12 +77,12 @@ def model_and_tokens(tokenizer: Tokenizer, device: str, text: dict | None = None
     return model.to(device), tokens.to(device)
 
 
+def in_session(session: DecodingSession, *arguments, **keywords) -> list[tuple[GeneratedCaption, ...]]:
+    return generate(session.model, *arguments, **keywords, session=session)
+
+
 def captions_without(model: CoCa, *arguments, **keywords) -> list[tuple[GeneratedCaption, ...]]:
-    model.records_steps = False
-    try:
-        return generate(model, *arguments, **keywords)
-    finally:
-        model.records_steps = True
+    return generate(model, *arguments, **keywords, session=DecodingSession(model, records_steps=False))
 
 
 def assert_same(found: list[tuple[GeneratedCaption, ...]], expected: list[tuple[GeneratedCaption, ...]]) -> None:
@@ -98,34 +99,40 @@ def test_recorded_steps_find_the_same_captions(tokenizer, device, recorder, text
     model, tokens = model_and_tokens(tokenizer, device, text)
     expected = captions_without(model, tokens, tokenizer, options, with_text_embed=True)
     assert recorder.num_recorded == 0
+    session = DecodingSession(model)
     for count in (12, 5, 12, 1):
-        found = generate(model, tokens[:count], tokenizer, options, with_text_embed=True, image_seeds=range(count))
+        found = in_session(session, tokens[:count], tokenizer, options, with_text_embed=True, image_seeds=range(count))
         assert_same(found, expected[:count])
     assert recorder.num_replayed > recorder.num_recorded > 0
 
 
 def test_what_is_recorded_serves_later_calls(tokenizer, device, recorder):
     model, tokens = model_and_tokens(tokenizer, device)
-    options = GenerationOptions(min_new_tokens=13)
-    generate(model, tokens[:8], tokenizer, options)
+    session, options = DecodingSession(model), GenerationOptions(min_new_tokens=13)
+    in_session(session, tokens[:8], tokenizer, options)
     recorded = recorder.num_recorded
     assert recorded == 3  # of 4, 8 and 14 entries
     for count in (8, 7, 5):
-        generate(model, tokens[:count], tokenizer, options)
+        in_session(session, tokens[:count], tokenizer, options)
     assert recorder.num_recorded == recorded
-    generate(model, tokens[:4], tokenizer, options)
+    in_session(session, tokens[:4], tokenizer, options)
     assert recorder.num_recorded == 2 * recorded
+    generate(model, tokens[:8], tokenizer, options)  # in a session of its own
+    assert recorder.num_recorded == 3 * recorded
 
 
 def test_each_kind_of_search_keeps_its_steps_beside_the_others(tokenizer, device, recorder):
     model, tokens = model_and_tokens(tokenizer, device)
     kinds = [GenerationOptions(), GenerationOptions(num_beams=3), GenerationOptions(temperature=1.0, num_captions=2)]
+    session = DecodingSession(model)
     for _ in range(2):
         for options in kinds:
-            generate(model, tokens, tokenizer, options)
+            in_session(session, tokens, tokenizer, options)
     recorded = recorder.num_recorded
     for options in kinds:
-        assert_same(generate(model, tokens, tokenizer, options), captions_without(model, tokens, tokenizer, options))
+        assert_same(
+            in_session(session, tokens, tokenizer, options), captions_without(model, tokens, tokenizer, options)
+        )
     assert recorder.num_recorded == recorded
 
 
@@ -158,23 +165,25 @@ def test_no_number_of_a_spoiled_image_stays(tokenizer, device, recorder):
     model, tokens = model_and_tokens(tokenizer, device)
     options = GenerationOptions(num_beams=2, min_new_tokens=13)
     expected = captions_without(model, tokens, tokenizer, options)
-    generate(model, tokens, tokenizer, options)
-    generate(model, torch.full_like(tokens, torch.nan), tokenizer, GenerationOptions(num_beams=2))
-    assert_same(generate(model, tokens, tokenizer, options), expected)
+    session = DecodingSession(model)
+    in_session(session, tokens, tokenizer, options)
+    in_session(session, torch.full_like(tokens, torch.nan), tokenizer, GenerationOptions(num_beams=2))
+    assert_same(in_session(session, tokens, tokenizer, options), expected)
 
 
 def test_new_weights_are_used(tokenizer, device, recorder):
     model, tokens = model_and_tokens(tokenizer, device)
-    before = generate(model, tokens, tokenizer)
+    session = DecodingSession(model)
+    before = in_session(session, tokens, tokenizer)
     recorded = recorder.num_recorded
     with torch.no_grad():
         model.lm_head.weight.copy_(model.lm_head.weight.roll(3, dims=0))  # where the old ones were
-    assert_same(generate(model, tokens, tokenizer), captions_without(model, tokens, tokenizer))
+    assert_same(in_session(session, tokens, tokenizer), captions_without(model, tokens, tokenizer))
     assert recorder.num_recorded == recorded
     moved = {name: weight.clone() for name, weight in model.state_dict().items()}
     moved["lm_head.weight"] = moved["lm_head.weight"].roll(-3, dims=0)
     model.load_state_dict(moved, assign=True)
-    assert_same(generate(model, tokens, tokenizer), before)
+    assert_same(in_session(session, tokens, tokenizer), before)
     assert recorder.num_recorded == 2 * recorded
 
 
@@ -183,39 +192,39 @@ def test_a_step_that_cannot_be_recorded_is_done_without(tokenizer, monkeypatch):
     # What is hidden depends on the word before, which the failed step must not have taken up.
     model, tokens = model_and_tokens(tokenizer, "cpu", {"hidden_id": first_word, "hide_next": True})
     recorder = RecordedOps(fails=True)
-    monkeypatch.setitem(decoding_graphs._RECORDERS, "cpu", lambda _: recorder)
+    monkeypatch.setitem(decoding_graphs.RECORDERS, "cpu", lambda _: recorder)
     for options in (GenerationOptions(), GenerationOptions(num_beams=3)):
         expected = captions_without(model, tokens, tokenizer, options, with_text_embed=True)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decoding_graphs, "_graphs", weakref.WeakKeyDictionary())
-            with pytest.warns(UserWarning, match="goes on without CUDA graphs: operation not permitted"):
-                found = generate(model, tokens, tokenizer, options, with_text_embed=True)
-            assert_same(found, expected)
-            tries = recorder.num_recorded
-            assert_same(generate(model, tokens, tokenizer, options), expected)
-            assert recorder.num_recorded == tries
+        session = DecodingSession(model)
+        with pytest.warns(UserWarning, match="goes on without CUDA graphs: operation not permitted"):
+            found = in_session(session, tokens, tokenizer, options, with_text_embed=True)
+        assert_same(found, expected)
+        tries = recorder.num_recorded
+        assert_same(in_session(session, tokens, tokenizer, options), expected)
+        assert recorder.num_recorded == tries
 
 
 def test_one_search_at_a_time_has_them(tokenizer, device, recorder):
     model, tokens = model_and_tokens(tokenizer, device)
-    expected = captions_without(model, tokens, tokenizer)
-    with decoding_graphs.borrow_graphs(model, tokens, 1, 14, 1) as graphs:
-        assert graphs is not None
+    expected, session = captions_without(model, tokens, tokenizer), DecodingSession(model)
+    with torch.inference_mode(), session.search(tokens, Room(14)) as state:
+        assert state.recorded is not None
         found = []
-        thread = threading.Thread(target=lambda: found.append(generate(model, tokens, tokenizer)))
+        thread = threading.Thread(target=lambda: found.append(in_session(session, tokens, tokenizer)))
         thread.start()
         thread.join()
         assert recorder.num_recorded == 0
         assert_same(found[0], expected)
-    assert_same(generate(model, tokens, tokenizer), expected)
+    assert_same(in_session(session, tokens, tokenizer), expected)
     assert recorder.num_recorded > 0
 
 
 def test_they_are_free_again_after_an_error(tokenizer, device, recorder):
     model, tokens = model_and_tokens(tokenizer, device)
-    with pytest.raises(ZeroDivisionError), decoding_graphs.borrow_graphs(model, tokens, 1, 14, 1):
+    session = DecodingSession(model)
+    with torch.inference_mode(), pytest.raises(ZeroDivisionError), session.search(tokens, Room(14)):
         raise ZeroDivisionError
-    generate(model, tokens, tokenizer)
+    in_session(session, tokens, tokenizer)
     assert recorder.num_recorded > 0
 
 
@@ -231,30 +240,32 @@ def obstacle(request, monkeypatch, recorder, device) -> Iterator[str]:
 
 def test_where_steps_are_not_recorded(tokenizer, device, recorder, obstacle):
     model, tokens = model_and_tokens(tokenizer, device)
-    model.records_steps = obstacle != "records_steps"
     calls = []
     if obstacle == "hooks":
         model.multimodal_decoder.norm.register_forward_hook(lambda *arguments: calls.append(arguments))
-    generate(model.float(), tokens.float(), tokenizer, GenerationOptions(min_new_tokens=13))
+    session = DecodingSession(model.float(), records_steps=obstacle != "records_steps")
+    in_session(session, tokens.float(), tokenizer, GenerationOptions(min_new_tokens=13))
     assert (recorder.num_recorded > 0) == (obstacle == "nothing")
     assert len(calls) == (13 if obstacle == "hooks" else 0)
 
 
-def test_they_go_with_their_model(tokenizer, device, recorder):
+def test_they_go_with_their_session(tokenizer, device, recorder):
     model, tokens = model_and_tokens(tokenizer, device)
-    generate(model, tokens, tokenizer)
-    graphs = weakref.ref(decoding_graphs._graphs[model])
-    del model
+    session = DecodingSession(model)
+    in_session(session, tokens, tokenizer)
+    graphs = weakref.ref(session._graphs)
+    del session
     gc.collect()
     assert graphs() is None
 
 
 def test_a_model_that_leaves_the_device_gives_its_memory_back(tokenizer, recorder, device, monkeypatch):
     model, tokens = model_and_tokens(tokenizer, device)
-    generate(model, tokens, tokenizer)
-    arena = weakref.ref(decoding_graphs._graphs[model].arena)
-    monkeypatch.delitem(decoding_graphs._RECORDERS, "cpu", raising=False)
-    generate(model.cpu(), tokens.cpu(), tokenizer)
+    session = DecodingSession(model)
+    in_session(session, tokens, tokenizer)
+    arena = weakref.ref(session._graphs.arena)
+    monkeypatch.delitem(decoding_graphs.RECORDERS, "cpu", raising=False)
+    generate(model.cpu(), tokens.cpu(), tokenizer, session=session)
     gc.collect()
     assert arena() is None
 
@@ -271,12 +282,11 @@ def test_rows_of_an_arena_change_places(tokenizer):
     model = make_model(tokenizer)
     arena = DecodingArena(model, ArenaSize(images=4, rows=4, entries=6, image_tokens=5), torch.empty(0))
     cache = arena.new_caches(num_rows=3, entries=5)[0][0]
-    written = torch.randn(2, 3, 4, 2, 8)
-    cache.append(*written)
+    cache.memory[:, :, :, :2] = written = torch.randn(2, 3, 4, 2, 8)
     cache.select(torch.tensor([2, 0, 0, 1]))
-    keys, values = cache.append(torch.ones(4, 4, 1, 8), torch.ones(4, 4, 1, 8))
-    assert torch.equal(torch.stack((keys, values))[:, :, :, :2], written[:, [2, 0, 0, 1]])
-    assert keys.untyped_storage().data_ptr() == arena.unimodal[0].untyped_storage().data_ptr()
+    assert torch.equal(cache.memory[:, :, :, :2], written[:, [2, 0, 0, 1]])
+    assert cache.memory.shape == (2, 4, 4, 5, 8)
+    assert cache.memory.untyped_storage().data_ptr() == arena.unimodal[0].untyped_storage().data_ptr()
 
 
 @pytest.mark.gpu
@@ -291,7 +301,16 @@ def test_a_replay_that_differs_is_refused():
 def test_after_a_failed_recording_work_goes_on():
     recorder = decoding_graphs.CudaRecorder(torch.device("cuda"))
     x, stream = torch.zeros(8, device="cuda"), torch.cuda.current_stream()
+    before = torch.cuda.memory_allocated()
     with pytest.raises(RuntimeError):
         recorder(lambda: x + float(x.sum()))  # waits for the device
     assert torch.cuda.current_stream() == stream
     assert float(recorder(lambda: x + 1)().sum()) == 8
+    assert torch.rand(8, device="cuda").min() >= 0  # no part of PyTorch believes that it is being recorded
+    freed = torch.zeros(1 << 20, device="cuda")
+    other = torch.cuda.Stream()
+    freed.record_stream(other)
+    del freed
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() < before + (1 << 20)

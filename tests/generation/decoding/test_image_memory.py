@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from opencoca.generation.decoding import image_memory
-from opencoca.generation.decoding.image_memory import FoldedImages
-from opencoca.generation.decoding.state import decode_step, start_decoding
+from opencoca.generation.decoding.image_memory import FoldedImages, ImageKeysValues
+from opencoca.generation.decoding.session import DecodingSession, Room
+from opencoca.generation.decoding.state import DecodingState
 
 KINDS = {
     "plain": {},
@@ -26,23 +27,33 @@ def always_folds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_memory, "pays", lambda *_: True)
 
 
+def started(session: DecodingSession, tokens: torch.Tensor, texts: int = 1) -> DecodingState:
+    """A state with so many texts of each image."""
+    state = session.start(tokens)
+    state.select(torch.arange(len(tokens)).repeat_interleave(texts))
+    return state
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_equal_to_keys_and_values(make_model, always_folds: None, kind: str) -> None:
+def test_equal_to_keys_and_values(make_model, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Prompt of three words, words one by one, images that leave, two texts an image."""
     model = make_model(**KINDS[kind]).double()
     images = torch.randn(3, 3, *model.config.image.image_size, dtype=torch.float64)
     ids = torch.randint(3, 30, (6, 6))
     with torch.inference_mode():
         tokens = model.encode_image(images).tokens
-        states = [start_decoding(model, tokens, 2, words_per_image=words) for words in (None, 1)]
-        assert isinstance(states[0].images[0], tuple)
+        session, states = DecodingSession(model), []
+        for folds in (False, True):
+            monkeypatch.setattr(image_memory, "pays", lambda *_, folds=folds: folds)
+            states.append(started(session, tokens, 2))
+        assert all(isinstance(memory, ImageKeysValues) for memory in states[0].images)
         assert all(isinstance(memory, FoldedImages) for memory in states[1].images)
         for start, end in ((0, 3), (3, 4), (4, 5)):
-            expected, found = (decode_step(model, ids[:, start:end], state) for state in states)
+            expected, found = (session.step(ids[:, start:end], state) for state in states)
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
         for state in states:
             state.select(torch.tensor([4, 5, 0, 1]), torch.tensor([2, 0]))
-        expected, found = (decode_step(model, ids[[4, 5, 0, 1], 5:], state) for state in states)
+        expected, found = (session.step(ids[[4, 5, 0, 1], 5:], state) for state in states)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
@@ -50,7 +61,7 @@ def test_all_layers_read_the_same_tokens(make_model, always_folds: None) -> None
     model = make_model(multimodal_depth=3)
     with torch.inference_mode():
         tokens = model.encode_image(torch.randn(4, 3, *model.config.image.image_size)).tokens
-        state = start_decoding(model, tokens, words_per_image=5)
+        state = DecodingSession(model).start(tokens)
         state.select(torch.tensor([1, 3]), torch.tensor([1, 3]))
     first, *others = [memory.tokens for memory in state.images]
     assert first.shape[0] == 2
@@ -62,13 +73,13 @@ def test_few_words_of_many_tokens_fold(make_model) -> None:
     tokens = model.encode_image(torch.randn(1, 3, 96, 96)).tokens
     assert tokens.shape[1] > 500
 
-    def kinds(words: int | None, tokens: torch.Tensor = tokens) -> set[type]:
+    def kinds(texts: int, tokens: torch.Tensor = tokens) -> set[type]:
         with torch.no_grad():
-            return set(map(type, start_decoding(model, tokens, words_per_image=words).images))
+            return set(map(type, DecodingSession(model).start(tokens, Room(length=2, texts=texts)).images))
 
-    assert kinds(2) == {FoldedImages}
-    assert kinds(None) == kinds(500) == {tuple}
+    assert kinds(1) == {FoldedImages}
+    assert kinds(250) == {ImageKeysValues}
     with torch.autocast("cpu"):
-        assert kinds(2) == {tuple}
+        assert kinds(1) == {ImageKeysValues}
     model.to("meta")
-    assert kinds(2, tokens.to("meta")) == {tuple}  # on another device it is not measured, and not used
+    assert kinds(1, tokens.to("meta")) == {ImageKeysValues}  # on another device it is not measured, and not used

@@ -1,6 +1,7 @@
 """Rearranged weights and products of oneDNN: the same products, for as long as the weights are those they were."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from opencoca.model.kernels import linear as linear_module
-from opencoca.model.kernels.linear import Linear, _packed, pack_weights
+from opencoca.model.kernels.linear import Linear, pack_weights
 
 
 @pytest.fixture
@@ -37,9 +38,9 @@ def test_same_products(calls, bias, num_rows, dtype, tolerance):
     x = torch.randn(num_rows, 70).to(dtype)
     with torch.no_grad():
         before = linear(x)
-        pack_weights(linear)
+        packed = pack_weights(linear)
         after = linear(x)
-    if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if packed:
         assert calls == [num_rows]
     torch.testing.assert_close(after, before, rtol=tolerance, atol=tolerance)
 
@@ -52,9 +53,9 @@ def test_gelu_in_the_same_pass(calls, dtype, tolerance):
     with torch.no_grad():
         before = linear.with_gelu(x)
         torch.testing.assert_close(before, torch.nn.functional.gelu(linear(x)), rtol=0, atol=0)
-        pack_weights(linear)
+        packed = pack_weights(linear)
         after = linear.with_gelu(x)
-    if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if packed:
         assert calls == [9]
     torch.testing.assert_close(after, before, rtol=tolerance, atol=tolerance)
 
@@ -63,12 +64,13 @@ def test_gelu_in_the_same_pass(calls, dtype, tolerance):
 def test_only_few_rows_without_gradient_in_the_weights_type(calls):
     linear = Linear(8, 5)
     with torch.no_grad():
-        pack_weights(linear)
+        packed = pack_weights(linear)
         linear(torch.randn(257, 8))
         linear(torch.randn(2, 3, 8))
         with torch.autocast("cpu", torch.bfloat16):
             assert linear(torch.randn(2, 8)).dtype == torch.bfloat16
     assert linear(torch.randn(2, 8)).requires_grad
+    assert packed
     assert calls == []
 
 
@@ -76,12 +78,13 @@ def test_only_few_rows_without_gradient_in_the_weights_type(calls):
 def test_changed_weights_are_noticed(calls):
     linear, x = Linear(8, 5), torch.randn(3, 8)
     with torch.no_grad():
-        pack_weights(linear)
+        packed = pack_weights(linear)
         linear.weight.mul_(2)
         expected = x @ linear.weight.T + linear.bias
         torch.testing.assert_close(linear(x), expected)
+        assert packed
         assert calls == []
-        pack_weights(linear)
+        packed = pack_weights(linear)
         torch.testing.assert_close(linear(x), expected)
         assert calls == [3]
         linear.weight = nn.Parameter(torch.zeros(5, 8))
@@ -166,21 +169,43 @@ def test_which_processors_leave_mkl(monkeypatch, capability, vendor, leaves):
 
 def test_packing_is_no_part_of_the_module():
     linear = Linear(8, 5)
-    pack_weights(nn.Sequential(linear, nn.LayerNorm(5)))
+    packed = pack_weights(nn.Sequential(linear, nn.LayerNorm(5)))
     assert set(linear.state_dict()) == {"weight", "bias"}
-    other = copy.deepcopy(linear)
-    assert other not in _packed
+    for other in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+        assert other._packed is None
+        assert torch.equal(other.weight, linear.weight)
+    assert len(packed) == torch.backends.mkldnn.is_available()
     with torch.inference_mode():
         loaded = Linear(8, 5)
-        pack_weights(loaded)
+        packed = pack_weights(loaded)
         x = torch.randn(2, 8)
         torch.testing.assert_close(loaded(x), x @ loaded.weight.T + loaded.bias)
-    count = len(_packed)
-    del linear, loaded
-    assert len(_packed) < count or count == 0
+
+
+@needs_mkldnn
+def test_packing_lasts_while_it_is_held(calls):
+    linear, x = Linear(8, 5), torch.randn(2, 8)
+    with torch.no_grad():
+        packed = pack_weights(linear)
+        assert pack_weights(linear)[0] is packed[0]
+        linear(x)
+        assert calls == [2]
+        del packed
+        linear(x)
+    assert calls == [2]
+
+
+@needs_mkldnn
+def test_no_other_weight_takes_the_place_of_a_packed_one():
+    linear = Linear(64, 64)
+    place = linear.weight.data_ptr()
+    packed = pack_weights(linear)
+    for _ in range(20):
+        linear.weight = None  # pyright: ignore
+        linear.weight = nn.Parameter(torch.empty(64, 64))
+        assert linear.weight.data_ptr() != place
+    assert packed
 
 
 def test_types_without_a_kernel_stay_as_they_are():
-    linear = Linear(8, 5).double()
-    pack_weights(linear)
-    assert linear not in _packed
+    assert pack_weights(Linear(8, 5).double()) == []

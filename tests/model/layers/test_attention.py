@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opencoca.generation.decoding.cache import KeyValueCache
 from opencoca.model.config import BlockConfig
 from opencoca.model.layers.attention import Attention, attend, causal_mask, rotary_angles, rotate
 from opencoca.model.layers.layout import TextLayout
@@ -120,41 +119,6 @@ def attention(rotary: bool = False, context_width: int | None = None) -> Attenti
     return module.requires_grad_(False)
 
 
-@pytest.mark.parametrize("rotary", [False, True])
-@pytest.mark.parametrize("steps", [[1] * 6, [6], [2, 1, 3], [4, 2]], ids=str)
-def test_cached_steps_equal_the_whole(rotary: bool, steps: list[int]):
-    module, x = attention(rotary), torch.randn(3, 6, 12, dtype=torch.float64)
-    whole = module.self_attend(x.flatten(0, 1), TextLayout.dense(3, 6, "cpu")).view(3, 6, 12)
-    cache = KeyValueCache(3, block_config(), capacity=7, like=x)
-    parts, start = [], 0
-    for length in steps:
-        layout = TextLayout.dense(3, length, "cpu", start)
-        parts.append(module.self_attend(x[:, start : start + length].flatten(0, 1), layout, cache).view(3, length, 12))
-        start += length
-    # Angles are made in float32.
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-6 if rotary else 1e-12, rtol=0)
-    assert cache.length == 6
-
-
-def test_cache_rows_can_be_dropped_reordered_and_repeated():
-    module, x = attention(), torch.randn(3, 4, 12, dtype=torch.float64)
-    cache = KeyValueCache(3, block_config(), capacity=4, like=x)
-    module.self_attend(x[:, :3].flatten(0, 1), TextLayout.dense(3, 3, "cpu"), cache)
-    rows = torch.tensor([2, 0, 0, 2])
-    cache.select(rows)
-    last = module.self_attend(x[rows, 3], TextLayout.dense(4, 1, "cpu", 3), cache)
-    whole = module.self_attend(x.flatten(0, 1), TextLayout.dense(3, 4, "cpu")).view(3, 4, 12)
-    torch.testing.assert_close(last, whole[rows, 3])
-
-
-def test_a_full_cache_is_an_error():
-    x = torch.randn(1, 1, 12, dtype=torch.float64)
-    cache = KeyValueCache(1, block_config(), capacity=1, like=x)
-    attention().self_attend(x[0], TextLayout.dense(1, 1, "cpu"), cache)
-    with pytest.raises(AssertionError, match="full"):
-        attention().self_attend(x[0], TextLayout.dense(1, 1, "cpu"), cache)
-
-
 def test_texts_of_one_image_see_it_alone():
     module = attention(context_width=5)
     images, x = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(6, 3, 12, dtype=torch.float64)
@@ -172,21 +136,3 @@ def test_forward_over_itself_ignores_order():
     order = torch.randperm(5)
     torch.testing.assert_close(module(x)[:, order], module(x[:, order]))
     torch.testing.assert_close(module(x), module(x, x))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_cache_in_half_precision_attends_in_float32(dtype):
-    module = attention().to(dtype)
-    x = torch.randn(12, 12, dtype=dtype)
-    cache = KeyValueCache(3, block_config(), capacity=4, like=x)
-    with torch.inference_mode():
-        whole = module.self_attend(x, TextLayout.dense(3, 4, "cpu"))
-        steps = [
-            module.self_attend(word, TextLayout.dense(3, 1, "cpu", start=position), cache)
-            for position, word in enumerate(x.view(3, 4, 12).unbind(1))
-        ]
-    assert cache.keys.dtype == cache.values.dtype == torch.float32
-    assert torch.equal(cache.keys.to(dtype).float(), cache.keys)  # the keys themselves are as they were made
-    found = torch.stack(steps, dim=1).flatten(0, 1)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found, whole, atol=2e-2, rtol=2e-2)

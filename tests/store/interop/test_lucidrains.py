@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from opencoca.data.transforms import PreprocessConfig
-from opencoca.generation.decoding.state import decode_step, start_decoding
+from opencoca.generation.decoding.session import DecodingSession
 from opencoca.losses import captioning_loss, contrastive_loss
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
@@ -381,8 +381,9 @@ def test_cached_decoding_gives_the_same_logits():
     images = torch.randn(2, 3, GRID * PATCH, GRID * PATCH, dtype=torch.float64)
     ids = torch.randint(1, sizes.num_tokens, (2, 6))
     with torch.no_grad():
-        state = start_decoding(model, model.encode_image(images).tokens)
-        steps = [decode_step(model, ids[:, t : t + 1], state) for t in range(6)]
+        session = DecodingSession(model)
+        state = session.start(model.encode_image(images).tokens)
+        steps = [session.step(ids[:, t : t + 1], state) for t in range(6)]
         assert relative(torch.stack(steps, dim=1), model.logits(images, ids)) < 1e-9
 
 

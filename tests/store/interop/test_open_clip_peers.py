@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from opencoca.cli import main
 from opencoca.generation import GenerationOptions, generate
-from opencoca.generation.decoding.state import decode_step, start_decoding
+from opencoca.generation.decoding.session import DecodingSession
 from opencoca.model.coca import CoCa
 from opencoca.store.interop.open_clip import (
     CONFIGS,
@@ -63,9 +63,10 @@ def compare(peer: nn.Module, model: CoCa, images: Tensor, ids: Tensor, mask: Ten
         torch.testing.assert_close(ours.text_embed, theirs["text_features"], **tolerance)
         torch.testing.assert_close(ours.logit_scale.view(-1), theirs["logit_scale"].view(-1), rtol=1e-6, atol=0)
         torch.testing.assert_close(logits[mask[:, : logits.shape[1]]], theirs["logits"][mask], **tolerance)
-        state = start_decoding(model, model.encode_image(images).tokens)
+        session = DecodingSession(model)
+        state = session.start(model.encode_image(images).tokens)
         for position in range(min(logits.shape[1], 20)):
-            step, real = decode_step(model, ids[:, position : position + 1], state), mask[:, position]
+            step, real = session.step(ids[:, position : position + 1], state), mask[:, position]
             torch.testing.assert_close(step[real], theirs["logits"][real, position], **tolerance)
 
 

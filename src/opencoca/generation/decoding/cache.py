@@ -1,54 +1,56 @@
-"""Key-value caches: what self-attention of new words needs of the words before them.
+"""Keys and values that decoding keeps from word to word, one object for each layer.
 
-Letters: B cache rows, K key-value heads, T new words, d head width.
+Letters: B rows, R texts, T next words of each, H heads, K key-value heads, N entries, d head width, D width.
 """
 
 import torch
 from torch import Tensor
 
 from opencoca.model.config import BlockConfig
+from opencoca.model.layers.attention import Attention, NextWords, attend
 
 
-class KeyValueCache:
-    """Keys and values of one self-attention layer, of the positions that have been decoded so far.
+class KeysValues:
+    """Keys and values of one layer: memory (2, B, K, N, d), whose rows can be dropped, repeated and reordered.
 
-    keys, values: (B, K, capacity, d), allocated once; ``length`` positions of them are filled. On a CPU they are
-        float32 at least: attention of few words in half precision takes up to three times as long there.
-    visible: (B, capacity) which positions attention may see; None = all of them.
-    texts_per_row: how many texts write into each row, side by side, and see what a mask lets them see.
+    home: a tensor whose first rows they are, if they must stay where they are; rows then change places within it.
     """
 
-    def __init__(self, batch_size: int, config: BlockConfig, capacity: int, like: Tensor):
-        shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
-        on_cpu = like.device.type == "cpu"
-        dtype = torch.promote_types(like.dtype, torch.float32) if on_cpu else like.dtype
-        self.keys, self.values = like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=dtype)
-        self.visible: Tensor | None = None
-        self.texts_per_row = 1
-        self.length = 0
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores keys, values (B, K, T, d) behind those there; returns views of all: (B, K, length, d)."""
-        end = self.length + keys.shape[2]
-        assert end <= self.keys.shape[2], "the cache is full"
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+    def __init__(self, memory: Tensor, home: Tensor | None = None):
+        self.memory, self._home = memory, home
 
     def select(self, rows: Tensor) -> None:
-        """Keeps these rows (R,), in this order: drops finished texts, reorders beams."""
-        self.keys = self.keys.index_select(0, rows)
-        self.values = self.values.index_select(0, rows)
-        if self.visible is not None:
-            self.visible = self.visible.index_select(0, rows)
+        """Keeps these rows (B',), in this order; there may be more of them than before."""
+        kept = self.memory.index_select(1, rows)
+        self.memory = kept if self._home is None else self._home[:, : rows.shape[0]].copy_(kept)
 
-    def branch(self, rows: Tensor, texts_per_row: int, extra: int) -> "KeyValueCache":
-        """A copy of these rows (R,) with room for so many more entries."""
-        copy = KeyValueCache.__new__(KeyValueCache)
-        shape = (rows.shape[0], self.keys.shape[1], self.length + extra, self.keys.shape[3])
-        copy.keys, copy.values = self.keys.new_empty(shape), self.values.new_empty(shape)
-        copy.keys[:, :, : self.length] = self.keys[rows, :, : self.length]
-        copy.values[:, :, : self.length] = self.values[rows, :, : self.length]
-        copy.visible, copy.texts_per_row, copy.length = None, texts_per_row, self.length
-        return copy
+
+class WordCache(KeysValues):
+    """The words so far of one self-attention layer; texts that share a row have their words there side by side."""
+
+    @classmethod
+    def new(cls, num_rows: int, block: BlockConfig, entries: int, like: Tensor) -> "WordCache":
+        """An empty one of float32 at least on a CPU: attention in half precision takes up to three times as long."""
+        dtype = torch.promote_types(like.dtype, torch.float32) if like.is_cpu else like.dtype
+        return cls(like.new_empty(2, num_rows, block.num_kv_heads, entries, block.head_dim, dtype=dtype))
+
+    def attend(self, attn: Attention, x: Tensor, words: NextWords) -> Tensor:
+        """x (R x T, D): the next words, which are stored -> what attention makes of them, (R x T, D)."""
+        rows = self.memory.shape[1]
+        queries, keys_values = attn.project(x, words.positions)
+        queries = queries.unflatten(0, (rows, -1)).transpose(1, 2).to(self.memory.dtype)
+        keys_values = keys_values.unflatten(0, (rows, -1)).permute(2, 0, 3, 1, 4)
+        if isinstance(words.places, slice):
+            self.memory[:, :, :, words.places] = keys_values
+            keys, values = self.memory[:, :, :, : words.places.stop]
+        else:
+            keys, values = self.memory.index_copy_(3, words.places, keys_values)
+        mixed = attend(queries, keys, values, words.causal, words.visible).to(x.dtype)
+        return attn.out_proj(mixed.transpose(1, 2).flatten(0, 1).flatten(1))
+
+    def branch(self, rows: Tensor, length: int, extra: int) -> "WordCache":
+        """A copy of the first entries of these rows (B',) with room for so many more."""
+        _, _, heads, _, head_dim = self.memory.shape
+        memory = self.memory.new_empty(2, rows.shape[0], heads, length + extra, head_dim)
+        memory[:, :, :, :length] = self.memory[:, rows, :, :length]
+        return WordCache(memory)

@@ -10,22 +10,21 @@ without, and a warning says so.
 Letters: I images, Q image tokens, D width, C cache rows, P texts of a row, R = C P texts, W entries, V vocabulary.
 """
 
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from itertools import chain
 from typing import NamedTuple, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from opencoca.generation.decoding.arena import ArenaSize, DecodingArena, Window
-from opencoca.generation.decoding.image_memory import ImageMemories, num_images
-from opencoca.generation.decoding.state import DecodingState, Sight, decode_step, next_logits
+from opencoca.generation.decoding.arena import ArenaSize, DecodingArena
+from opencoca.generation.decoding.cache import WordCache
+from opencoca.generation.decoding.image_memory import ImageKeysValues, num_images
+from opencoca.generation.decoding.state import DecodingState, next_logits
 from opencoca.model.coca import CoCa
-from opencoca.model.layers.layout import TextLayout
+from opencoca.model.layers.attention import NextWords
 
 # Steps of more texts keep a GPU busy for longer than they take to start.
 _MOST_TEXTS = 1024
@@ -71,8 +70,10 @@ class CudaRecorder:
                 # Other threads may go on using the device: they read images ahead.
                 with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                     output = function()
-            finally:
+            except RuntimeError:
                 torch.cuda.set_stream(usual_stream)  # which a recording that fails does not do
+                self._tidy_up()
+                raise
 
         def replay() -> Tensor:
             with torch.cuda.device(self.device):
@@ -84,47 +85,35 @@ class CudaRecorder:
             raise RuntimeError(f"a replayed step's logits differ by {float(difference):.3g}")
         return replay
 
+    def _tidy_up(self) -> None:
+        """Ends what a recording that failed has left open, so that others can follow.
 
-_RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
-_graphs: "WeakKeyDictionary[CoCa, DecodingGraphs]" = WeakKeyDictionary()
+        Up to PyTorch 2.12 memory is still being given out from the recording's pool, and the generator of random
+        numbers still believes that it is recorded. The first is ended here; a short recording that succeeds, into a
+        new pool, ends the second.
+        """
+        with suppress(RuntimeError):  # where PyTorch has ended it
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+        self._pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), self._pool, stream, capture_error_mode="thread_local"):
+            torch.zeros(1, device=self.device)
 
 
-@contextmanager
-def borrow_graphs(
-    model: CoCa, image_tokens: Tensor, rows_per_image: int, entries: int, texts_per_image: int
-) -> "Iterator[DecodingGraphs | None]":
-    """The model's recorded steps, for one search alone, over image_tokens (I, Q, D); None where there are none.
+RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
 
-    rows_per_image: cache rows; entries: of each row. There are none without CUDA, for a model whose ``records_steps``
-    is False, under autocast, for very many texts, for modules with hooks (a recorded step does not call them), and
-    while another thread uses them.
-    """
-    device, count = image_tokens.device, image_tokens.shape[0]
-    if device.type not in _RECORDERS:
-        _graphs.pop(model, None)  # whoever takes a model off a GPU wants its memory back
-        yield None
-        return
-    recordable = model.records_steps and 0 < count * texts_per_image <= _MOST_TEXTS
-    if not recordable or torch.is_autocast_enabled(device.type) or _has_hooks(model):
-        yield None
-        return
-    graphs = _graphs.setdefault(model, DecodingGraphs())
-    if not graphs.lock.acquire(blocking=False):
-        yield None
-        return
-    try:
-        images = _power_of_two(count)
-        size = ArenaSize(images, images * rows_per_image, entries, image_tokens.shape[1])
-        yield graphs if graphs.prepare(model, size, image_tokens) else None
-    finally:
-        graphs.lock.release()
+
+def can_record(model: CoCa, device: torch.device, num_texts: int) -> bool:
+    """Whether steps of so many texts can be recorded and are worth it."""
+    has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return 0 < num_texts <= _MOST_TEXTS and not torch.is_autocast_enabled(device.type) and not has_hooks
 
 
 class DecodingGraphs:
     """The arena and the recorded steps of one model."""
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
+    def __init__(self, model: CoCa) -> None:
+        self.model = model
         self._recorder: Recorder | None = None
         self._arena: DecodingArena | None = None
         self._steps: dict[_Shape, _Step] = {}
@@ -133,57 +122,61 @@ class DecodingGraphs:
 
     @property
     def arena(self) -> DecodingArena:
-        """Where the search that has borrowed these graphs decodes."""
+        """Where the search that has these graphs decodes."""
         assert self._arena is not None, "not prepared"
         return self._arena
 
-    def prepare(self, model: CoCa, size: ArenaSize, like: Tensor) -> bool:
+    def prepare(self, size: ArenaSize, like: Tensor) -> bool:
         """Makes sure that there is an arena of this size, of tensors like this; False if steps cannot be recorded."""
-        weights = _places_of_weights(model)
+        weights = _places_of_weights(self.model)
         if self._weights != weights:  # steps read them where they were
             self._weights, self._failed, self._recorder = weights, False, None
             self._forget()
-        self._recorder = self._recorder or _RECORDERS[like.device.type](like.device)
+        self._recorder = self._recorder or RECORDERS[like.device.type](like.device)
         most_memory = _MOST_MEMORY * self._recorder.memory
-        if self._failed or size.num_bytes(model, like.dtype) > most_memory:
+        if self._failed or size.num_bytes(self.model, like.dtype) > most_memory:
             return False
         if self._arena is None or not self._arena.serves(size, like):
             both = size if self._arena is None else size.joined(self._arena.size)
             self._forget()
-            self._arena = DecodingArena(model, both if both.num_bytes(model, like.dtype) <= most_memory else size, like)
+            fits = both.num_bytes(self.model, like.dtype) <= most_memory
+            self._arena = DecodingArena(self.model, both if fits else size, like)
         return True
 
     def _forget(self) -> None:
         self._steps.clear()
         self._arena = None
 
-    def step(self, model: CoCa, token_ids: Tensor, state: DecodingState) -> Tensor:
-        """As `decode_step`: one word (R, 1) of texts that share rows in the arena -> logits (R, V).
+    def step(self, token_ids: Tensor, state: DecodingState) -> Tensor:
+        """token_ids (R, 1): the next word of texts that share rows in the arena -> logits (R, V).
 
         The next step overwrites the logits.
         """
-        if self._failed:
-            return decode_step(model, token_ids, state)
-        last_ids, shape = state.last_ids, _Shape.of(state)
-        sight = state.begin_words(token_ids, model.unimodal_decoder, shape.entries)
-        step = self._steps.get(shape) or _Step(self.arena, shape)
-        step.set(token_ids, sight, state.num_words, state.num_entries)
-        if shape not in self._steps:
-            assert self._recorder is not None, "not prepared"
-            try:
-                step.record(model, self._recorder)
-            except RuntimeError as error:
-                warnings.warn(f"decoding goes on without CUDA graphs: {error}", stacklevel=2)
-                self._failed, state.last_ids = True, last_ids
-                return decode_step(model, token_ids, state)
-            if len(self._steps) >= _MOST_STEPS:
-                self._steps.clear()
-            self._steps[shape] = step
-        logits = step.replay()[: token_ids.shape[0]]
-        for cache in (*state.unimodal, *state.multimodal):
-            cache.length += state.texts_per_row
-        state.num_words += 1
-        return logits
+        shape = _Shape.of(state)
+        words = state.begin(token_ids, self.model.unimodal_decoder, shape.entries)
+        step = self._steps.get(shape)
+        if step is None and not self._failed:
+            step = self._record(_Step(self.arena, shape), token_ids, words)
+        if step is None:
+            unimodal, multimodal = (_seeing_first(part, state.num_entries) for part in words)
+            return next_logits(self.model, token_ids, (unimodal, multimodal), state)
+        step.set(token_ids, words)
+        return step.replay()[: token_ids.shape[0]]
+
+    def _record(self, step: "_Step", token_ids: Tensor, words: tuple[NextWords, NextWords]) -> "_Step | None":
+        """The step, recorded with these words and kept; None if that fails."""
+        assert self._recorder is not None, "not prepared"
+        step.set(token_ids, words)
+        try:
+            step.record(self.model, self._recorder)
+        except RuntimeError as error:
+            warnings.warn(f"decoding goes on without CUDA graphs: {error}", stacklevel=2)
+            self._failed = True
+            return None
+        if len(self._steps) >= _MOST_STEPS:
+            self._steps.clear()
+        self._steps[step.shape] = step
+        return step
 
 
 class _Shape(NamedTuple):
@@ -194,10 +187,10 @@ class _Shape(NamedTuple):
 
     @staticmethod
     def of(state: DecodingState) -> "_Shape":
-        """Of the step that comes next."""
-        images = _power_of_two(num_images(state.images))
+        """The shape of the step that comes next."""
+        images = power_of_two(num_images(state.images))
         needed = state.num_entries + state.texts_per_row
-        entries = min(max(_FEWEST_ENTRIES, _power_of_two(needed)), state.unimodal[0].keys.shape[2])
+        entries = min(max(_FEWEST_ENTRIES, power_of_two(needed)), state.memory.shape[3])
         return _Shape(images, images * state.rows_per_image, state.texts_per_row, entries)
 
 
@@ -207,49 +200,54 @@ class _Step:
     replay: Replay
 
     def __init__(self, arena: DecodingArena, shape: _Shape):
+        self.shape, self._arena = shape, arena
         device, num_texts = arena.device, shape.rows * shape.texts_per_row
         self.token_ids = torch.zeros(num_texts, 1, dtype=torch.int64, device=device)
-        self.positions = torch.zeros(num_texts, dtype=torch.int64, device=device)
-        self.places = torch.arange(shape.texts_per_row, device=device)
+        positions = torch.zeros(num_texts, dtype=torch.int64, device=device)
+        places = torch.arange(shape.texts_per_row, device=device)
         # Rows of no text must see something too, or they would become no number.
         mask = torch.ones(shape.rows, shape.texts_per_row, shape.entries, dtype=torch.bool, device=device)
-        self.sight = mask, mask.clone()
-        self._arena, self._shape = arena, shape
+        self.words = NextWords(positions, places, mask), NextWords(positions, places, mask.clone())
 
-    def set(self, token_ids: Tensor, sight: Sight, num_words: int, num_entries: int) -> None:
-        """What the next run is of; sight (C, P, W) of the rows that there are."""
+    def set(self, token_ids: Tensor, words: tuple[NextWords, NextWords]) -> None:
+        """Takes over what the next run is of; the words see entries (C, P, W) of the rows that there are."""
         self.token_ids[: token_ids.shape[0]] = token_ids
-        self.positions.fill_(num_words)
-        torch.arange(num_entries, num_entries + len(self.places), out=self.places)
-        for mask, visible in zip(self.sight, sight, strict=True):
-            assert visible is not None, "the texts share no rows"
-            mask[: visible.shape[0]] = visible
+        for own, new in zip(self.words, words, strict=True):
+            assert isinstance(own.places, Tensor)
+            assert isinstance(new.places, slice)
+            assert own.visible is not None
+            assert new.visible is not None, "the texts share no rows"
+            own.visible[: new.visible.shape[0]] = new.visible
+            own.positions[: new.positions.shape[0]] = new.positions
+            torch.arange(new.places.start, new.places.stop, out=own.places)
 
     def record(self, model: CoCa, recorder: Recorder) -> None:
         """Makes `replay`, which gives logits (rows x P, V)."""
-        arena, shape = self._arena, self._shape
-        layout = TextLayout(self.token_ids.shape[0], 1, None, self.positions)
-        images: ImageMemories = [(memory[0, : shape.images], memory[1, : shape.images]) for memory in arena.images]
-        unimodal, multimodal = (
-            [Window(memory, shape.rows, shape.entries, self.places) for memory in memories]
-            for memories in (arena.unimodal, arena.multimodal)
+        arena, (images, rows, _, entries) = self._arena, self.shape
+        state = DecodingState(
+            [ImageKeysValues(memory[:, :images]) for memory in arena.images],
+            [WordCache(memory[:, :rows, :, :entries]) for memory in arena.unimodal],
+            [WordCache(memory[:, :rows, :, :entries]) for memory in arena.multimodal],
         )
-        self.replay = recorder(
-            lambda: next_logits(model, self.token_ids, layout, self.sight, images, (unimodal, multimodal))
-        )
+        self.replay = recorder(lambda: next_logits(model, self.token_ids, self.words, state))
+
+
+def _seeing_first(words: NextWords, entries: int) -> NextWords:
+    assert words.visible is not None, "the texts share no rows"
+    return words._replace(visible=words.visible[:, :, :entries])
+
+
+def decoder_modules(model: CoCa) -> tuple[nn.Module, ...]:
+    """What a step of decoding passes through."""
+    return model.unimodal_decoder, model.multimodal_decoder, model.lm_head
 
 
 def _places_of_weights(model: CoCa) -> list[tuple[object, ...]]:
     """Where the decoder's weights lie, and as what."""
-    modules = (model.unimodal_decoder, model.multimodal_decoder, model.lm_head)
-    tensors = chain.from_iterable((*module.parameters(), *module.buffers()) for module in modules)
+    tensors = chain.from_iterable((*module.parameters(), *module.buffers()) for module in decoder_modules(model))
     return [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
 
 
-def _has_hooks(model: CoCa) -> bool:
-    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
     """The least that is not smaller than number."""
     return 1 << (number - 1).bit_length()

@@ -4,22 +4,35 @@ Keys and values cost the same however few words look at them: for 255 tokens and
 On a CPU, where few words will come, queries are taken into the space of the tokens instead (see `image_attention`):
 nothing is projected beforehand, and every layer reads the same tokens.
 
-Letters: I images, N image tokens, C their width, H heads, K key-value heads, d head width, T query positions.
+Letters: I images, N image tokens, C their width, R texts (consecutive ones share an image), T next words of each,
+H heads, K key-value heads, d head width, D width.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opencoca.generation.decoding.arena import DecodingArena
+from opencoca.generation.decoding.cache import KeysValues
 from opencoca.model.kernels.image_attention import fold, pays
-from opencoca.model.layers.attention import CrossKeysValues
+from opencoca.model.layers.attention import Attention, NextWords, attend
 from opencoca.model.layers.blocks import TransformerBlock
 
 
-@dataclass(frozen=True)
+class ImageKeysValues(KeysValues):
+    """Keys and values of the images in one layer."""
+
+    def attend(self, attn: Attention, x: Tensor, words: NextWords) -> Tensor:
+        """x (R x T, D): the next words -> what attention makes of them, (R x T, D)."""
+        keys, values = self.memory
+        queries = attn.q_proj(x).view(keys.shape[0], -1, attn.num_heads, attn.head_dim).transpose(1, 2)
+        mixed = attend(queries, keys, values, causal=False)
+        return attn.out_proj(mixed.transpose(1, 2).flatten(0, 1).flatten(1))
+
+
+@dataclass
 class FoldedImages:
     """Images as one layer looks at them: tokens (I, N, C), one tensor for all layers, normalised if the layers do so.
 
@@ -31,14 +44,10 @@ class FoldedImages:
     value_weight: Tensor
     constant: Tensor | None
 
-    @property
-    def num_images(self) -> int:
-        return self.tokens.shape[0]
-
-    def attend(self, queries: Tensor) -> Tensor:
-        """queries (I, H, T, d) -> what they mixed (I, H, T, d)."""
-        images, _, _, head_dim = queries.shape
-        kv_heads = self.key_weight.shape[0]
+    def attend(self, attn: Attention, x: Tensor, words: NextWords) -> Tensor:
+        """x (R x T, D): the next words -> what attention makes of them, (R x T, D)."""
+        images, kv_heads, head_dim = self.tokens.shape[0], attn.num_kv_heads, attn.head_dim
+        queries = attn.q_proj(x).view(images, -1, attn.num_heads, head_dim).transpose(1, 2)
         by_head = queries.unflatten(1, (kv_heads, -1)).transpose(0, 1).reshape(kv_heads, -1, head_dim)
         absorbed = torch.bmm(by_head * head_dim**-0.5, self.key_weight).unflatten(1, (images, -1))
         absorbed = absorbed.transpose(0, 1).flatten(1, 2)
@@ -46,51 +55,54 @@ class FoldedImages:
         mixed = torch.bmm(weights, self.tokens).unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
         values = torch.bmm(mixed, self.value_weight.transpose(1, 2)).unflatten(1, (images, -1))
         values = values.transpose(0, 1).reshape(queries.shape)
-        return values if self.constant is None else values + self.constant
+        values = values if self.constant is None else values + self.constant
+        return attn.out_proj(values.transpose(1, 2).flatten(0, 1).flatten(1))
 
 
-ImageMemories = list[CrossKeysValues] | list[FoldedImages]
-"""Of every layer, in their order; all of one kind."""
+ImageMemories = list[ImageKeysValues] | list[FoldedImages]
+"""One for each layer, in their order; all of one kind."""
 
 
 def remember(
-    image_tokens: Tensor,
-    blocks: list[TransformerBlock],
-    words_per_image: int | None = None,
-    arena: DecodingArena | None = None,
+    image_tokens: Tensor, blocks: list[TransformerBlock], words_per_image: int, homes: Sequence[Tensor] | None = None
 ) -> ImageMemories:
     """What the cross-attention of each block needs of image_tokens (I, N, C), computed once for all words to come.
 
-    words_per_image: about how many words will look at each image; None: keys and values, whatever is cheaper.
-    arena: where keys and values are to lie.
+    words_per_image: about how many words will look at each image, by which the cheaper form is chosen.
+    homes: where keys and values are to lie, if they must.
     """
-    if arena is not None:
-        keys_values = (block.project_context(image_tokens) for block in blocks)
-        return [arena.place_image(layer, *pair) for layer, pair in enumerate(keys_values)]
-    if words_per_image is not None and _folds(image_tokens, blocks, words_per_image):
+    if homes is None and _folds(image_tokens, blocks, words_per_image):
         return _fold_all(image_tokens, blocks)
-    keys_values = (block.project_context(image_tokens) for block in blocks)
     # Side by side in memory, since every word reads them.
-    return [(keys.contiguous(), values.contiguous()) for keys, values in keys_values]
+    pairs = (torch.stack(block.project_context(image_tokens)) for block in blocks)
+    if homes is None:
+        return [ImageKeysValues(pair) for pair in pairs]
+    count = image_tokens.shape[0]
+    return [ImageKeysValues(home[:, :count].copy_(pair), home) for pair, home in zip(pairs, homes, strict=True)]
+
+
+def words_like(memories: ImageMemories) -> Tensor:
+    """A tensor of the type and on the device that the words' keys and values will have."""
+    first = memories[0]
+    return first.tokens if isinstance(first, FoldedImages) else first.memory
 
 
 def num_images(memories: ImageMemories) -> int:
     """I."""
-    return cache_like(memories).shape[0]
-
-
-def cache_like(memories: ImageMemories) -> Tensor:
-    """A tensor of the type and on the device that the words' keys and values will have."""
     first = memories[0]
-    return first.tokens if isinstance(first, FoldedImages) else first[0]
+    return first.tokens.shape[0] if isinstance(first, FoldedImages) else first.memory.shape[1]
 
 
-def select_images(memories: ImageMemories, images: Tensor) -> ImageMemories:
+def select_images(memories: ImageMemories, images: Tensor) -> None:
     """Keeps these images (I',), in this order."""
-    if isinstance(memories[0], FoldedImages):
-        tokens = memories[0].tokens.index_select(0, images)
-        return [replace(memory, tokens=tokens) for memory in memories]  # pyright: ignore
-    return [tuple(part.index_select(0, images) for part in memory) for memory in memories]  # pyright: ignore
+    first = memories[0]
+    tokens = first.tokens.index_select(0, images) if isinstance(first, FoldedImages) else None
+    for memory in memories:
+        if isinstance(memory, FoldedImages):
+            assert tokens is not None
+            memory.tokens = tokens
+        else:
+            memory.select(images)
 
 
 def _folds(image_tokens: Tensor, blocks: list[TransformerBlock], words_per_image: int) -> bool:

@@ -39,10 +39,6 @@ class SharedImages:
     slots: Tensor
     sources: Tensor
 
-    @property
-    def num_images(self) -> int:
-        return self.tokens.shape[0]
-
     @staticmethod
     def of(image_tokens: Tensor, words_per_image: Tensor, num_heads: int, norm: nn.Module) -> "SharedImages":
         """image_tokens (I, N, C), words_per_image (I,); norm: one layer's norm of the tokens, if they have one."""

@@ -11,10 +11,11 @@ Letters: R rows, D width in, F width out.
 """
 
 import os
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -31,19 +32,27 @@ _IS_WINDOWS = os.name == "nt"
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
-class _Packed(NamedTuple):
-    """A rearranged weight, and which state of the weight it is of."""
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A rearranged weight, which its `Linear` uses for as long as somebody else holds it.
+
+    state: of the weight when it was rearranged, see `_state_of`; original: that weight, lest another one take its place
+    in memory.
+    """
 
     weight: Tensor
-    source: tuple[int, int, torch.dtype]
-
-
-# Not in the modules: rearranged tensors can be neither copied nor saved.
-_packed: WeakKeyDictionary[nn.Module, _Packed] = WeakKeyDictionary()
+    state: tuple[int, int, torch.dtype]
+    original: Tensor
 
 
 class Linear(nn.Linear):
     """`nn.Linear`, which uses what `pack_weights` has rearranged where there is no gradient."""
+
+    _packed: "ref[PackedWeight] | None" = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Rearranged tensors can be neither copied nor saved.
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
 
     def forward(self, x: Tensor) -> Tensor:
         """x (R, D), or (..., D) -> (R, F), or (..., F)."""
@@ -63,35 +72,32 @@ class Linear(nn.Linear):
         """The weight, rearranged if that has been done, if oneDNN is to compute this product."""
         if torch.is_grad_enabled() or x.dtype != self.weight.dtype or not x.is_cpu:
             return None
-        packed = self._packed_for(x)
-        if packed is not None:
-            return packed
+        packed = self._packed() if self._packed is not None and x.dim() == 2 and x.shape[0] <= _MOST_ROWS else None
+        if packed is not None and packed.state == _state_of(self.weight) and not torch.is_autocast_enabled("cpu"):
+            return packed.weight
         is_large = x.dtype == torch.float32 and x.numel() * self.out_features >= _FEWEST_PRODUCTS
         return self.weight if is_large and _leaves_mkl() and not _is_observed(x) else None
 
-    def _packed_for(self, x: Tensor) -> Tensor | None:
-        """The rearranged weight, if there is one and it serves x."""
-        packed = _packed.get(self) if x.dim() == 2 and x.shape[0] <= _MOST_ROWS else None
-        if packed is None or packed.source != _source(self.weight) or torch.is_autocast_enabled("cpu"):
-            return None
-        return packed.weight
-
 
 @torch.no_grad()
-def pack_weights(*modules: nn.Module) -> None:
+def pack_weights(*modules: nn.Module) -> list[PackedWeight]:
     """Rearranges the weights of all `Linear` in these modules for few rows, unless they are so already.
 
-    On a CPU in float32 and bfloat16, else nothing happens. It takes as much memory again as the weights, until the
-    modules go; weights that change meanwhile are noticed and used as they are until they are packed again.
+    On a CPU in float32 and bfloat16, else nothing happens. It takes as much memory again as the weights, and lasts
+    while the caller holds what is returned. Weights that change meanwhile are noticed, and used as they are until they
+    are packed again.
     """
-    for module in modules:
-        for linear in module.modules():
-            if isinstance(linear, Linear) and _can_pack(linear.weight):
-                packed = _packed.get(linear)
-                source = _source(linear.weight)
-                if packed is None or packed.source != source:
-                    weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _MOST_ROWS)
-                    _packed[linear] = _Packed(weight, source)
+    found = []
+    for linear in (part for module in modules for part in module.modules() if isinstance(part, Linear)):
+        if _can_pack(linear.weight):
+            packed = None if linear._packed is None else linear._packed()
+            original, state = linear.weight.detach(), _state_of(linear.weight)
+            if packed is None or packed.state != state:
+                weight = torch.ops.mkldnn._reorder_linear_weight(original, _MOST_ROWS)
+                packed = PackedWeight(weight, state, original)
+                linear._packed = ref(packed)
+            found.append(packed)
+    return found
 
 
 def _is_observed(x: Tensor) -> bool:
@@ -128,7 +134,8 @@ def _has_onednn() -> bool:
     return bool(is_on) and hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")
 
 
-def _source(weight: Tensor) -> tuple[int, int, torch.dtype]:
+def _state_of(weight: Tensor) -> tuple[int, int, torch.dtype]:
+    """Where a weight lies, how often it was changed there, and its type: what differs when it is another."""
     # Tensors made in inference mode count no changes, but nothing trains them either.
     return weight.data_ptr(), -1 if weight.is_inference() else weight._version, weight.dtype
 

@@ -1,9 +1,9 @@
-"""Attention: self and cross, one to many key-value heads, rotary positions, key-value caches.
+"""Attention: self and cross, one to many key-value heads, rotary positions.
 
 Letters: B batch, T query positions, N key positions, D width, H heads, K key-value heads, d head width.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,24 +19,25 @@ from opencoca.model.layers.layout import TextLayout
 CrossKeysValues = tuple[Tensor, Tensor]
 
 
-class WordCache(Protocol):
-    """Keeps the keys and values of words that are there already: see `opencoca.generation.decoding.cache`."""
+class NextWords(NamedTuple):
+    """The next words of R texts, T of each, as one half of the decoder is to take them.
 
-    texts_per_row: int
+    positions (R x T,): of each word within its text. places: the entries where memory keeps them.
+    visible: the entries that they see, (rows, N), or (rows, texts of a row x T, N); None = all.
+    causal: whether a word does not see those of its text that come after it.
+    """
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores keys, values (B, K, T, d) of new words; returns those of all words: (B, K, N, d)."""
-        ...
+    positions: Tensor
+    places: slice | Tensor
+    visible: Tensor | None = None
+    causal: bool = False
 
 
-class ImageMemory(Protocol):
-    """Stands for one layer's keys and values of the images: see `opencoca.generation.decoding.image_memory`."""
+class Memory(Protocol):
+    """What one block's attention looks at when words come a few at a time: those before them, or the images."""
 
-    @property
-    def num_images(self) -> int: ...
-
-    def attend(self, queries: Tensor) -> Tensor:
-        """queries (I, H, T, d) -> what they mixed (I, H, T, d)."""
+    def attend(self, attn: "Attention", x: Tensor, words: NextWords) -> Tensor:
+        """x (R x T, D): the next words, normed -> what this attention makes of them, (R x T, D)."""
         ...
 
 
@@ -68,27 +69,28 @@ class Attention(nn.Module):
         keys, values = keys_values.unbind(-3)
         return keys.transpose(1, 2), values.transpose(1, 2)
 
-    def self_attend(self, x: Tensor, layout: TextLayout, cache: WordCache | None = None) -> Tensor:
-        """x (S, D) packed words -> (S, D): every word sees itself and the words before it, cached ones included.
-
-        What the layout hides is seen by no word.
-        """
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """x (S, D) at these positions (S,) of their texts -> queries (S, H, d), keys and values (S, 2, K, d)."""
         queries = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         keys_values = self.kv_proj(x).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
         if self.rotary:
-            angles = rotary_angles(layout.positions, self.head_dim, queries.dtype).unsqueeze(1)
+            angles = rotary_angles(positions, self.head_dim, queries.dtype).unsqueeze(1)
             queries = rotate(queries, angles)
             keys_values = torch.stack((rotate(keys_values[:, 0], angles), keys_values[:, 1]), dim=1)
-        if cache is None and trains_on_cpu(queries):
+        return queries, keys_values
+
+    def self_attend(self, x: Tensor, layout: TextLayout) -> Tensor:
+        """x (S, D) packed words -> (S, D): every word sees itself and the words before it.
+
+        What the layout hides is seen by no word.
+        """
+        queries, keys_values = self.project(x, layout.positions)
+        if trains_on_cpu(queries):
             mixed = packed_self_attention(queries, keys_values, self.num_kv_heads, layout.buckets, layout.hidden)
             return self.out_proj(mixed.flatten(1))
-        group = cache.texts_per_row if cache is not None else 1
-        (queries,) = layout.pad_heads(queries.flatten(1), 1, self.head_dim, group)
-        keys, values = layout.pad_heads(keys_values.flatten(1), 2, self.head_dim, group)
-        if cache is not None:
-            keys, values = cache.append(keys, values)
-        mixed = attend(queries.to(keys.dtype), keys, values, group == 1, layout.visible).to(x.dtype)
-        return self.out_proj(layout.pack_heads(mixed, group))
+        (queries,) = layout.pad_heads(queries.flatten(1), 1, self.head_dim)
+        keys, values = layout.pad_heads(keys_values.flatten(1), 2, self.head_dim)
+        return self.out_proj(layout.pack_heads(attend(queries, keys, values, causal=True, visible=layout.visible)))
 
     def cross_attend(self, x: Tensor, keys: Tensor, values: Tensor, layout: TextLayout) -> Tensor:
         """x (S, D) packed words, keys and values (I, K, N, d) of I images -> (S, D).
@@ -110,12 +112,6 @@ class Attention(nn.Module):
         """As `cross_attend` over ``project_context(norm(tokens))``, but without keys and values: (S, D) -> (S, D)."""
         queries = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         return self.out_proj(attend_to_images(queries, images, self.kv_proj, norm, self.num_kv_heads).flatten(1))
-
-    def attend_to_memory(self, x: Tensor, images: ImageMemory, layout: TextLayout) -> Tensor:
-        """As `cross_attend`, over what is kept in place of keys and values: (S, D) -> (S, D)."""
-        group = layout.batch_size // images.num_images
-        (queries,) = layout.pad_heads(self.q_proj(x), 1, self.head_dim, group)
-        return self.out_proj(layout.pack_heads(images.attend(queries), group))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (B, T, D) over context (B, N, C), or over itself, nothing masked -> (B, T, D)."""

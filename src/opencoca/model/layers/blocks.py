@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from opencoca.model.config import BlockConfig
 from opencoca.model.kernels.image_attention import SharedImages
 from opencoca.model.kernels.linear import Linear
-from opencoca.model.layers.attention import Attention, CrossKeysValues, ImageMemory, WordCache
+from opencoca.model.layers.attention import Attention, CrossKeysValues, Memory, NextWords
 from opencoca.model.layers.layout import TextLayout
 
-LookedAt = CrossKeysValues | ImageMemory | SharedImages
+LookedAt = CrossKeysValues | SharedImages
 
 
 def make_norm(config: BlockConfig, width: int | None = None) -> nn.LayerNorm:
@@ -213,13 +213,18 @@ class TransformerBlock(nn.Module):
         """x (B, N, D), everything sees everything (image encoders)."""
         return self._run(self._attend, x)
 
-    def self_attend(self, x: Tensor, layout: TextLayout, cache: WordCache | None = None) -> Tensor:
+    def self_attend(self, x: Tensor, layout: TextLayout) -> Tensor:
         """x (S, D) packed words, causal."""
-        return self._run(self._self_attend, x, layout, cache)
+        return self._run(self._self_attend, x, layout)
 
     def cross_attend(self, x: Tensor, images: LookedAt, layout: TextLayout) -> Tensor:
         """x (S, D) packed words over the keys and values of their images, or over the images themselves."""
         return self._run(self._cross_attend, x, images, layout)
+
+    def step(self, x: Tensor, memory: Memory, words: NextWords) -> Tensor:
+        """x (R x T, D): the next words of texts, which look at this memory, without gradient."""
+        normed = self.norm1(x)
+        return self.add_mlp(x, normed, memory.attend(self.attn, normed, words))
 
     def _run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         if self.recompute and self.training and torch.is_grad_enabled():
@@ -230,17 +235,15 @@ class TransformerBlock(nn.Module):
         normed = self.norm1(x)
         return self.add_mlp(x, normed, self.attn(normed))
 
-    def _self_attend(self, x: Tensor, layout: TextLayout, cache: WordCache | None) -> Tensor:
+    def _self_attend(self, x: Tensor, layout: TextLayout) -> Tensor:
         normed = self.norm1(x)
-        return self.add_mlp(x, normed, self.attn.self_attend(normed, layout, cache))
+        return self.add_mlp(x, normed, self.attn.self_attend(normed, layout))
 
     def _cross_attend(self, x: Tensor, images: LookedAt, layout: TextLayout) -> Tensor:
         normed = self.norm1(x)
         if isinstance(images, SharedImages):
             return self.add_mlp(x, normed, self.attn.attend_to_images(normed, images, self.norm_context))
-        if isinstance(images, tuple):
-            return self.add_mlp(x, normed, self.attn.cross_attend(normed, *images, layout))
-        return self.add_mlp(x, normed, self.attn.attend_to_memory(normed, images, layout))
+        return self.add_mlp(x, normed, self.attn.cross_attend(normed, *images, layout))
 
 
 class ParallelBlock(TransformerBlock):

@@ -1,0 +1,79 @@
+"""Text embeddings of captions from the states that decoding has computed: a few positions of each text are missing.
+
+Letters: C cache rows, P texts of a row, B = C P texts, T closing words of each, N cache entries, E embed_dim.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opencoca.generation.decoding.state import DecodingState
+from opencoca.model.coca import CoCa
+from opencoca.model.layers.attention import NextWords
+from opencoca.model.text_decoder import UnimodalDecoder
+
+
+def embed_decoded(
+    model: CoCa, state: DecodingState, rows: Tensor, seen: Tensor, texts: Sequence[Sequence[int]], eos_id: int
+) -> Tensor:
+    """text_embed (C, P, E) of texts whose words, all but the last, are in the caches; the state stays as it is.
+
+    rows (C,): the cache rows; seen (C, P, N): which of their entries hold each text's words; texts: the token ids
+    of all C x P texts. One that has no end token is closed by one, in place of its last word if there is no room.
+    Computes the last word, the end token and [CLS] of each text, in the unimodal half alone.
+    """
+    decoder = model.unimodal_decoder
+    num_rows, per_row, _ = seen.shape
+    closing = _Closing.of(texts, eos_id, decoder, seen.device)
+    entries, num_slots = state.num_entries, closing.token_ids.shape[1]
+    extra = per_row * num_slots
+    # A text sees its own words, and of its closing words those before it that are there.
+    in_cache = seen[:, :, :entries]
+    if state.hidden is not None:
+        in_cache = in_cache & ~state.hidden[rows, None, :entries]
+    before = torch.ones(num_slots, num_slots, dtype=torch.bool, device=seen.device).tril()
+    itself = torch.eye(num_slots, dtype=torch.bool, device=seen.device)
+    in_closing = (before & closing.visible[:, None]) | (itself & ~closing.used[:, :, None])
+    same_text = torch.eye(per_row, dtype=torch.bool, device=seen.device)
+    in_closing = in_closing.view(num_rows, per_row, num_slots, 1, num_slots) & same_text[:, None, :, None]
+    visible = torch.cat((in_cache.repeat_interleave(num_slots, dim=1), in_closing.reshape(num_rows, extra, -1)), dim=2)
+    words = NextWords(closing.positions.flatten(), slice(entries, entries + extra), visible)
+    branches = [cache.branch(rows, entries, extra) for cache in state.unimodal]
+    x = decoder.step(decoder.embed_words_and_cls(closing.token_ids, closing.positions), branches, words)
+    return model.project_text(decoder.norm(x.view(num_rows, per_row, num_slots, -1)[:, :, -1]))
+
+
+@dataclass(frozen=True)
+class _Closing:
+    """The words that follow the cached words of each text, (B, T) each, T = 3 or 4: a last word, the end token, what
+    `TextConfig.hide_next` puts behind it, [CLS] (any id). used: whether there is such a word; visible: whether
+    attention sees it."""
+
+    token_ids: Tensor
+    positions: Tensor
+    used: Tensor
+    visible: Tensor
+
+    @staticmethod
+    def of(texts: Sequence[Sequence[int]], eos_id: int, decoder: UnimodalDecoder, device: torch.device) -> "_Closing":
+        ids, places, used, before = [], [], [], []
+        for text in texts:
+            body = [*text[:-1]] if text[-1] == eos_id else [*text][: decoder.context_length - 1]
+            num_cached = len(text) - 1
+            extra = len(body) > num_cached
+            has_room = decoder.hide_next and len(body) + 1 < decoder.context_length
+            pad = decoder.hidden_id if decoder.hidden_id is not None else eos_id
+            end = len(body)
+            ids.append([body[-1] if extra else eos_id, eos_id, pad, eos_id])
+            places.append([end - 1 if extra else end, end, end + has_room, end + 1 + has_room])
+            used.append([extra, True, has_room, True])
+            before.append([body[num_cached - 1] if extra else eos_id, body[-1], eos_id, pad if has_room else eos_id])
+        # The third is there for hide_next only.
+        kept = [0, 1, 2, 3] if decoder.hide_next else [0, 1, 3]
+        token_ids, positions, is_used, previous = (
+            torch.tensor(x, device=device)[:, kept] for x in (ids, places, used, before)
+        )
+        hides = decoder.hides(token_ids, previous)
+        return _Closing(token_ids, positions, is_used, is_used if hides is None else is_used & ~hides)
