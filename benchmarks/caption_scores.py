@@ -92,7 +92,13 @@ def captions_of(pipeline: opencoca.Pipeline, tokens: Tensor, name: str, work: Pa
             part = tokens[start : start + _GENERATE_BATCH]
             seeds = range(start, start + len(part))
             found += generate(
-                pipeline.model, part, pipeline.tokenizer, SEARCHES[name], image_seeds=seeds, with_text_embed=True
+                pipeline.model,
+                part,
+                pipeline.tokenizer,
+                SEARCHES[name],
+                image_seeds=seeds,
+                with_text_embed=True,
+                session=pipeline.session,
             )
         rows = [[caption.__dict__ for caption in own] for own in found]
         save(path, {"captions": rows, "seconds": time.perf_counter() - started})

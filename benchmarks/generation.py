@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opencoca.generation import GeneratedCaption, GenerationOptions, generate
 from opencoca.generation import loop as generation_loop
+from opencoca.generation.decoding.session import DecodingSession
 from opencoca.model.coca import CoCa
 from opencoca.model.kernels import linear
 from opencoca.store.interop.open_clip import config_from_open_clip, export_open_clip, read_config
@@ -77,9 +78,17 @@ def options_for(beams: int, tokens: int, groups: int = 1) -> GenerationOptions:
     return GenerationOptions(num_beams=beams, num_groups=groups, max_new_tokens=tokens, min_new_tokens=tokens - 1)
 
 
-def caption(model: CoCa, images: torch.Tensor, options: GenerationOptions) -> list[tuple[GeneratedCaption, ...]]:
+def make_session(arguments: argparse.Namespace, dtype: str) -> DecodingSession:
+    model = make_model(arguments.model, getattr(torch, dtype), arguments.device)
+    return DecodingSession(model, records_steps=not arguments.without_graphs)
+
+
+def caption(
+    session: DecodingSession, images: torch.Tensor, options: GenerationOptions
+) -> list[tuple[GeneratedCaption, ...]]:
     with torch.inference_mode():
-        return generate(model, model.encode_image(images).tokens, _tokenizer(), options)
+        tokens = session.model.encode_image(images).tokens
+        return generate(session.model, tokens, _tokenizer(), options, session=session)
 
 
 def peer_caption(peer: nn.Module, images: torch.Tensor, beams: int, tokens: int, groups: int = 1) -> torch.Tensor:
@@ -124,13 +133,14 @@ def read_rate(device: str) -> float:
     return x.numel() * 4 / seconds(lambda: x.sum(), 5)
 
 
-def floor_of(model: CoCa, images: torch.Tensor, options: GenerationOptions) -> dict[str, float]:
+def floor_of(session: DecodingSession, images: torch.Tensor, options: GenerationOptions) -> dict[str, float]:
+    model = session.model
     parameter = next(model.parameters())
     # The counter does not know the products with rearranged weights: count without.
     most_rows, linear._MOST_ROWS = linear._MOST_ROWS, 0
     try:
         with FlopCounterMode(display=False) as counter:
-            caption(model, images, options)
+            caption(session, images, options)
     finally:
         linear._MOST_ROWS = most_rows
     device = parameter.device.type
@@ -153,13 +163,13 @@ def _device_matmul_rate(like: torch.Tensor, size: int = 8192) -> float:
     return 2 * size**3 / seconds(lambda: left @ right, 5)
 
 
-def equal_ids(model: CoCa, images: torch.Tensor, options: GenerationOptions, theirs: torch.Tensor) -> int:
+def equal_ids(session: DecodingSession, images: torch.Tensor, options: GenerationOptions, theirs: torch.Tensor) -> int:
     """How many captions have open_clip's ids, the last token apart; ours ranks by raw logits here, as it does."""
     log_probs = generation_loop.next_log_probs
     if options.num_beams > 1:
         generation_loop.next_log_probs = lambda logits: logits.float()
     try:
-        ours = caption(model, images, options)
+        ours = caption(session, images, options)
     finally:
         generation_loop.next_log_probs = log_probs
     last = options.max_new_tokens
@@ -170,15 +180,15 @@ def equal_ids(model: CoCa, images: torch.Tensor, options: GenerationOptions, the
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for name in arguments.dtypes:
-        model = make_model(arguments.model, getattr(torch, name), arguments.device)
-        peer = None if arguments.without_peer else make_peer(arguments.model, model)
-        images = make_images(model, arguments.images)
+        session = make_session(arguments, name)
+        peer = None if arguments.without_peer else make_peer(arguments.model, session.model)
+        images = make_images(session.model, arguments.images)
         for beams, groups in map(_beams_and_groups, arguments.beams):
             options = options_for(beams, arguments.tokens, groups)
             row: dict[str, Any] = {"dtype": name, "beams": beams, "groups": groups}
-            row["seconds"] = seconds(lambda: caption(model, images, options), arguments.repeats)  # noqa: B023
-            row["cpu_seconds"] = cpu_seconds(lambda: caption(model, images, options))  # noqa: B023
-            row |= floor_of(model, images, options)
+            row["seconds"] = seconds(lambda: caption(session, images, options), arguments.repeats)  # noqa: B023
+            row["cpu_seconds"] = cpu_seconds(lambda: caption(session, images, options))  # noqa: B023
+            row |= floor_of(session, images, options)
             row["over_floor"] = row["seconds"] / row["floor_s"]
             if peer is not None:
                 start, cpu_start = time.perf_counter(), time.process_time()
@@ -187,7 +197,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
                 row["open_clip_seconds"] = time.perf_counter() - start
                 row["open_clip_cpu_seconds"] = time.process_time() - cpu_start
                 row["times_as_fast"] = row["open_clip_seconds"] / row["seconds"]
-                row["equal_ids"] = equal_ids(model, images, options, theirs)
+                row["equal_ids"] = equal_ids(session, images, options, theirs)
             rows.append(row)
             print(table(rows), flush=True)
     return {"model": arguments.model, "images": arguments.images, "tokens": arguments.tokens, "rows": rows}
@@ -196,14 +206,14 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for name in arguments.dtypes:
-        model = make_model(arguments.model, getattr(torch, name), arguments.device)
+        session = make_session(arguments, name)
         for beams, groups in map(_beams_and_groups, arguments.beams):
             options = options_for(beams, arguments.tokens, groups)
             for count in arguments.batches:
-                images = make_images(model, count)
+                images = make_images(session.model, count)
                 if arguments.device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                taken = seconds(lambda: caption(model, images, options), arguments.repeats)  # noqa: B023
+                taken = seconds(lambda: caption(session, images, options), arguments.repeats)  # noqa: B023
                 row = {"dtype": name, "beams": beams, "groups": groups, "images": count, "seconds": taken}
                 row["captions_per_sec"] = count / taken
                 if arguments.device == "cuda":
@@ -236,11 +246,11 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def peak(arguments: argparse.Namespace) -> None:
     """Prints the bytes in use with the model built, and the most while captioning."""
-    model: Any = make_model(arguments.model, getattr(torch, arguments.dtypes[0]), arguments.device)
-    images = make_images(model, arguments.images)
+    captioner: Any = make_session(arguments, arguments.dtypes[0])
+    images = make_images(captioner.model, arguments.images)
     (beams, groups), tokens = _beams_and_groups(arguments.beams[0]), arguments.tokens
     if arguments.whose == "open_clip":
-        model = make_peer(arguments.model, model)
+        captioner = make_peer(arguments.model, captioner.model)
     on_cuda = arguments.device == "cuda"
     gc.collect()
     if on_cuda:
@@ -250,9 +260,9 @@ def peak(arguments: argparse.Namespace) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
     before = torch.cuda.memory_allocated() if on_cuda else _resident("VmRSS")
     if arguments.whose == "open_clip":
-        peer_caption(model, images, beams, tokens, groups)
+        peer_caption(captioner, images, beams, tokens, groups)
     else:
-        caption(model, images, options_for(beams, tokens, groups))
+        caption(captioner, images, options_for(beams, tokens, groups))
     print(before, torch.cuda.max_memory_allocated() if on_cuda else _resident("VmHWM"))
 
 
@@ -290,7 +300,6 @@ def main() -> None:
     parser.add_argument("--whose", choices=("ours", "open_clip"), default="ours", help="peak: of which")
     parser.add_argument("--out", help="JSON file")
     arguments = parser.parse_args()
-    CoCa.records_steps = not arguments.without_graphs
     if arguments.what == "peak":
         peak(arguments)
         return

@@ -17,9 +17,9 @@ from captioner import (
 )
 
 from opencoca.generation import GenerationOptions, generate
-from opencoca.generation.decoding import image_memory
 from opencoca.generation.decoding.session import DecodingSession
 from opencoca.generation.decoding.state import DecodingState
+from opencoca.model import text_decoder
 from opencoca.model.coca import CoCa
 from opencoca.tokenizer import Tokenizer
 
@@ -220,7 +220,7 @@ def test_looking_at_the_images_tokens_changes_no_caption(
         asked.append(words_per_image)
         return True
 
-    monkeypatch.setattr(image_memory, "pays", pays)
+    monkeypatch.setattr(text_decoder, "pays", pays)
     found = generate(model, tokens, tokenizer, options)
     assert set(asked) == {words}
     ids = [[[text.token_ids for text in texts] for texts in captions] for captions in (expected, found)]

@@ -138,7 +138,7 @@ def test_unused_parameters_are_those_without_a_gradient(model, contrastive, capt
 
 SOURCES = Path(opencoca.__file__).parent
 # Who may know how a network is built: the network, and what reads other projects' weights.
-INSIDERS = (SOURCES / "model", SOURCES / "store" / "interop", SOURCES / "assets", SOURCES / "generation")
+INSIDERS = (SOURCES / "model", SOURCES / "store" / "interop", SOURCES / "assets")
 # Names of modules and parameters that nothing else is called.
 INNER_NAMES = {
     "unimodal_decoder", "multimodal_decoder", "image_pooling", "image_proj", "text_proj", "lm_head", "log_logit_scale",

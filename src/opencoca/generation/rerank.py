@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from opencoca.generation.decoding.session import DecodingSession
 from opencoca.generation.loop import generate
 from opencoca.generation.options import GeneratedCaption, GenerationOptions
 from opencoca.model.coca import CoCa, ImageOutput
@@ -67,13 +68,16 @@ def generate_reranked(
     weight: float,
     *,
     image_seeds: Sequence[int] | None = None,
+    session: DecodingSession | None = None,
 ) -> list[tuple[GeneratedCaption, ...]]:
     """`generate` for images as `CoCa.encode_image` gives them, all candidates reranked, the best num_captions kept.
 
     Raises ValueError as `generate` and `candidate_options` do.
     """
     wide = candidate_options(options)
-    found = generate(model, images.tokens, tokenizer, wide, image_seeds=image_seeds, with_text_embed=True)
+    found = generate(
+        model, images.tokens, tokenizer, wide, image_seeds=image_seeds, with_text_embed=True, session=session
+    )
     scale = model.logit_scale.item()
     return [
         rerank(candidates, embed, scale, weight)[: options.num_captions]

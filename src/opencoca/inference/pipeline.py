@@ -13,6 +13,7 @@ from torch import Tensor
 
 from opencoca.generation import GeneratedCaption, GenerationOptions, generate, seed_of_name
 from opencoca.generation.attention_maps import word_maps
+from opencoca.generation.decoding.session import DecodingSession
 from opencoca.generation.explanation import Explanation, visible_box
 from opencoca.generation.options import GenerationKeywords, shows_generation_options
 from opencoca.generation.rerank import generate_reranked, rerank_weight
@@ -32,7 +33,7 @@ class Pipeline:
     """A model together with its tokenizer and its preprocessing, ready for images and texts.
 
     Attributes: `model` (CoCa, in eval mode), `tokenizer`, `preprocess` (images of any kind -> (I, 3, height, width)),
-    `info` (where the model comes from), `device`, `dtype`.
+    `info` (where the model comes from), `session` (what decoding keeps from one call to the next), `device`, `dtype`.
 
     Images are one or several of: a path, the bytes of a file, a PIL image, an array (H, W, 3) or (H, W), a tensor
     (3, H, W); arrays and tensors hold uint8, or floating point in 0..1. One that cannot be used raises ImageError,
@@ -44,6 +45,7 @@ class Pipeline:
         self, model: CoCa, tokenizer: Tokenizer, preprocess: Preprocess, info: dict[str, Any] | None = None
     ) -> None:
         self.model = model.eval()
+        self.session = DecodingSession(self.model)
         self.tokenizer = tokenizer
         self.preprocess = preprocess
         self.info = info or {}
@@ -170,9 +172,11 @@ class Pipeline:
         seeds = [seed_of_name(name.encode("utf-8", "backslashreplace").decode()) for name in names]
         weight = rerank_weight(rerank)
         if weight is None:
-            return generate(self.model, image_tokens, self.tokenizer, options, image_seeds=seeds)
+            return generate(self.model, image_tokens, self.tokenizer, options, image_seeds=seeds, session=self.session)
         images = ImageOutput(image_tokens, image_embed)
-        return generate_reranked(self.model, images, self.tokenizer, options, weight, image_seeds=seeds)
+        return generate_reranked(
+            self.model, images, self.tokenizer, options, weight, image_seeds=seeds, session=self.session
+        )
 
     def embed_images(self, images: Images, *, batch_size: int = 32) -> Tensor:
         """Embeddings (I, E) of images: float32, on the CPU, of length 1."""

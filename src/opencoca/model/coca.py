@@ -8,7 +8,7 @@ T text positions, S words that have a next word, D width, E embed_dim, V vocabul
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -20,8 +20,9 @@ from opencoca.model.config import CoCaConfig
 from opencoca.model.encoders import build_image_encoder
 from opencoca.model.encoders.vit import VisionTransformer
 from opencoca.model.init import init_weights
+from opencoca.model.kernels.image_attention import FoldedImages
 from opencoca.model.kernels.linear import Linear
-from opencoca.model.layers.attention import CrossKeysValues
+from opencoca.model.layers.attention import CrossKeysValues, Memories, NextWords, WordMemory
 from opencoca.model.layers.layout import TextLayout, take_rows
 from opencoca.model.layers.poolers import ImagePooling, PooledImage
 from opencoca.model.structure import Part, Structure, numbered
@@ -58,12 +59,7 @@ class CoCaOutput(NamedTuple):
 
 
 class CoCa(nn.Module):
-    """The model. ``CoCa(CoCaConfig.named("base"))`` is the paper's Base, randomly initialised.
-
-    records_steps: whether captions on a GPU are decoded by CUDA graphs: see `opencoca.generation.decoding.graphs`.
-    """
-
-    records_steps = True
+    """The model. ``CoCa(CoCaConfig.named("base"))`` is the paper's Base, randomly initialised."""
 
     def __init__(self, config: CoCaConfig, image_encoder: nn.Module | None = None):
         """image_encoder: images (B, 3, height, width) -> features (B, N, D), for an encoder named ``custom``."""
@@ -220,6 +216,31 @@ class CoCa(nn.Module):
     def hidden_states(self, words: Words, keys_values: list[CrossKeysValues]) -> Tensor:
         """words of B texts over the keys and values of I images -> hidden (S, D), packed as the words are."""
         return self.multimodal_decoder(words, keys_values)
+
+    def decoder_modules(self) -> tuple[nn.Module, ...]:
+        """What `step` passes through."""
+        return self.unimodal_decoder, self.multimodal_decoder, self.lm_head
+
+    def fold_image(self, image_tokens: Tensor, words_per_image: int) -> list[FoldedImages] | None:
+        """image_tokens (I, Q, D) -> images for `step`, where they are cheaper than keys and values; else None."""
+        return self.multimodal_decoder.fold_image(image_tokens, words_per_image)
+
+    def step(self, token_ids: Tensor, words: tuple[NextWords, NextWords], memories: Memories) -> Tensor:
+        """token_ids (R, T): the next words of texts -> logits (R, V) after the last of them; memories keep the words.
+
+        words: the same words as the two halves are to take them. Without gradient, in evaluation mode.
+        """
+        x = self.unimodal_decoder.embed(token_ids.flatten(), words[0].positions)
+        x = self.unimodal_decoder.step(x, memories.unimodal, words[0])
+        hidden = self.multimodal_decoder.step(x, memories.multimodal, memories.images, words[1])
+        return self.lm_head(hidden.view(*token_ids.shape, -1)[:, -1])
+
+    def embed_last(self, token_ids: Tensor, words: NextWords, memories: Sequence[WordMemory]) -> Tensor:
+        """token_ids (R, T): the last words of texts, and [CLS] for the last id -> text_embed (R, E)."""
+        decoder = self.unimodal_decoder
+        x = decoder.embed_words_and_cls(token_ids, words.positions.view_as(token_ids))
+        states = decoder.step(x, memories, words).view(*token_ids.shape, -1)
+        return self.project_text(decoder.norm(states[:, -1]))
 
     def word_logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> next-word logits (..., V)."""

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opencoca.model.config import CoCaConfig
-from opencoca.model.kernels.image_attention import SharedImages, pays
-from opencoca.model.layers.attention import CrossKeysValues, Memory, NextWords, trains_on_cpu
+from opencoca.model.kernels.image_attention import FoldedImages, SharedImages, pays
+from opencoca.model.layers.attention import CrossKeysValues, ImageMemory, NextWords, WordMemory, trains_on_cpu
 from opencoca.model.layers.blocks import Dropout, LookedAt, TransformerBlock, make_block, make_norm
 from opencoca.model.layers.layout import TextLayout, put_rows, take_rows
 
@@ -75,15 +76,15 @@ class UnimodalDecoder(nn.Module):
             return self._words_and_cls(token_ids, mask)
         # [CLS] looks at one padding position behind the words: it is computed like a word and then left out.
         has_room = mask.sum(dim=1, keepdim=True) < self.context_length
-        padded_ids = torch.nn.functional.pad(token_ids, (0, 1), value=self.hidden_id)
+        padded_ids = F.pad(token_ids, (0, 1), value=self.hidden_id)
         padded_mask = torch.cat((mask, has_room), dim=1)
         words, cls = self._words_and_cls(padded_ids, padded_mask)
-        kept = torch.nn.functional.pad(torch.ones_like(mask), (0, 1))[padded_mask].nonzero().squeeze(1)
+        kept = F.pad(torch.ones_like(mask), (0, 1))[padded_mask].nonzero().squeeze(1)
         return UnimodalOutput(Words(take_rows(words.states, kept), TextLayout.from_mask(mask)), cls)
 
     def _words_and_cls(self, token_ids: Tensor, mask: Tensor) -> UnimodalOutput:
         layout, ids = TextLayout.from_mask(mask), token_ids[mask]
-        with_cls_layout = TextLayout.from_mask(torch.nn.functional.pad(mask, (0, 1), value=True))
+        with_cls_layout = TextLayout.from_mask(F.pad(mask, (0, 1), value=True))
         # Packed rows are the words of a text and then its [CLS]: the running count of lengths says where each stands.
         cls_rows = (mask.sum(dim=1) + 1).cumsum(dim=0) - 1
         is_word = torch.ones(ids.shape[0] + mask.shape[0], dtype=torch.bool, device=ids.device)
@@ -103,17 +104,11 @@ class UnimodalDecoder(nn.Module):
         x = self._run(x, with_cls_layout)
         return UnimodalOutput(Words(take_rows(x, word_rows), layout), self.norm(take_rows(x, cls_rows)))
 
-    def step(self, x: Tensor, memories: Sequence[Memory], words: NextWords) -> Tensor:
+    def step(self, x: Tensor, memories: Sequence[WordMemory], words: NextWords) -> Tensor:
         """x (R x T, D), embedded: the next words of texts -> their states (R x T, D); each block has its memory."""
         for block, memory in zip(self.blocks, memories, strict=True):
             x = block.step(x, memory, words)  # pyright: ignore[reportCallIssue]
         return x
-
-    def hides(self, token_ids: Tensor, previous_ids: Tensor) -> Tensor | None:
-        """Whether attention does not see these words, given the words before them; None = it sees all."""
-        if self.hidden_id is None:
-            return None
-        return (previous_ids if self.hide_next else token_ids) == self.hidden_id
 
     def embed_words_and_cls(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """token_ids, positions (B, T) -> (B x T, D) for the blocks; the last of each text is [CLS], of any id."""
@@ -170,10 +165,30 @@ class MultimodalDecoder(nn.Module):
 
     def project_image(self, image_tokens: Tensor) -> list[CrossKeysValues]:
         """image_tokens (I, Q, D) -> keys and values of every layer."""
-        return [block.project_context(image_tokens) for block in self.cross_blocks()]
+        return [block.project_context(image_tokens) for block in self._cross_blocks()]
 
-    def cross_blocks(self) -> list[TransformerBlock]:
-        """The blocks that look at the images, in their order."""
+    def fold_image(self, image_tokens: Tensor, words_per_image: int) -> list[FoldedImages] | None:
+        """image_tokens (I, Q, D) -> what every layer looks at in place of keys and values, without gradient.
+
+        None where keys and values are no dearer for so many words an image, and on devices other than a CPU.
+        """
+        blocks, tokens = self._cross_blocks(), image_tokens
+        if not tokens.is_cpu or torch.is_autocast_enabled("cpu"):
+            return None
+        for attn in (block.attn for block in blocks):
+            sizes = tokens.shape[1], attn.num_heads * attn.head_dim, attn.num_heads
+            if attn.kv_proj.weight.dtype != tokens.dtype or not pays(words_per_image, *sizes, attn.kv_proj):
+                return None
+        norm = blocks[0].norm_context
+        if isinstance(norm, nn.LayerNorm):
+            tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=norm.eps)
+        return [
+            FoldedImages.of(tokens, attn.kv_proj, block.norm_context, attn.num_heads, attn.num_kv_heads)
+            for block in blocks
+            for attn in (block.attn,)
+        ]
+
+    def _cross_blocks(self) -> list[TransformerBlock]:
         return [layer.cross_block for layer in self.layers]  # pyright: ignore[reportReturnType]
 
     def look_at(self, words: Words, image_tokens: Tensor) -> Tensor:
@@ -204,11 +219,13 @@ class MultimodalDecoder(nn.Module):
             x = layer(x, keys_values, words.layout)
         return self.norm(x)
 
-    def step(self, x: Tensor, memories: Sequence[Memory], images: Sequence[Memory], words: NextWords) -> Tensor:
+    def step(
+        self, x: Tensor, memories: Sequence[WordMemory], images: Sequence[ImageMemory], words: NextWords
+    ) -> Tensor:
         """x (R x T, D): states of the next words -> hidden (R x T, D); each layer has its two memories."""
         for layer, memory, image in zip(self.layers, memories, images, strict=True):
             x = layer.self_block.step(x, memory, words)  # pyright: ignore
-            x = layer.cross_block.step(x, image, words)  # pyright: ignore
+            x = layer.cross_block.step_across(x, image)  # pyright: ignore
         return self.norm(x)
 
 

@@ -18,6 +18,7 @@ from opencoca.distributed.world import World
 from opencoca.evaluation.caption_metrics import caption_scores
 from opencoca.evaluation.retrieval_metrics import retrieval_scores
 from opencoca.generation import GenerationOptions, generate
+from opencoca.generation.decoding.session import DecodingSession
 from opencoca.model.coca import CoCa
 from opencoca.tokenizer import Tokenizer
 from opencoca.train.feature_cache import FeatureCache
@@ -141,6 +142,7 @@ class Validator:
 
     def _part(self, model: CoCa, rank: int, num_ranks: int) -> ValidationPart:
         wants, found = self.recipe.loss, ValidationPart()
+        session = DecodingSession(model)
         device = next(model.parameters()).device
         for batch in self._batches(model.config.text.context_length, rank, num_ranks):
             batch = batch.to(device)
@@ -154,7 +156,7 @@ class Validator:
                     found.image_embeds.append(image.embed.cpu())
                     found.text_embeds.append(model.encode_text(batch.token_ids, batch.token_mask).embed.cpu())
                 if wants.caption_weight:
-                    written = generate(model, image.tokens, self.tokenizer, self.options)
+                    written = generate(model, image.tokens, self.tokenizer, self.options, session=session)
                     keys = [self.source.key(int(i)) for i in batch.sample_ids]
                     found.captions.update(zip(keys, (texts[0].text for texts in written), strict=True))
             found.image_of_text.append(batch.text_sample_ids.cpu())

@@ -23,7 +23,9 @@ def next_words(rows: int, start: int, stop: int) -> NextWords:
 def step(attn: Attention, cache: WordCache, x: Tensor, start: int) -> Tensor:
     """x (B, T, D): the words from this position on -> (B, T, D)."""
     rows, length, _ = x.shape
-    return cache.attend(attn, x.flatten(0, 1), next_words(rows, start, start + length)).view(x.shape)
+    words = next_words(rows, start, start + length)
+    queries, keys_values = attn.project(x.flatten(0, 1), words.positions)
+    return attn.out_proj(cache.attend(queries, keys_values, words)).view(x.shape)
 
 
 @pytest.mark.parametrize("rotary", [False, True])

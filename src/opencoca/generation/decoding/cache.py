@@ -1,13 +1,13 @@
 """Keys and values that decoding keeps from word to word, one object for each layer.
 
-Letters: B rows, R texts, T next words of each, H heads, K key-value heads, N entries, d head width, D width.
+Letters: B rows, R texts, T next words of each, H heads, K key-value heads, N entries, d head width.
 """
 
 import torch
 from torch import Tensor
 
 from opencoca.model.config import BlockConfig
-from opencoca.model.layers.attention import Attention, NextWords, attend
+from opencoca.model.layers.attention import NextWords, attend
 
 
 class KeysValues:
@@ -34,10 +34,12 @@ class WordCache(KeysValues):
         dtype = torch.promote_types(like.dtype, torch.float32) if like.is_cpu else like.dtype
         return cls(like.new_empty(2, num_rows, block.num_kv_heads, entries, block.head_dim, dtype=dtype))
 
-    def attend(self, attn: Attention, x: Tensor, words: NextWords) -> Tensor:
-        """x (R x T, D): the next words, which are stored -> what attention makes of them, (R x T, D)."""
-        rows = self.memory.shape[1]
-        queries, keys_values = attn.project(x, words.positions)
+    def attend(self, queries: Tensor, keys_values: Tensor, words: NextWords) -> Tensor:
+        """queries (R x T, H, d), keys and values (R x T, 2, K, d) of the next words -> what they mixed (R x T, H x d).
+
+        The keys and values are kept.
+        """
+        rows, dtype = self.memory.shape[1], queries.dtype
         queries = queries.unflatten(0, (rows, -1)).transpose(1, 2).to(self.memory.dtype)
         keys_values = keys_values.unflatten(0, (rows, -1)).permute(2, 0, 3, 1, 4)
         if isinstance(words.places, slice):
@@ -45,8 +47,8 @@ class WordCache(KeysValues):
             keys, values = self.memory[:, :, :, : words.places.stop]
         else:
             keys, values = self.memory.index_copy_(3, words.places, keys_values)
-        mixed = attend(queries, keys, values, words.causal, words.visible).to(x.dtype)
-        return attn.out_proj(mixed.transpose(1, 2).flatten(0, 1).flatten(1))
+        mixed = attend(queries, keys, values, words.causal, words.visible).to(dtype)
+        return mixed.transpose(1, 2).flatten(0, 1).flatten(1)
 
     def branch(self, rows: Tensor, length: int, extra: int) -> "WordCache":
         """A copy of the first entries of these rows (B',) with room for so many more."""

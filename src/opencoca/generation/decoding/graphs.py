@@ -17,12 +17,12 @@ from itertools import chain
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opencoca.generation.decoding.arena import ArenaSize, DecodingArena
 from opencoca.generation.decoding.cache import WordCache
 from opencoca.generation.decoding.image_memory import ImageKeysValues, num_images
-from opencoca.generation.decoding.state import DecodingState, next_logits
+from opencoca.generation.decoding.state import DecodingState
 from opencoca.model.coca import CoCa
 from opencoca.model.layers.attention import NextWords
 
@@ -153,13 +153,13 @@ class DecodingGraphs:
         The next step overwrites the logits.
         """
         shape = _Shape.of(state)
-        words = state.begin(token_ids, self.model.unimodal_decoder, shape.entries)
+        words = state.begin(token_ids, self.model.config.compat, shape.entries)
         step = self._steps.get(shape)
         if step is None and not self._failed:
             step = self._record(_Step(self.arena, shape), token_ids, words)
         if step is None:
             unimodal, multimodal = (_seeing_first(part, state.num_entries) for part in words)
-            return next_logits(self.model, token_ids, (unimodal, multimodal), state)
+            return self.model.step(token_ids, (unimodal, multimodal), state)
         step.set(token_ids, words)
         return step.replay()[: token_ids.shape[0]]
 
@@ -229,7 +229,7 @@ class _Step:
             [WordCache(memory[:, :rows, :, :entries]) for memory in arena.unimodal],
             [WordCache(memory[:, :rows, :, :entries]) for memory in arena.multimodal],
         )
-        self.replay = recorder(lambda: next_logits(model, self.token_ids, self.words, state))
+        self.replay = recorder(lambda: model.step(self.token_ids, self.words, state))
 
 
 def _seeing_first(words: NextWords, entries: int) -> NextWords:
@@ -237,14 +237,9 @@ def _seeing_first(words: NextWords, entries: int) -> NextWords:
     return words._replace(visible=words.visible[:, :, :entries])
 
 
-def decoder_modules(model: CoCa) -> tuple[nn.Module, ...]:
-    """What a step of decoding passes through."""
-    return model.unimodal_decoder, model.multimodal_decoder, model.lm_head
-
-
 def _places_of_weights(model: CoCa) -> list[tuple[object, ...]]:
     """Where the decoder's weights lie, and as what."""
-    tensors = chain.from_iterable((*module.parameters(), *module.buffers()) for module in decoder_modules(model))
+    tensors = chain.from_iterable((*module.parameters(), *module.buffers()) for module in model.decoder_modules())
     return [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
 
 

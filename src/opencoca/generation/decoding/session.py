@@ -15,9 +15,9 @@ from torch import Tensor
 
 from opencoca.generation.decoding.arena import ArenaSize
 from opencoca.generation.decoding.cache import WordCache
-from opencoca.generation.decoding.graphs import RECORDERS, DecodingGraphs, can_record, decoder_modules, power_of_two
+from opencoca.generation.decoding.graphs import RECORDERS, DecodingGraphs, can_record, power_of_two
 from opencoca.generation.decoding.image_memory import remember, words_like
-from opencoca.generation.decoding.state import DecodingState, next_logits
+from opencoca.generation.decoding.state import DecodingState
 from opencoca.model.coca import CoCa
 from opencoca.model.config import BlockConfig
 from opencoca.model.kernels.linear import PackedWeight, pack_weights
@@ -98,8 +98,7 @@ class DecodingSession:
         """
         if state.recorded is not None and state.seen is not None:
             return state.recorded.step(token_ids, state)
-        words = state.begin(token_ids, self.model.unimodal_decoder)
-        return next_logits(self.model, token_ids, words, state)
+        return self.model.step(token_ids, state.begin(token_ids, self.model.config.compat), state)
 
     def _start(self, image_tokens: Tensor, room: Room, graphs: DecodingGraphs | None) -> DecodingState:
         text, rows = self.model.config.text, image_tokens.shape[0]
@@ -107,8 +106,7 @@ class DecodingSession:
             # Beyond it a learned position is missing, and the row after the last belongs to [CLS].
             raise ValueError(f"room for {room.length} words must be from 1 to context_length {text.context_length}")
         homes = None if graphs is None else graphs.arena.images
-        blocks = self.model.multimodal_decoder.cross_blocks()
-        images = remember(image_tokens, blocks, room.texts * room.length, homes)
+        images = remember(self.model, image_tokens, room.texts * room.length, homes)
 
         def new(depth: int, block: BlockConfig) -> list[WordCache]:
             return [WordCache.new(rows, block, room.entries, words_like(images)) for _ in range(depth)]
@@ -116,10 +114,10 @@ class DecodingSession:
         if graphs is not None:
             unimodal, multimodal = graphs.arena.new_caches(rows, room.entries)
         else:
-            unimodal = new(text.unimodal_depth, text.block_config())
-            multimodal = new(text.multimodal_depth, text.multimodal_block_config())
+            unimodal = new(text.unimodal_depth, self.model.config.unimodal_block())
+            multimodal = new(text.multimodal_depth, self.model.config.multimodal_block())
         state = DecodingState(images, unimodal, multimodal, recorded=graphs)
-        if text.hidden_id is not None:
+        if self.model.config.compat.text_hidden_id is not None:
             state.hidden = torch.zeros(rows, room.entries, dtype=torch.bool, device=image_tokens.device)
         return state
 
@@ -127,7 +125,7 @@ class DecodingSession:
         if not image_tokens.is_cpu:
             self._packed = []
         elif image_tokens.shape[0] * room.texts <= _PACK_FOR_TEXTS:
-            self._packed = pack_weights(*decoder_modules(self.model))
+            self._packed = pack_weights(*self.model.decoder_modules())
 
     def _prepared_graphs(self, image_tokens: Tensor, room: Room) -> DecodingGraphs | None:
         """The recorded steps, ready for a search over image_tokens (I, Q, D); None where there are to be none."""

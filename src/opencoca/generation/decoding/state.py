@@ -5,7 +5,7 @@ was written, and a mask says which entries each of them sees. Beams then change 
 the mask alone: no keys or values are moved, and what several texts have in common is there once.
 
 Letters: I images, R texts (consecutive ones share an image), T new words of each, C cache rows, P texts of a row,
-N cache entries, V vocabulary.
+N cache entries.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,8 @@ from torch import Tensor
 
 from opencoca.generation.decoding.cache import WordCache
 from opencoca.generation.decoding.image_memory import ImageMemories, num_images, select_images
-from opencoca.model.coca import CoCa
+from opencoca.model.config_parts import Compat
 from opencoca.model.layers.attention import NextWords
-from opencoca.model.text_decoder import UnimodalDecoder
 
 
 class Steps(Protocol):
@@ -34,7 +33,7 @@ class DecodingState:
     num_words: how many words of each text there are; num_entries: how many entries of a cache row they fill.
     texts_per_row: P.
     seen (C, P, capacity): the entries that hold each text's words, where texts share rows.
-    hidden (C, capacity): the entries that unimodal attention does not see, for `TextConfig.hidden_id`.
+    hidden (C, capacity): the entries that unimodal attention does not see, for `Compat.text_hidden_id`.
     last_ids (R, 1): the last word of each text. recorded: the recorded steps that this decoding has, if any.
     """
 
@@ -77,7 +76,7 @@ class DecodingState:
         if self.hidden is not None:
             self.hidden = self.hidden[rows]
         if images is not None:
-            select_images(self.images, images)
+            self.images = select_images(self.images, images)
 
     def share_rows(self, texts_per_row: int) -> None:
         """From now on this many texts go on from what each cache row holds, and write into it side by side."""
@@ -96,9 +95,7 @@ class DecodingState:
         self.seen = self.seen.flatten(0, 1).index_select(0, parents).view_as(self.seen)
         self.last_ids = self.last_ids.index_select(0, parents)
 
-    def begin(
-        self, token_ids: Tensor, decoder: UnimodalDecoder, width: int | None = None
-    ) -> tuple[NextWords, NextWords]:
+    def begin(self, token_ids: Tensor, compat: Compat, width: int | None = None) -> tuple[NextWords, NextWords]:
         """Takes up the next words (R, T) of each text; returns them as the two halves of the decoder are to take them.
 
         width: of how many entries masks are, where texts share rows (default: of those that are filled then).
@@ -111,18 +108,17 @@ class DecodingState:
             assert num_words == 1, "texts that share rows go on word by word"
             self.seen[:, :, start:end] = torch.eye(self.texts_per_row, dtype=torch.bool, device=self.seen.device)
             visible = self.seen[:, :, : width or end]
-        shown = visible if self.hidden is None else self._hide(self.hidden, token_ids, decoder, visible)
+        shown = visible if self.hidden is None else self._hide(self.hidden, token_ids, compat, visible)
         self.last_ids = token_ids[:, -1:]
         positions = torch.arange(self.num_words, self.num_words + num_words, device=token_ids.device).repeat(num_texts)
         self.num_words, self.num_entries = self.num_words + num_words, end
         words = NextWords(positions, slice(start, end), visible, causal=visible is None)
         return words._replace(visible=shown), words
 
-    def _hide(self, hidden: Tensor, token_ids: Tensor, decoder: UnimodalDecoder, visible: Tensor | None) -> Tensor:
-        """What unimodal attention sees: of what is visible, all but what `TextConfig.hidden_id` hides."""
+    def _hide(self, hidden: Tensor, token_ids: Tensor, compat: Compat, visible: Tensor | None) -> Tensor:
+        """What unimodal attention sees: of what is visible, all but what `Compat.text_hidden_id` hides."""
         before = token_ids[:, :1] if self.last_ids is None else self.last_ids
-        hides = decoder.hides(token_ids, torch.cat((before, token_ids[:, :-1]), dim=1))
-        assert hides is not None, "the decoder hides nothing"
+        hides = hidden_words(compat, token_ids, torch.cat((before, token_ids[:, :-1]), dim=1))
         if self.last_ids is None:
             hides[:, 0] = False
         end = self.num_entries + token_ids.shape[1] * self.texts_per_row
@@ -132,9 +128,6 @@ class DecodingState:
         return visible & ~hidden[:, None, : visible.shape[2]]
 
 
-def next_logits(model: CoCa, token_ids: Tensor, words: tuple[NextWords, NextWords], state: DecodingState) -> Tensor:
-    """token_ids (R, T) -> logits (R, V) after the last of them; the caches keep the words."""
-    x = model.unimodal_decoder.embed(token_ids.flatten(), words[0].positions)
-    x = model.unimodal_decoder.step(x, state.unimodal, words[0])
-    hidden = model.multimodal_decoder.step(x, state.multimodal, state.images, words[1])
-    return model.lm_head(hidden.view(*token_ids.shape, -1)[:, -1])
+def hidden_words(compat: Compat, token_ids: Tensor, previous_ids: Tensor) -> Tensor:
+    """Which words unimodal attention does not see for `Compat.text_hidden_id`, given the words before them."""
+    return (previous_ids if compat.text_hide_next else token_ids) == compat.text_hidden_id

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opencoca.generation.decoding.state import DecodingState
+from opencoca.generation.decoding.state import DecodingState, hidden_words
 from opencoca.model.coca import CoCa
+from opencoca.model.config import CoCaConfig
 from opencoca.model.layers.attention import NextWords
-from opencoca.model.text_decoder import UnimodalDecoder
 
 
 def embed_decoded(
@@ -24,9 +24,8 @@ def embed_decoded(
     of all C x P texts. One that has no end token is closed by one, in place of its last word if there is no room.
     Computes the last word, the end token and [CLS] of each text, in the unimodal half alone.
     """
-    decoder = model.unimodal_decoder
     num_rows, per_row, _ = seen.shape
-    closing = _Closing.of(texts, eos_id, decoder, seen.device)
+    closing = _Closing.of(texts, eos_id, model.config, seen.device)
     entries, num_slots = state.num_entries, closing.token_ids.shape[1]
     extra = per_row * num_slots
     # A text sees its own words, and of its closing words those before it that are there.
@@ -41,14 +40,13 @@ def embed_decoded(
     visible = torch.cat((in_cache.repeat_interleave(num_slots, dim=1), in_closing.reshape(num_rows, extra, -1)), dim=2)
     words = NextWords(closing.positions.flatten(), slice(entries, entries + extra), visible)
     branches = [cache.branch(rows, entries, extra) for cache in state.unimodal]
-    x = decoder.step(decoder.embed_words_and_cls(closing.token_ids, closing.positions), branches, words)
-    return model.project_text(decoder.norm(x.view(num_rows, per_row, num_slots, -1)[:, :, -1]))
+    return model.embed_last(closing.token_ids, words, branches).unflatten(0, (num_rows, per_row))
 
 
 @dataclass(frozen=True)
 class _Closing:
     """The words that follow the cached words of each text, (B, T) each, T = 3 or 4: a last word, the end token, what
-    `TextConfig.hide_next` puts behind it, [CLS] (any id). used: whether there is such a word; visible: whether
+    `Compat.text_hide_next` puts behind it, [CLS] (any id). used: whether there is such a word; visible: whether
     attention sees it."""
 
     token_ids: Tensor
@@ -57,23 +55,26 @@ class _Closing:
     visible: Tensor
 
     @staticmethod
-    def of(texts: Sequence[Sequence[int]], eos_id: int, decoder: UnimodalDecoder, device: torch.device) -> "_Closing":
+    def of(texts: Sequence[Sequence[int]], eos_id: int, config: CoCaConfig, device: torch.device) -> "_Closing":
+        context_length, compat = config.text.context_length, config.compat
         ids, places, used, before = [], [], [], []
         for text in texts:
-            body = [*text[:-1]] if text[-1] == eos_id else [*text][: decoder.context_length - 1]
+            body = [*text[:-1]] if text[-1] == eos_id else [*text][: context_length - 1]
             num_cached = len(text) - 1
             extra = len(body) > num_cached
-            has_room = decoder.hide_next and len(body) + 1 < decoder.context_length
-            pad = decoder.hidden_id if decoder.hidden_id is not None else eos_id
+            has_room = compat.text_hide_next and len(body) + 1 < context_length
+            pad = compat.text_hidden_id if compat.text_hidden_id is not None else eos_id
             end = len(body)
             ids.append([body[-1] if extra else eos_id, eos_id, pad, eos_id])
             places.append([end - 1 if extra else end, end, end + has_room, end + 1 + has_room])
             used.append([extra, True, has_room, True])
             before.append([body[num_cached - 1] if extra else eos_id, body[-1], eos_id, pad if has_room else eos_id])
-        # The third is there for hide_next only.
-        kept = [0, 1, 2, 3] if decoder.hide_next else [0, 1, 3]
+        # The third is there for text_hide_next only.
+        kept = [0, 1, 2, 3] if compat.text_hide_next else [0, 1, 3]
         token_ids, positions, is_used, previous = (
             torch.tensor(x, device=device)[:, kept] for x in (ids, places, used, before)
         )
-        hides = decoder.hides(token_ids, previous)
-        return _Closing(token_ids, positions, is_used, is_used if hides is None else is_used & ~hides)
+        visible = is_used
+        if compat.text_hidden_id is not None:
+            visible = is_used & ~hidden_words(compat, token_ids, previous)
+        return _Closing(token_ids, positions, is_used, visible)

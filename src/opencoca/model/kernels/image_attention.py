@@ -1,4 +1,4 @@
-"""Cross-attention of few words over many image tokens, for training on a CPU: the words are projected, not the image.
+"""Cross-attention of few words over many image tokens, on a CPU: the words are projected, not the image.
 
 A caption has about 13 words and the image 256 tokens, whose keys and values every layer would make anew. A query's
 product with a key, q (W x), is (W^T q) x: so queries are taken into the space of the tokens, weigh and mix the tokens
@@ -29,8 +29,9 @@ _LEAST_GAIN = 1.3
 
 @dataclass(frozen=True)
 class SharedImages:
-    """Image tokens as all layers look at them: tokens (I, N, C), images with similar numbers of words side by side.
+    """Image tokens as all layers look at them in training.
 
+    tokens (I, N, C): images with similar numbers of words side by side.
     slots (H S,): where each head's word stands in the padded words; sources: which stands at each place, or -1.
     """
 
@@ -51,6 +52,43 @@ class SharedImages:
         by_head = sources % num_heads * num_words + sources.div(num_heads, rounding_mode="floor")
         heads_first = slots.view(num_words, num_heads).T.flatten()
         return SharedImages(tokens, buckets, heads_first, by_head.masked_fill_(sources < 0, -1))
+
+
+@dataclass(frozen=True)
+class FoldedImages:
+    """Images as one layer looks at them without gradient: tokens (I, N, C), one tensor for all layers.
+
+    They are normalised if the layers normalise them. key_weight, value_weight (K, d, C); constant (H, 1, d): what is
+    added to everything mixed.
+    """
+
+    tokens: Tensor
+    key_weight: Tensor
+    value_weight: Tensor
+    constant: Tensor | None
+
+    @staticmethod
+    def of(tokens: Tensor, kv_proj: nn.Linear, norm: nn.Module, num_heads: int, num_kv_heads: int) -> "FoldedImages":
+        """For a layer whose keys and values are kv_proj(norm(...)); tokens: as its norm, if any, normalises them."""
+        (key_weight, value_weight), constants = fold(kv_proj, norm, num_kv_heads)
+        constant = None
+        if constants:
+            constant = torch.stack(constants).sum(0).repeat_interleave(num_heads // num_kv_heads, dim=0).unsqueeze(1)
+        return FoldedImages(tokens, key_weight, value_weight, constant)
+
+    def attend(self, queries: Tensor) -> Tensor:
+        """queries (R, H, d), as many of each image -> what they mixed (R, H x d)."""
+        images, kv_heads, head_dim = self.tokens.shape[0], *self.key_weight.shape[:2]
+        queries = queries.unflatten(0, (images, -1)).transpose(1, 2)
+        by_head = queries.unflatten(1, (kv_heads, -1)).transpose(0, 1).reshape(kv_heads, -1, head_dim)
+        absorbed = torch.bmm(by_head * head_dim**-0.5, self.key_weight).unflatten(1, (images, -1))
+        absorbed = absorbed.transpose(0, 1).flatten(1, 2)
+        weights = torch.bmm(absorbed, self.tokens.transpose(1, 2)).softmax(dim=-1)
+        mixed = torch.bmm(weights, self.tokens).unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+        values = torch.bmm(mixed, self.value_weight.transpose(1, 2)).unflatten(1, (images, -1))
+        values = values.transpose(0, 1).reshape(queries.shape)
+        values = values if self.constant is None else values + self.constant
+        return values.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def pays(words_per_image: float, num_tokens: int, width: int, num_heads: int, kv_proj: nn.Linear) -> bool:

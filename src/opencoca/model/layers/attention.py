@@ -3,6 +3,7 @@
 Letters: B batch, T query positions, N key positions, D width, H heads, K key-value heads, d head width.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -33,12 +34,36 @@ class NextWords(NamedTuple):
     causal: bool = False
 
 
-class Memory(Protocol):
-    """What one block's attention looks at when words come a few at a time: those before them, or the images."""
+class WordMemory(Protocol):
+    """What self-attention keeps of the words of texts that come a few at a time."""
 
-    def attend(self, attn: "Attention", x: Tensor, words: NextWords) -> Tensor:
-        """x (R x T, D): the next words, normed -> what this attention makes of them, (R x T, D)."""
+    def attend(self, queries: Tensor, keys_values: Tensor, words: NextWords) -> Tensor:
+        """queries (R x T, H, d), keys and values (R x T, 2, K, d) of the next words -> what they mixed (R x T, H x d).
+
+        The keys and values are kept.
+        """
         ...
+
+
+class ImageMemory(Protocol):
+    """What cross-attention keeps of I images, for texts whose words come a few at a time."""
+
+    def attend(self, queries: Tensor) -> Tensor:
+        """queries (R x T, H, d) of the next words; R / I texts of an image -> what they mixed (R x T, H x d)."""
+        ...
+
+
+class Memories(Protocol):
+    """The memories of all layers: of the two halves' self-attention, and of the images."""
+
+    @property
+    def unimodal(self) -> Sequence[WordMemory]: ...
+
+    @property
+    def multimodal(self) -> Sequence[WordMemory]: ...
+
+    @property
+    def images(self) -> Sequence[ImageMemory]: ...
 
 
 class Attention(nn.Module):

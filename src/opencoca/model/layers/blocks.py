@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from opencoca.model.config import BlockConfig
 from opencoca.model.kernels.image_attention import SharedImages
 from opencoca.model.kernels.linear import Linear
-from opencoca.model.layers.attention import Attention, CrossKeysValues, Memory, NextWords
+from opencoca.model.layers.attention import Attention, CrossKeysValues, ImageMemory, NextWords, WordMemory
 from opencoca.model.layers.layout import TextLayout
 
 LookedAt = CrossKeysValues | SharedImages
@@ -221,10 +221,17 @@ class TransformerBlock(nn.Module):
         """x (S, D) packed words over the keys and values of their images, or over the images themselves."""
         return self._run(self._cross_attend, x, images, layout)
 
-    def step(self, x: Tensor, memory: Memory, words: NextWords) -> Tensor:
-        """x (R x T, D): the next words of texts, which look at this memory, without gradient."""
+    def step(self, x: Tensor, memory: WordMemory, words: NextWords) -> Tensor:
+        """x (R x T, D): the next words of texts, which see the words in memory; without gradient."""
         normed = self.norm1(x)
-        return self.add_mlp(x, normed, memory.attend(self.attn, normed, words))
+        queries, keys_values = self.attn.project(normed, words.positions)
+        return self.add_mlp(x, normed, self.attn.out_proj(memory.attend(queries, keys_values, words)))
+
+    def step_across(self, x: Tensor, images: ImageMemory) -> Tensor:
+        """x (R x T, D): the next words of texts, which see their images; without gradient."""
+        normed = self.norm1(x)
+        queries = self.attn.q_proj(normed).unflatten(-1, (self.attn.num_heads, self.attn.head_dim))
+        return self.add_mlp(x, normed, self.attn.out_proj(images.attend(queries)))
 
     def _run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         if self.recompute and self.training and torch.is_grad_enabled():
