@@ -20,8 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from opencoca.data import Batch
 from opencoca.model.coca import CoCa
 from opencoca.system.allocator import keep_freed_memory
+from opencoca.tasks import make_task
+from opencoca.tasks.task import batch_losses
 from opencoca.train import load_recipe
-from opencoca.train.objective import autocast, compute_losses
+from opencoca.train.compute import autocast
 from opencoca.train.optim.optimizer import WeightAverage, build_optimizer, freeze
 from opencoca.train.step import TrainStep
 
@@ -87,7 +89,7 @@ def main() -> None:
     batch = random_batch(model, stages, recipe.batch_size, recipe.data.captions_per_image, arguments.vocab_size)
 
     with FlopCounterMode(display=False) as counter, autocast(torch.device("cpu"), recipe.precision):
-        losses = compute_losses(model, batch.to(torch.device("cpu")), recipe.loss)
+        losses = batch_losses(make_task(recipe.task), model, batch.to("cpu"))
         losses.total.backward()
     model.zero_grad()
     words = int(batch.token_mask.sum()) - len(batch.token_mask)

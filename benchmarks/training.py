@@ -45,8 +45,9 @@ from opencoca.store.interop.open_clip import (
     read_config,
 )
 from opencoca.system.allocator import keep_freed_memory
+from opencoca.tasks.task import batch_losses
 from opencoca.tokenizer import Tokenizer
-from opencoca.train.objective import autocast, compute_losses
+from opencoca.train.compute import autocast
 from opencoca.train.optim.optimizer import build_optimizer
 from opencoca.train.recipe.recipe import OptimizerRecipe, Recipe
 from opencoca.train.step import TrainStep
@@ -200,8 +201,8 @@ def run_step(arguments: argparse.Namespace) -> dict[str, Any]:
 def floor_of(step: TrainStep, batch: Batch) -> dict[str, float]:
     """FLOPs of a step, its AdamW's memory traffic, and the rates that the machine has for both, now."""
     with FlopCounterMode(display=False) as counter, autocast(torch.device("cpu"), step.recipe.precision):
-        compute_losses(step.model, batch, step.recipe.loss).total.backward()
-    step.model.zero_grad()
+        batch_losses(step.parallel.task, step.parallel.model, batch).total.backward()
+    step.parallel.model.zero_grad()
     parameters = sum(p.numel() for p in step.parallel.parameters)
     block = torch.ones(1 << 26)
     copied = torch.empty_like(block)

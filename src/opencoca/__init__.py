@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from opencoca.model.coca import CoCa
     from opencoca.model.config import CoCaConfig
     from opencoca.tokenizer import Tokenizer
-    from opencoca.train.recipe.recipe import Recipe, load_recipe
+    from opencoca.train.recipe.load import load_recipe
+    from opencoca.train.recipe.recipe import Recipe
 
     __version__: str
 
@@ -42,7 +43,7 @@ _MODULES = {
     "Recipe": "opencoca.train.recipe.recipe",
     "Tokenizer": "opencoca.tokenizer",
     "load": "opencoca.inference.loading",
-    "load_recipe": "opencoca.train.recipe.recipe",
+    "load_recipe": "opencoca.train.recipe.load",
 }
 
 

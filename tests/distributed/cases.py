@@ -17,9 +17,11 @@ from opencoca.data import Batch, EpochOrder
 from opencoca.distributed.world import World, full_tensor, join_world
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig, Compat, ImageEncoderConfig, PoolerConfig, TextConfig
+from opencoca.tasks import make_task
+from opencoca.tasks.pretraining import PretrainingOptions
 from opencoca.train.optim.optimizer import WeightAverage, build_optimizer
 from opencoca.train.parallel import ParallelModel
-from opencoca.train.recipe.recipe import DistributedRecipe, LossRecipe, OptimizerRecipe, Recipe
+from opencoca.train.recipe.recipe import DistributedRecipe, OptimizerRecipe, Recipe
 from opencoca.train.step import NonFiniteLossError, TrainStep
 
 BATCH_SIZE = 12
@@ -96,12 +98,13 @@ def make_recipe(case: Case, strategy: str = "ddp", shard_size: int | None = None
     )
     return Recipe(
         model=config,
-        loss=LossRecipe(
+        task=PretrainingOptions(
             contrastive_weight=case.contrastive_weight,
             caption_weight=case.caption_weight,
             label_smoothing=0.1,
             contrastive_reduction=reduction,
             caption_reduction=reduction,
+            select_by="loss",
         ),
         optimizer=OptimizerRecipe(grad_clip=case.grad_clip, warmup_steps=0, ema_decay=0.9),
         distributed=DistributedRecipe(strategy=strategy, shard_size=shard_size),  # pyright: ignore
@@ -109,7 +112,6 @@ def make_recipe(case: Case, strategy: str = "ddp", shard_size: int | None = None
         accumulation_steps=case.accumulation_steps,
         grad_cache_steps=case.grad_cache_steps,
         precision=case.precision,  # pyright: ignore
-        select_by="loss",
     )
 
 
@@ -121,7 +123,7 @@ def make_model(case: Case, recipe: Recipe) -> CoCa:
             if name != "log_logit_scale":
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.image_encoder.stages[: case.frozen_stages].requires_grad_(False)
-    for parameter in model.unused_parameters(case.contrastive_weight != 0, case.caption_weight != 0):
+    for parameter in make_task(recipe.task).unreached(model):
         parameter.requires_grad_(False)
     return model.double() if case.double else model
 
@@ -163,9 +165,9 @@ def take_step(case: Case, world: World, strategy: str = "none", shard_size: int 
     optimizer.register_step_pre_hook(record)
     step = TrainStep(model, optimizer, average, recipe, parallel)
     metrics = step(make_batch(case, world), 0, 10)
-    for name, value in metrics.to_dict().items():
+    for name, value in {**metrics.averaged(), **metrics.latest()}.items():
         found[f"metric/{name}"] = torch.tensor(value, dtype=torch.float64)
-    found["metric/images"], found["metric/tokens"] = torch.tensor(metrics.images), torch.tensor(metrics.tokens)
+    found["metric/images"], found["metric/tokens"] = torch.tensor(metrics.samples), torch.tensor(metrics.tokens)
     found |= {f"average/{name}": full_tensor(tensor).clone() for name, tensor in average.state().items()}
     whole = {name: full_tensor(tensor.detach()).clone() for name, tensor in model.named_parameters()}
     found |= {f"parameter/{name}": tensor for name, tensor in whole.items()}

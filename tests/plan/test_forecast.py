@@ -13,8 +13,9 @@ from opencoca.model.config import CoCaConfig
 from opencoca.plan import Cluster, Plan, make_plan
 from opencoca.plan.text import describe
 from opencoca.train.optim.optimizer import build_optimizer
+from opencoca.train.recipe.load import load_recipe
 from opencoca.train.recipe.optimizer import OptimizerRecipe
-from opencoca.train.recipe.recipe import Recipe, load_recipe
+from opencoca.train.recipe.recipe import Recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = Recipe(size="tiny", model=CoCaConfig.named("tiny"), batch_size=64, max_steps=1000)

@@ -3,13 +3,15 @@
 import pytest
 import torch
 
+from opencoca.data import Batch
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
 from opencoca.model.init import without_values
 from opencoca.model.structure import PARTS
 from opencoca.plan.lengths import batch_of, likely_lengths
 from opencoca.plan.trace import Trace, trace_forward
-from opencoca.train.objective import autocast
+from opencoca.tasks.pretraining import Pretraining, PretrainingOptions
+from opencoca.train.compute import autocast
 
 
 def config(**text: object) -> CoCaConfig:
@@ -34,7 +36,12 @@ def traced(model: CoCaConfig, lengths: torch.Tensor, precision: str, device_type
     with without_values():
         network = CoCa(model).train()
     ids, mask = batch_of(lengths)
-    return trace_forward(network, len(lengths), ids, mask, device_type=device_type, precision=precision, **wants)
+    task, batch = Pretraining(options(**wants)), Batch(torch.arange(len(lengths)), None, ids, mask)
+    return trace_forward(network, task, batch, device_type=device_type, precision=precision)
+
+
+def options(contrastive: bool = True, captioning: bool = True) -> PretrainingOptions:
+    return PretrainingOptions(contrastive_weight=float(contrastive), caption_weight=float(captioning))
 
 
 def really_kept(model: CoCaConfig, lengths: torch.Tensor, precision: str, **wants: bool) -> int:
@@ -81,7 +88,7 @@ def test_a_half_that_is_not_wanted_is_not_kept(wants: dict[str, bool]) -> None:
 
 def test_units_are_the_parts_and_blocks_of_the_model() -> None:
     trace = traced(config(), likely_lengths(6, 12, 30), "fp32")
-    assert set(trace.by_part()) == set(PARTS)
+    assert set(trace.by_part()) == set(PARTS) - {"task_head"}
     assert sum(trace.by_part().values()) == trace.activation_bytes
     blocks = [name for name, unit in trace.units.items() if unit.recomputable]
     assert blocks == [

@@ -9,8 +9,9 @@ from torch import nn
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
 from opencoca.system.devices import DEVICES, find_device, measured_flops, peak_flops
+from opencoca.tasks.pretraining import PretrainingOptions
 from opencoca.train.flops import ModelFlops
-from opencoca.train.recipe.recipe import EncoderRecipe, LossRecipe, OptimizerRecipe, Recipe
+from opencoca.train.recipe.recipe import EncoderRecipe, OptimizerRecipe, Recipe
 
 CONFIG = CoCaConfig(
     embed_dim=24,
@@ -91,10 +92,10 @@ def test_what_is_frozen_or_unwanted_costs_less() -> None:
     assert cached.image_encoder == 0
     locked = ModelFlops(CONFIG, recipe(optimizer=OptimizerRecipe(frozen=["image_encoder"])))(4, LENGTHS)
     assert locked.image_encoder == frozen.image_encoder
-    dual = ModelFlops(CONFIG, recipe(loss=LossRecipe(caption_weight=0), select_by="loss"))(4, LENGTHS)
+    dual = ModelFlops(CONFIG, recipe(task=PretrainingOptions(caption_weight=0, select_by="loss")))(4, LENGTHS)
     assert (dual.multimodal, dual.vocabulary_loss) == (0, 0)
     assert dual.unimodal == whole.unimodal
-    captioner = ModelFlops(CONFIG, recipe(loss=LossRecipe(contrastive_weight=0), select_by="loss"))(4, LENGTHS)
+    captioner = ModelFlops(CONFIG, recipe(task=PretrainingOptions(contrastive_weight=0, select_by="loss")))(4, LENGTHS)
     assert captioner.contrastive_loss == 0
     assert captioner.unimodal < whole.unimodal
 

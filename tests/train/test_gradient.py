@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from distributed.cases import Case, make_batch, make_model, make_recipe
+from opencoca.data import Batch
 from opencoca.distributed.world import World
 from opencoca.losses import captioning_loss, contrastive_loss
-from opencoca.model.coca import CoCa
+from opencoca.model.coca import CoCa, CoCaOutput
 from opencoca.train.gradient import BatchGradient
-from opencoca.train.objective import run_model
 from opencoca.train.parallel import ParallelModel
 from opencoca.train.recipe.recipe import Recipe
 
@@ -27,12 +27,16 @@ def gradients(model: CoCa) -> dict[str, Tensor]:
     return found
 
 
+def forward(model: CoCa, batch: Batch) -> CoCaOutput:
+    return model(batch.images, batch.token_ids, batch.token_mask)
+
+
 def one_pass(model: CoCa, case: Case, recipe: Recipe, seed_of: Callable[[int], int]) -> tuple[dict[str, Tensor], float]:
     """All sub-batches with their graphs at once, and the written-out objective over all of them."""
     batch, outputs = make_batch(case, World()), []
     for number, part in enumerate(batch.split(case.grad_cache_steps)):
         torch.manual_seed(seed_of(number))
-        outputs.append(run_model(model, part, recipe.loss))
+        outputs.append(forward(model, part))
     contrastive = contrastive_loss(
         torch.cat([output.image_embed for output in outputs]),
         torch.cat([output.text_embed for output in outputs]),
@@ -44,9 +48,9 @@ def one_pass(model: CoCa, case: Case, recipe: Recipe, seed_of: Callable[[int], i
         torch.cat([output.hidden for output in outputs]),
         torch.cat([output.next_ids for output in outputs]),
         model.lm_head.weight,
-        label_smoothing=recipe.loss.label_smoothing,
+        label_smoothing=recipe.task.label_smoothing,
     )
-    loss = recipe.loss.contrastive_weight * contrastive + recipe.loss.caption_weight * caption
+    loss = recipe.task.contrastive_weight * contrastive + recipe.task.caption_weight * caption
     loss.backward()
     return gradients(model), float(loss.detach())
 
@@ -102,7 +106,7 @@ def test_negatives_are_those_of_the_whole_micro_batch(steps: int) -> None:
         case = Case(double=True, **changes)
         recipe = make_recipe(case)
         gradient = BatchGradient(ParallelModel(make_model(case, recipe), CPU, recipe), recipe)
-        return float(gradient(make_batch(case, World()), 0).losses.contrastive)
+        return float(gradient(make_batch(case, World()), 0).losses.terms["contrastive"])
 
     assert contrastive(grad_cache_steps=steps) == pytest.approx(contrastive(), abs=1e-12)
     accumulated = contrastive(accumulation_steps=2)
@@ -150,8 +154,8 @@ def test_captions_of_one_image_are_positives_of_one_another(grad_cache_steps: in
     case = Case(captions_per_image=3, different_images=9, grad_cache_steps=grad_cache_steps, double=True)
     recipe = make_recipe(case)
     model, batch = make_model(case, recipe).eval(), make_batch(case, World())
-    found = BatchGradient(ParallelModel(model, CPU, recipe), recipe)(batch, 0).losses.contrastive
-    output = run_model(model, batch, recipe.loss)
+    found = BatchGradient(ParallelModel(model, CPU, recipe), recipe)(batch, 0).losses.terms["contrastive"]
+    output = forward(model, batch)
     assert output.image_embed is not None
     assert output.text_embed is not None
     logits = (output.logit_scale * output.image_embed @ output.text_embed.T).detach()

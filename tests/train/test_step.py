@@ -152,7 +152,7 @@ class TestAccumulation:
             tolerance = 1e-6 * max(1.0, float(expected.abs().max()))
             assert torch.allclose(parts[name], expected, rtol=0, atol=tolerance), name
         assert many.loss == pytest.approx(one.loss, rel=1e-6)
-        assert many.caption_loss == pytest.approx(one.caption_loss, rel=1e-6)
+        assert many.terms["caption"] == pytest.approx(one.terms["caption"], rel=1e-6)
         assert many.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
 
     def test_captions_differ_in_length(self, pairs: Pairs, output: Path) -> None:
@@ -169,7 +169,9 @@ class TestAccumulation:
         for name, grad in together.items():
             expected = (halves[0][0][name] + halves[1][0][name]) / 2
             assert torch.allclose(grad, expected, atol=1e-6), name
-        assert metrics.contrastive_loss == pytest.approx(sum(m.contrastive_loss for _, m in halves) / 2, rel=1e-6)
+        assert metrics.terms["contrastive"] == pytest.approx(
+            sum(m.terms["contrastive"] for _, m in halves) / 2, rel=1e-6
+        )
 
     @pytest.mark.parametrize("parts", [1, 2, 3, 4, 5, 7])
     def test_any_split_gives_back_all_rows_in_order(self, pairs: Pairs, output: Path, parts: int) -> None:
@@ -238,7 +240,9 @@ class TestOneLossAlone:
 
     def test_total_is_the_weighted_sum(self, pairs: Pairs, output: Path) -> None:
         _, metrics = gradients_of(tiny_recipe(pairs, output, loss__contrastive_weight=0.7, loss__caption_weight=1.9))
-        assert metrics.loss == pytest.approx(0.7 * metrics.contrastive_loss + 1.9 * metrics.caption_loss, rel=1e-6)
+        assert metrics.loss == pytest.approx(
+            0.7 * metrics.terms["contrastive"] + 1.9 * metrics.terms["caption"], rel=1e-6
+        )
 
 
 class TestClipping:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from opencoca.data import open_source
+from opencoca.tasks.pretraining import Pretraining, PretrainingOptions
 from opencoca.train import train
 from opencoca.train.report.metrics_log import MetricsLog, read_metrics
 from opencoca.train.report.report import write_report
@@ -80,7 +81,8 @@ class TestBestWeights:
     )
     def test_selection(self, select_by: str, expected: float) -> None:
         scores = {"loss": 3.0, "cider_d": 0.5, "image_to_text_r1": 0.25, "text_to_image_r1": 0.75}
-        assert ValidationScores(scores, {}).selection(select_by) == pytest.approx(expected)
+        task = Pretraining(PretrainingOptions(select_by=select_by))  # pyright: ignore
+        assert task.selection(scores) == pytest.approx(expected)
 
     def test_the_folder_keeps_the_best_not_the_last(self, pairs: Pairs, output: Path) -> None:
         trainer = Trainer(tiny_recipe(pairs, output, epochs=4))
@@ -88,8 +90,10 @@ class TestBestWeights:
 
         def validator(model: Any) -> ValidationScores:
             weights.append(model.image_proj.weight.detach().clone())
-            return ValidationScores({"cider_d": next(scores), "loss": 1.0}, {"image0.png": f"number {len(weights)}"})
+            score = next(scores)
+            return ValidationScores({"cider_d": score, "loss": 1.0}, score, {"image0.png": f"number {len(weights)}"})
 
+        validator.line = trainer.validator.line  # pyright: ignore
         trainer.validator = validator  # pyright: ignore
         trainer.run()
         kept, _ = read_tensors(output / "model.safetensors")
@@ -129,7 +133,8 @@ class TestReport:
             log.write("validation", 1, {"caption_loss": 1.5, "cider_d": 0.3, "bleu_4": 0.1})
         source = open_source(pairs.images, pairs.table) if validates else None
         captions = {"image1.png": "costs $5 and $\\frac{10$ or ^_{ more", "image2.png": "a dog"} if validates else {}
-        path = write_report(tmp_path, source, captions, "a $title_ of 3$ steps")
+        (tmp_path / "val_captions.json").write_text(json.dumps(captions))
+        path = write_report(tmp_path, source, "a $title_ of 3$ steps")
         with Image.open(path) as picture:
             assert 800 < picture.width < 3000
             assert 200 < picture.height < 3000
@@ -141,7 +146,7 @@ class TestReport:
         backend = matplotlib.get_backend()
         figure = pyplot.figure()
         MetricsLog(tmp_path / "metrics.jsonl", 0).write("train", 1, {"loss": 1.0})
-        write_report(tmp_path, None, {}, "nothing")
+        write_report(tmp_path, None, "nothing")
         assert matplotlib.get_backend() == backend
         assert pyplot.get_fignums() == [figure.number]  # pyright: ignore
         pyplot.close(figure)

@@ -40,7 +40,7 @@ def run_train(argv: list[str]) -> int:
 
 
 def _help() -> str:
-    from opencoca.train.recipe.recipe import recipe_parser
+    from opencoca.train.recipe.load import recipe_parser
 
     options = recipe_parser().format_help().partition("\noptions:\n")[2]
     return (

@@ -1,14 +1,18 @@
 """Captioning of a whole source: one caption an image, scored against its human captions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from opencoca.data import SampleSource
 from opencoca.evaluation.caption_metrics import CaptionScores, caption_scores
-from opencoca.evaluation.encoding import BrokenImage, encode_images, require_images
+from opencoca.evaluation.encoding import BrokenImage, EncodedImages, encode_images
 from opencoca.evaluation.retrieval import with_captions
-from opencoca.generation import GenerationOptions
-from opencoca.generation.rerank import check_rerank
+from opencoca.evaluation.runner import Scores, evaluate, numbers
+from opencoca.generation import GenerationOptions, generate, seed_of_name
+from opencoca.generation.decoding.session import DecodingSession
+from opencoca.generation.rerank import check_rerank, generate_reranked, rerank_weight
 from opencoca.inference.pipeline import Pipeline
+from opencoca.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,49 @@ class CaptioningReport:
     references: dict[str, tuple[str, ...]]
     broken_images: tuple[BrokenImage, ...]
     num_images_without_captions: int
+
+
+class CaptioningEvaluator:
+    """Writes a caption for every image of a source, and compares it with the captions that people wrote.
+
+    rerank_weight: how much the similarity of image and text counts in the choice among candidates; None: not at all.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        tokenizer: Tokenizer,
+        options: GenerationOptions,
+        rerank_weight: float | None = None,
+    ):
+        self.source, self.tokenizer, self.options, self.rerank_weight = source, tokenizer, options, rerank_weight
+        self._session: DecodingSession | None = None
+
+    def rows(self, images: EncodedImages) -> dict[str, str]:
+        """Captions by key."""
+        keys = [self.source.key(index) for index in images.indices]
+        # What is drawn at random depends on an image's name, so that the size of a batch does not matter.
+        seeds = [seed_of_name(key) for key in keys]
+        if self._session is None or self._session.model is not images.network:
+            self._session = DecodingSession(images.network)
+        if self.rerank_weight is None:
+            written = generate(
+                images.network, images.tokens, self.tokenizer, self.options, image_seeds=seeds, session=self._session
+            )
+        else:
+            choice = self.tokenizer, self.options, self.rerank_weight
+            written = generate_reranked(
+                images.network, images.pooled, *choice, image_seeds=seeds, session=self._session
+            )
+        return {key: best.text for key, (best, *_) in zip(keys, written, strict=True)}
+
+    def scores(self, rows: Sequence[dict[str, str]]) -> Scores:
+        self._session = None  # its memory is not needed between two evaluations
+        captions = {key: text for part in rows for key, text in part.items()}
+        position = {self.source.key(index): index for index in range(len(self.source))}
+        references = {key: self.source.captions(position[key]) for key in captions}
+        found = caption_scores(captions, references)
+        return Scores(numbers(found), (found, references), captions)
 
 
 def evaluate_captioning(
@@ -37,19 +84,10 @@ def evaluate_captioning(
 
     Raises ValueError if no image can be read and has a caption, or if the options leave nothing to rerank.
     """
-    captioned = with_captions(source)
-    options = options or GenerationOptions()
+    captioned, options = with_captions(source), options or GenerationOptions()
     check_rerank(options, rerank)
-    captions: dict[str, str] = {}
-    references: dict[str, tuple[str, ...]] = {}
-    broken: list[BrokenImage] = []
-    for batch in encode_images(pipeline, captioned, batch_size, progress=progress, description="captioning images"):
-        keys = [captioned.key(index) for index in batch.indices]
-        written = pipeline.caption_encoded(batch.tokens, batch.embed, options, names=keys, rerank=rerank)
-        for index, key, (best, *_) in zip(batch.indices, keys, written, strict=True):
-            captions[key] = best.text
-            references[key] = captioned.captions(index)
-        broken += batch.broken
-    require_images(len(captions), broken, "images that can be read and have captions")
-    scores = caption_scores(captions, references)
-    return CaptioningReport(scores, captions, references, tuple(broken), len(source) - len(captioned))
+    evaluator = CaptioningEvaluator(captioned, pipeline.tokenizer, options, rerank_weight(rerank))
+    batches = encode_images(pipeline, captioned, batch_size, progress=progress, description="captioning images")
+    found, broken = evaluate(batches, evaluator, "images that can be read and have captions")
+    scores, references = found.detail
+    return CaptioningReport(scores, found.texts, references, broken, len(source) - len(captioned))

@@ -1,10 +1,11 @@
-"""Every image of a source through a model's image half, batch by batch; images that cannot be read are passed over.
+"""Every image of a source through a network's image encoder, batch by batch; images that cannot be read are left out.
 
-Letters: B images of a batch, Q pooler queries, D width, E embed_dim.
+Letters: B images of a batch, N image features, C their width, Q pooler queries, D width, E embed_dim.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from opencoca.data import EvalTransform, SampleSource, iterate_images
 from opencoca.inference.pipeline import Pipeline
+from opencoca.model.coca import CoCa, ImageOutput
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,28 @@ class EncodedImages:
     """Some images in the order of the source; the broken ones among them have no row.
 
     indices: positions in the source, B of them.
-    tokens: (B, Q, D), on the model's device, for the decoder.
-    embed: (B, E) float32, on the CPU, of length 1.
+    features: (B, N, C) of the image encoder of `network`, on its device.
     """
 
     indices: tuple[int, ...]
-    tokens: Tensor
-    embed: Tensor
-    broken: tuple[BrokenImage, ...]
+    network: CoCa
+    features: Tensor
+    broken: tuple[BrokenImage, ...] = ()
+
+    @cached_property
+    def pooled(self) -> ImageOutput:
+        """What the poolers make of the features; computed when it is first asked for."""
+        return self.network.pool_image(self.features)
+
+    @property
+    def tokens(self) -> Tensor:
+        """(B, Q, D), for the decoder."""
+        return self.pooled.tokens
+
+    @cached_property
+    def embed(self) -> Tensor:
+        """(B, E) float32, on the CPU, of length 1."""
+        return self.pooled.embed.float().cpu()
 
 
 def encode_images(
@@ -55,17 +71,10 @@ def encode_images(
         for batch in iterate_images(images, transform, batch_size):
             broken = tuple(BrokenImage(_name(images, index), reason) for index, reason in batch.errors)
             with torch.inference_mode():
-                output = pipeline.model.encode_image(batch.pixels.to(pipeline.device, pipeline.dtype))
-            yield EncodedImages(tuple(batch.indices.tolist()), output.tokens, output.embed.float().cpu(), broken)
+                features = pipeline.model.image_features(batch.pixels.to(pipeline.device, pipeline.dtype))
+                yield EncodedImages(tuple(batch.indices.tolist()), pipeline.model, features, broken)
             bar.update(len(batch.indices) + len(broken))
 
 
 def _name(images: SampleSource | Sequence[str | Path], index: int) -> str:
     return images.key(index) if isinstance(images, SampleSource) else str(images[index])
-
-
-def require_images(count: int, broken: Sequence[BrokenImage], wanted: str = "images that can be read") -> None:
-    """Raises ValueError, with the first broken image's reason, if there is nothing to score."""
-    if count == 0:
-        reason = f"; the first of {len(broken)} that cannot: {broken[0].reason}" if broken else ""
-        raise ValueError(f"there are no {wanted}{reason}")

@@ -1,19 +1,23 @@
 """Retrieval of a whole source: how well its images find their captions, and the captions their images."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
+from torch import Tensor
 
 from opencoca.data import SampleSource, Subset
-from opencoca.evaluation.encoding import BrokenImage, encode_images, require_images
+from opencoca.evaluation.encoding import BrokenImage, EncodedImages, encode_images
 from opencoca.evaluation.likelihood_retrieval import less_prior, reranked_scores, score_shortlist, shortlist
 from opencoca.evaluation.retrieval_metrics import RetrievalScores, retrieval_scores
+from opencoca.evaluation.runner import Scores, evaluate, numbers
 from opencoca.inference.labels import Rule
 from opencoca.inference.pipeline import Pipeline
+from opencoca.tokenizer import Tokenizer
 
 DEFAULT_RERANK_TOP = 16
+_TEXTS_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,51 @@ class RetrievalReport:
     scores: RetrievalScores
     broken_images: tuple[BrokenImage, ...]
     num_images_without_captions: int
+
+
+class Embedded(NamedTuple):
+    """Images and all of their captions: image_embed (I, E), text_embed (M, E), float32 on the CPU.
+
+    indices: of the images in the source; image_of_text (M,): which of them, from 0, each text describes.
+    """
+
+    indices: tuple[int, ...]
+    image_embed: Tensor
+    text_embed: Tensor
+    image_of_text: Tensor
+
+    @staticmethod
+    def joined(parts: "Sequence[Embedded]") -> "Embedded":
+        indices = tuple(index for part in parts for index in part.indices)
+        before = torch.tensor([0, *(len(part.indices) for part in parts)]).cumsum(0).tolist()
+        image_of_text = torch.cat([part.image_of_text + start for part, start in zip(parts, before, strict=False)])
+        image_embed = torch.cat([part.image_embed for part in parts])
+        return Embedded(indices, image_embed, torch.cat([part.text_embed for part in parts]), image_of_text)
+
+
+class RetrievalEvaluator:
+    """Embeds all images and all of their captions, and ranks them for each other by cosine."""
+
+    def __init__(self, source: SampleSource, tokenizer: Tokenizer):
+        self.source, self.tokenizer = source, tokenizer
+
+    def rows(self, images: EncodedImages) -> Embedded:
+        captions = [self.source.captions(index) for index in images.indices]
+        texts = [text for own in captions for text in own]
+        image_of_text = torch.tensor([row for row, own in enumerate(captions) for _ in own])
+        embeds, network = [images.embed.new_empty(0, images.embed.shape[1])], images.network
+        for start in range(0, len(texts), _TEXTS_AT_A_TIME):
+            part = texts[start : start + _TEXTS_AT_A_TIME]
+            batch = self.tokenizer(part, network.config.text.context_length)
+            device = images.features.device
+            output = network.encode_text(batch.token_ids.to(device), batch.token_mask.to(device))
+            embeds.append(output.embed.float().cpu())
+        return Embedded(images.indices, images.embed, torch.cat(embeds), image_of_text)
+
+    def scores(self, rows: Sequence[Embedded]) -> Scores:
+        found = Embedded.joined(rows)
+        scores = retrieval_scores(found.image_embed, found.text_embed, found.image_of_text)
+        return Scores(numbers(scores), (scores, found))
 
 
 def evaluate_retrieval(
@@ -45,29 +94,21 @@ def evaluate_retrieval(
     if by not in get_args(Rule):
         raise ValueError(f"cannot rank by {by!r}; choose {', '.join(get_args(Rule))}")
     captioned = with_captions(source)
-    embeds: list[torch.Tensor] = []
-    kept: list[int] = []
-    broken: list[BrokenImage] = []
-    for batch in encode_images(pipeline, captioned, batch_size, progress=progress, description="embedding images"):
-        embeds.append(batch.embed)
-        kept += batch.indices
-        broken += batch.broken
-    require_images(len(kept), broken, "images that can be read and have captions")
-    captions = [captioned.captions(index) for index in kept]
-    texts = [text for own in captions for text in own]
-    image_of_text = torch.tensor([row for row, own in enumerate(captions) for _ in own])
-    image_embed, text_embed = torch.cat(embeds), pipeline.embed_texts(texts)
-    if by == "similarity":
-        scores = retrieval_scores(image_embed, text_embed, image_of_text)
-    else:
+    batches = encode_images(pipeline, captioned, batch_size, progress=progress, description="embedding images")
+    evaluator = RetrievalEvaluator(captioned, pipeline.tokenizer)
+    report, broken = evaluate(batches, evaluator, "images that can be read and have captions")
+    scores, embedded = report.detail
+    if by != "similarity":
+        indices, image_embed, text_embed, image_of_text = embedded
         found = shortlist(image_embed, text_embed, rerank_top)
-        readable = Subset(captioned, kept)
+        readable = Subset(captioned, indices)
         again = encode_images(pipeline, readable, batch_size, progress=progress, description="scoring captions")
-        likelihood = less_prior(found, score_shortlist(pipeline.text_scorer(texts), again, found))
+        scorer = pipeline.text_scorer([text for index in indices for text in captioned.captions(index)])
+        likelihood = less_prior(found, score_shortlist(scorer, again, found))
         if by == "both":
             likelihood = likelihood + pipeline.model.logit_scale.item() * found.similarity
         scores = reranked_scores(image_embed, text_embed, image_of_text, found, likelihood)
-    return RetrievalReport(scores, tuple(broken), len(source) - len(captioned))
+    return RetrievalReport(scores, broken, len(source) - len(captioned))
 
 
 def with_captions(source: SampleSource, indices: Iterable[int] | None = None) -> Subset:

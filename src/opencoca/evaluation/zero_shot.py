@@ -12,8 +12,10 @@ import torch
 from tqdm import tqdm
 
 from opencoca.data import SampleSource
-from opencoca.evaluation.encoding import BrokenImage, encode_images, require_images
-from opencoca.evaluation.prompts import ClassificationScores, classification_scores, zero_shot_weights
+from opencoca.evaluation.classification import ClassificationEvaluator, class_of
+from opencoca.evaluation.encoding import BrokenImage, encode_images
+from opencoca.evaluation.prompts import ClassificationScores, zero_shot_weights
+from opencoca.evaluation.runner import evaluate
 from opencoca.inference.labels import Rule
 from opencoca.inference.pipeline import Pipeline
 
@@ -73,7 +75,7 @@ def evaluate_zero_shot(
     Raises:
         ValueError: no image can be read, a label has no name, unusable templates, or no such rule.
     """
-    classes = [_class_of(source, index) for index in range(len(source))]
+    classes = [class_of(source, index) for index in range(len(source))]
     present = set(classes)
     names = dict(class_names) if class_names else {label: label.replace("_", " ") for label in sorted(present)}
     if unnamed := sorted(present - names.keys()):
@@ -81,23 +83,11 @@ def evaluate_zero_shot(
     labels = tuple(names)
     logits_of = _logits_of(pipeline, list(names.values()), templates, by, progress)
     position = {label: number for number, label in enumerate(labels)}
-    logits: list[torch.Tensor] = []
-    targets: list[int] = []
-    broken: list[BrokenImage] = []
-    for batch in encode_images(pipeline, source, batch_size, progress=progress, description="classifying images"):
-        logits.append(logits_of(batch.tokens, batch.embed))
-        targets += [position[classes[index]] for index in batch.indices]
-        broken += batch.broken
-    require_images(len(targets), broken)
-    scores = classification_scores(torch.cat(logits), torch.tensor(targets))
-    return ZeroShotReport(scores, labels, tuple(names.values()), tuple(broken))
-
-
-def _class_of(source: SampleSource, index: int) -> str:
-    target = source.target(index)
-    if not isinstance(target, str):
-        raise ValueError(f"the image {source.key(index)!r} has {'no' if target is None else 'more than one'} label")
-    return target
+    targets = [position[name] for name in classes]
+    evaluator = ClassificationEvaluator(lambda images: logits_of(images.tokens, images.embed), targets)
+    batches = encode_images(pipeline, source, batch_size, progress=progress, description="classifying images")
+    report, broken = evaluate(batches, evaluator)
+    return ZeroShotReport(report.detail, labels, tuple(names.values()), broken)
 
 
 def _logits_of(

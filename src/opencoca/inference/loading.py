@@ -4,15 +4,19 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from opencoca.data.transforms import PreprocessConfig
 from opencoca.inference.pipeline import Pipeline
 from opencoca.inference.preprocess import Preprocess
+from opencoca.model.config import CoCaConfig
 from opencoca.store import published_models
 from opencoca.store.hub import HubError, NotInRepositoryError, download
 from opencoca.store.interop.open_clip import load_open_clip
+from opencoca.store.interop.open_clip_config import config_from_open_clip, preprocess_from_open_clip
+from opencoca.store.interop.open_clip_options import read_config
 from opencoca.store.model_card import read_scores
 from opencoca.store.model_folder import (
     CONFIG_FILE,
@@ -21,6 +25,7 @@ from opencoca.store.model_folder import (
     WEIGHTS_FILE,
     LoadedModel,
     load_model_folder,
+    read_description,
     stored_format,
 )
 from opencoca.store.published_models import PublishedModel, find_published, published_in
@@ -129,6 +134,30 @@ def load_model(
     if published is not None:
         return _load_published(published, device, dtype)
     return load_model_folder(_as_folder(name), device, dtype)
+
+
+class ModelDescription(NamedTuple):
+    """What a model is, without its weights."""
+
+    config: CoCaConfig
+    preprocess: PreprocessConfig
+
+
+def describe_model(name: str, *, weights: str | None = None, checkpoint: str | None = None) -> ModelDescription:
+    """The architecture and preprocessing of what `load_model` would load; weights are read or downloaded only for
+    models of the hub.
+
+    Raises as `load_model` does.
+    """
+    architecture = name.removeprefix(OPEN_CLIP_PREFIX)
+    published = None if name.startswith((OPEN_CLIP_PREFIX, HUB_PREFIX)) else _as_published(name, weights)
+    if name.startswith(OPEN_CLIP_PREFIX) or published is not None:
+        read = read_config(architecture if published is None else published.name)
+        return ModelDescription(config_from_open_clip(read.model), preprocess_from_open_clip(read))
+    if name.startswith(HUB_PREFIX):
+        loaded = load_model(name, weights=weights, checkpoint=checkpoint)
+        return ModelDescription(loaded.model.config, loaded.preprocess)
+    return ModelDescription(*read_description(_as_folder(name)))
 
 
 def _as_published(name: str, weights: str | None) -> PublishedModel | None:

@@ -24,7 +24,7 @@ from opencoca.model.kernels.image_attention import FoldedImages
 from opencoca.model.kernels.linear import Linear
 from opencoca.model.layers.attention import CrossKeysValues, Memories, NextWords, WordMemory
 from opencoca.model.layers.layout import TextLayout, take_rows
-from opencoca.model.layers.poolers import ImagePooling, PooledImage
+from opencoca.model.layers.poolers import ImagePooling, PooledImage, TaskHead
 from opencoca.model.structure import Part, Structure, numbered
 from opencoca.model.text_decoder import MultimodalDecoder, UnimodalDecoder, Words
 
@@ -76,6 +76,7 @@ class CoCa(nn.Module):
         self.image_proj = nn.Linear(width, config.embed_dim, bias=False) if projected else nn.Identity()
         self.text_proj = nn.Linear(width, config.embed_dim, bias=False) if projected else nn.Identity()
         self.log_logit_scale = nn.Parameter(torch.empty(()))
+        self.task_head = None if config.head is None else TaskHead(config.head, self.image_encoder.width)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -126,12 +127,14 @@ class CoCa(nn.Module):
             Part("unimodal_decoder", ("unimodal_decoder",), "text", stem, unimodal),
             Part("multimodal_decoder", ("multimodal_decoder",), "text", layers=multimodal),
             Part("heads", ("lm_head", "image_proj", "text_proj", "log_logit_scale")),
+            Part("task_head", ("task_head",)),
         )
         return Structure(self, encoder, parts)
 
     def unused_parameters(self, contrastive: bool, captioning: bool) -> Iterator[nn.Parameter]:
         """What `forward` never reaches where a half is switched off."""
         unused = self.image_pooling.unused(captioning, contrastive)
+        unused += [] if self.task_head is None else [self.task_head]
         if not captioning:
             unused += (
                 [self.multimodal_decoder]
@@ -170,6 +173,15 @@ class CoCa(nn.Module):
         """
         encoder = self.image_encoder
         return encoder.run_stages(images, from_stage, encoder.num_stages if to_stage is None else to_stage)
+
+    def head_logits(self, features: Tensor) -> Tensor:
+        """features (I, N, C) of the image encoder -> what the task's head makes of them (I, num_outputs).
+
+        Raises ValueError if the model has none.
+        """
+        if self.task_head is None:
+            raise ValueError("this model has no task head: its configuration has none")
+        return self.task_head(features)
 
     def encode_image(self, images: Tensor) -> ImageOutput:
         """images (I, 3, height, width), preprocessed -> tokens and embedding."""

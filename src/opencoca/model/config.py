@@ -12,6 +12,7 @@ from opencoca.model.config_parts import (
     Activation,
     BlockConfig,
     Compat,
+    HeadConfig,
     ImageEncoderConfig,
     PoolerConfig,
     TextConfig,
@@ -25,6 +26,7 @@ __all__ = [
     "BlockConfig",
     "CoCaConfig",
     "Compat",
+    "HeadConfig",
     "ImageEncoderConfig",
     "PoolerConfig",
     "TextConfig",
@@ -40,6 +42,7 @@ class CoCaConfig:
     initial_temperature: of the contrastive softmax (paper, section 3: starts at 0.07).
     max_logit_scale: the learned scale 1 / temperature is clamped to this.
     compat: what weights of other projects need.
+    head: what a task adds; None = nothing.
     """
 
     embed_dim: int = 768
@@ -49,6 +52,7 @@ class CoCaConfig:
     initial_temperature: float = 0.07
     max_logit_scale: float = 100.0
     compat: Compat = field(default_factory=Compat)
+    head: HeadConfig | None = None
 
     def __post_init__(self) -> None:
         check_counts("model", self, "embed_dim")

@@ -1,7 +1,7 @@
 """What the configurations of a model ask of their values; every failure is a `ValueError` that names the value."""
 
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 
 def as_pair(value: Any, name: str) -> tuple[int, int]:
@@ -33,6 +33,13 @@ def check_dropout(where: str, dropout: float) -> None:
         raise ValueError(f"{where} dropout {dropout} must be at least 0 and less than 1")
 
 
+def optional_parts(cls: type) -> dict[str, type]:
+    """The fields of a configuration that are another one or None, and what they are if they are one."""
+    hints = get_type_hints(cls)
+    found = {name: [kind for kind in get_args(hint) if is_dataclass(kind)] for name, hint in hints.items()}
+    return {name: kinds[0] for name, kinds in found.items() if kinds and isinstance(kinds[0], type)}
+
+
 def config_from_dict(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise ValueError(f"{where} must be a mapping of fields, got {values!r}")
@@ -43,7 +50,8 @@ def config_from_dict(cls: type, values: Any, where: str) -> Any:
     arguments = {}
     for name, value in values.items():
         default = known[name].default_factory
-        nested = default if isinstance(default, type) and is_dataclass(default) else None
+        nested = default if isinstance(default, type) and is_dataclass(default) else optional_parts(cls).get(name)
+        nested = None if value is None else nested
         arguments[name] = config_from_dict(nested, value, f"{where}.{name}") if nested else value
     try:
         return cls(**arguments)

@@ -73,6 +73,29 @@ class ImageEncoderConfig:
 
 
 @dataclass(frozen=True)
+class HeadConfig:
+    """What a task adds to the network: an attentional pooler of one query over image features, and a linear map.
+
+    num_outputs: of the linear map, such as the number of classes. num_heads: attention heads of the pooler; None = one
+    for every 64 channels of the features, or as many as divide them. dropout: of the pooled vector.
+    """
+
+    num_outputs: int
+    num_heads: int | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_counts("head", self, "num_outputs", "num_heads")
+        check_dropout("head", self.dropout)
+
+    def block(self, width: int) -> BlockConfig:
+        """For features of this width. Raises ValueError if the heads do not divide it."""
+        num_heads = self.num_heads or (width // 64 if width % 64 == 0 else 1)
+        check_divides("head num_heads", num_heads, "width of the image features", width)
+        return BlockConfig(width, num_heads, num_heads, width // num_heads, mlp_width=0)
+
+
+@dataclass(frozen=True)
 class PoolerConfig:
     """How image features become image tokens (B, Q, D) and one image embedding (B, E).
 

@@ -14,7 +14,7 @@ from opencoca.model.layers.attention import Attention
 from opencoca.model.layers.blocks import Mlp, TransformerBlock
 from opencoca.model.layers.poolers import FeatureProjection
 
-PARTS = ("image_encoder", "image_pooling", "unimodal_decoder", "multimodal_decoder", "heads")
+PARTS = ("image_encoder", "image_pooling", "unimodal_decoder", "multimodal_decoder", "heads", "task_head")
 """The parts of a CoCa, as recipes call them."""
 
 Tower = Literal["image", "text"]

@@ -49,14 +49,14 @@ def exchanges(
         low = 0.5 if recipe.precision == "bf16" else 1.0
         times = 2 if recipe.distributed.reshard_after_forward else 1
         # GradCache's first pass gathers once more.
-        first_pass = passes if recipe.grad_cache_steps > 1 and recipe.loss.contrastive_weight else 0
+        first_pass = passes if recipe.grad_cache_steps > 1 and recipe.task.uses.contrastive else 0
         gathers = times * passes + first_pass
         weights = low * blocks * gathers + model.shared_weights * (passes + first_pass)
         add("weights, all-gather", weights, shard_size)
         add("gradients, reduce-scatter", model.trained, shard_size)
         copies = devices // shard_size
         add("gradients' shards, all-reduce", model.trained / shard_size, copies, stride=shard_size, factor=2)
-    if recipe.loss.contrastive_weight:
+    if recipe.task.uses.contrastive:
         rows = 4 * (shape.embed_dim + 5) * (shape.all_images + shape.all_texts)
         add("embeddings, all-gather", recipe.accumulation_steps * rows, devices)
     return found

@@ -211,7 +211,7 @@ def _weight_copies(trace: Trace, model: ModelBytes, recipe: Recipe, strategy: St
 
 def _vocabulary_loss(trace: Trace, shape: StepShape, recipe: Recipe, device_type: str) -> tuple[int, int]:
     """Bytes of all that the captioning loss holds, and of the part that stays until the head's gradient is there."""
-    if not recipe.loss.caption_weight or not trace.words:
+    if not recipe.task.uses.captioning or not trace.words:
         return 0, 0
     low = 2 if recipe.precision == "bf16" else 4
     chunk = min(trace.words, max(LEAST_CHUNK_WORDS, CHUNK_LOGITS // shape.vocab_size))
@@ -226,7 +226,7 @@ def _vocabulary_loss(trace: Trace, shape: StepShape, recipe: Recipe, device_type
 
 
 def _gathered(shape: StepShape, recipe: Recipe, device_type: str) -> int:
-    if not recipe.loss.contrastive_weight:
+    if not recipe.task.uses.contrastive:
         return 0
     embeds = 4 * shape.embed_dim * (shape.all_images + shape.all_texts)
     gradients = 4 * shape.embed_dim * (shape.images + shape.texts)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from opencoca.data import Batch
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
 from opencoca.model.init import without_values
@@ -22,7 +23,9 @@ from opencoca.plan.memory import (
 )
 from opencoca.plan.trace import Trace, trace_forward
 from opencoca.system.memory_use import resident_bytes
+from opencoca.tasks import make_task
 from opencoca.tokenizer import Tokenizer
+from opencoca.train.data_sources import open_train_source
 from opencoca.train.flops import ModelFlops, StepFlops
 from opencoca.train.optim.optimizer import freeze
 from opencoca.train.recipe.optimizer import SHARDABLE
@@ -72,10 +75,11 @@ class Planner:
         self.recipe, self.cluster = recipe, cluster
         self.device_type = "cpu" if cluster.device == "cpu" else "cuda"
         text = replace(recipe.model.text, vocab_size=vocabulary_size(recipe))
-        self.config: CoCaConfig = replace(recipe.model, text=text)
+        self.task = make_task(recipe.task, open_train_source(recipe) if recipe.task.needs_samples else None)
+        self.config: CoCaConfig = self.task.configure(replace(recipe.model, text=text))
         with without_values():
             self.network = CoCa(self.config)
-        self.frozen_stages = freeze(self.network, recipe)
+        self.frozen_stages = freeze(self.network, recipe, self.task)
         self.network.set_patch_dropout(recipe.encoder.patch_dropout)
         self.network.train()
         self.model: ModelBytes = model_bytes(self.network, recipe)
@@ -124,25 +128,23 @@ class Planner:
             # Of a part of the batch, texts that are spread as all are.
             every = torch.linspace(0, len(self.lengths) - 1, texts).round().long()
             ids, mask = batch_of(self.lengths[every])
+            if not self.task.reads_texts:
+                ids, mask = ids[:0], mask[:0]
             start = self.frozen_stages if self.recipe.encoder.cache_features else 0
             self._traces[images] = trace_forward(
                 self.network,
-                images,
-                ids,
-                mask,
+                self.task,
+                Batch(torch.arange(images), None, ids, mask, from_stage=start),
                 device_type=self.device_type,
                 precision=self.recipe.precision,
-                from_stage=start,
-                contrastive=self.recipe.loss.contrastive_weight != 0,
-                captioning=self.recipe.loss.caption_weight != 0,
             )
         return self._traces[images]
 
     def flops(self) -> StepFlops:
         """Of a step, all devices together."""
         shape = self.shape(self.recipe)
-        count = ModelFlops(self.config, self.recipe)
-        one = count(shape.images, self.lengths, all_texts=shape.all_texts)
+        count = ModelFlops(self.config, self.recipe, self.task)
+        one = count(shape.images, self.lengths if self.task.reads_texts else (), all_texts=shape.all_texts)
         factor = self.cluster.devices * self.recipe.accumulation_steps
         return StepFlops(*(factor * value for value in one))
 
@@ -155,7 +157,7 @@ class Planner:
             again += third * flops.image_encoder / options.recompute_every
         if options.recompute in ("text", "all"):
             again += third * (flops.unimodal + flops.multimodal) / options.recompute_every
-        if recipe.grad_cache_steps > 1 and recipe.loss.contrastive_weight:
+        if recipe.grad_cache_steps > 1 and recipe.task.uses.contrastive:
             again += third * (flops.image_encoder + flops.poolers + flops.unimodal)
         return again
 
@@ -163,6 +165,8 @@ class Planner:
         structure = self.network.structure()
         count = {part: sum(p.numel() for p in structure.parameters(part)) for part in PARTS}
         heads = count.pop("heads")
+        if self.config.head is None:
+            del count["task_head"]
         count["vocabulary head"] = 0 if self.config.text.tie_embeddings else self.network.vocab_weight.numel()
         count["projections, temperature"] = heads - count["vocabulary head"]
         return count

@@ -8,7 +8,7 @@ done here by the same rule: which functions take low precision, which float32.
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from opencoca.model.coca import CoCa, CoCaOutput
+from opencoca.data import Batch
+from opencoca.model.coca import CoCa
 from opencoca.model.structure import Tower, Unit
+from opencoca.tasks import Task
 
 _LOW = {
     "linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "conv2d", "einsum",
@@ -69,23 +71,13 @@ class Trace:
         return bytes_of
 
 
-def trace_forward(
-    model: CoCa,
-    num_images: int,
-    token_ids: Tensor,
-    token_mask: Tensor,
-    *,
-    device_type: str,
-    precision: str,
-    from_stage: int = 0,
-    contrastive: bool = True,
-    captioning: bool = True,
-) -> Trace:
-    """Runs ``model``, whose parameters are on the meta device, forward on images and real token_ids, token_mask (B, T).
+def trace_forward(model: CoCa, task: Task, batch: Batch, *, device_type: str, precision: str) -> Trace:
+    """Runs a task's forward pass on ``model``, whose parameters are on the meta device, and a batch without images.
 
-    device_type: cpu or cuda, of which it may choose kernels. from_stage: cached features go in at this stage.
+    Its texts are real; in place of its images, tensors without values go in at the stage that it names.
+    device_type: cpu or cuda, whose kernels the network may choose.
     """
-    inputs = _inputs(model, num_images, from_stage)
+    inputs = _inputs(model, batch.num_samples, batch.from_stage)
     tracer = _Tracer(model, inputs)
     with ExitStack() as stack:
         for handle in tracer.watch():
@@ -94,20 +86,13 @@ def trace_forward(
         stack.enter_context(_on_device(device_type, low))
         stack.enter_context(saved_tensors_hooks(tracer.keep, lambda tensor: tensor))
         mode = stack.enter_context(_ShapesOnly(device_type, low))
-        output: CoCaOutput = model(
-            inputs,
-            token_ids,
-            token_mask,
-            from_stage=from_stage,
-            contrastive=contrastive,
-            captioning=captioning,
-        )
+        outputs = task.forward(model, replace(batch, images=inputs))
     trace = tracer.trace
     copies = {tensor.untyped_storage()._cdata for tensor in mode.weight_copies.values()}
     trace.weight_copy_bytes = sum(copy.numel() * copy.element_size() for copy in mode.weight_copies.values())
     tracer.settle(copies)
-    if output.hidden is not None:
-        trace.words, trace.hidden_dtype = len(output.hidden), output.hidden.dtype
+    if task.uses.captioning:
+        trace.words, trace.hidden_dtype = len(outputs.own[0]), outputs.own[0].dtype
     return trace
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +29,16 @@ _CONTENTS = f"a model's folder holds {CONFIG_FILE}, {WEIGHTS_FILE} and {TOKENIZE
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The content of a model folder: the network (in eval mode), its tokenizer, its preprocessing, and its info."""
+    """The content of a model folder: the network (in eval mode), its tokenizer, its preprocessing, and its info.
+
+    task: what a task needs beside the network, such as the names of its classes; None for a model of no single task.
+    """
 
     model: CoCa
     tokenizer: Tokenizer
     preprocess: PreprocessConfig
     info: dict[str, Any]
+    task: dict[str, Any] | None = None
 
 
 def save_model_folder(
@@ -45,6 +49,7 @@ def save_model_folder(
     *,
     dtype: torch.dtype | None = None,
     info: Mapping[str, Any] | None = None,
+    task: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a model folder and creates it if needed; each file is replaced in one step, the weights last.
 
@@ -52,6 +57,7 @@ def save_model_folder(
         dtype: floating-point type of the stored weights; None keeps the model's. Single numbers, such as the
             temperature, are never cast: it would save nothing, and their rounding would change the outputs.
         info: facts about the model that JSON can hold: its origin, its scores.
+        task: see `LoadedModel`.
 
     Raises:
         ValueError: a weight is not finite, or not in `dtype`; the tokenizer has more ids than the model.
@@ -71,6 +77,8 @@ def save_model_folder(
     }
     if is_quantized(model):
         config["quantization"] = INT8
+    if task is not None:
+        config["task"] = dict(task)
     folder = Path(folder)
     _write_text(folder / TOKENIZER_FILE, tokenizer.to_json())
     _write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
@@ -98,7 +106,7 @@ def load_model_folder(
     _check_files(folder)
     weights = folder / WEIGHTS_FILE
     stored = read_tensor_infos(weights)
-    model, preprocess, info = _read_config(folder / CONFIG_FILE, len(stored))
+    model, rest = _read_config(folder / CONFIG_FILE, len(stored))
     tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
     _check_vocabulary(model.config, tokenizer, str(folder / TOKENIZER_FILE))
     _check_tensors(weights, model.stored_weights(), stored)
@@ -109,7 +117,18 @@ def load_model_folder(
         tensors[name] = _cast(tensors[name], dtype)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_head()
-    return LoadedModel(model.to(device).eval(), tokenizer, preprocess, info)
+    return LoadedModel(model.to(device).eval(), tokenizer, *rest)
+
+
+def read_description(folder: str | os.PathLike[str]) -> tuple[CoCaConfig, PreprocessConfig]:
+    """The architecture and the preprocessing of the model in a folder. Raises as `load_model_folder` does."""
+    folder = Path(folder)
+    _check_files(folder)
+    stored = _read_json(folder / CONFIG_FILE)
+    try:
+        return CoCaConfig.from_dict(stored["model"]), PreprocessConfig.from_dict(stored["preprocess"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE} describes no model that can be built: {error}") from error
 
 
 def stored_format(config_file: str | os.PathLike[str]) -> str | None:
@@ -135,8 +154,32 @@ def _check_files(folder: Path) -> None:
             raise ValueError(f"{folder / name} is damaged or no model's: it has {size:,} bytes, more than {limit:,}")
 
 
-def _read_config(file: Path, num_tensors: int) -> tuple[CoCa, PreprocessConfig, dict[str, Any]]:
-    """Reads the configuration: the model without its weights, and everything else that the file says."""
+class _Rest(NamedTuple):
+    """What config.json says beside the network."""
+
+    preprocess: PreprocessConfig
+    info: dict[str, Any]
+    task: dict[str, Any] | None
+
+
+def _read_config(file: Path, num_tensors: int) -> tuple[CoCa, _Rest]:
+    """The model that the configuration describes, its weights not yet there, and what else the file says."""
+    stored = _read_json(file)
+    try:
+        config = CoCaConfig.from_dict(stored["model"])
+        _check_plausible(config, num_tensors)
+        model = _build_without_weights(config)
+        _quantize_as_stored(model, stored.get("quantization"))
+        task = stored.get("task")
+        rest = _Rest(PreprocessConfig.from_dict(stored["preprocess"]), dict(stored["info"]), task and dict(task))
+        return model, rest
+    except KeyError as error:
+        raise ValueError(f"{file} is damaged: it has no entry {error}") from error
+    except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{file} describes no model that can be built: {error}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -144,16 +187,7 @@ def _read_config(file: Path, num_tensors: int) -> tuple[CoCa, PreprocessConfig, 
     found = stored.get("format") if isinstance(stored, dict) else None
     if found != FORMAT:
         raise ValueError(f"{file} is of format {found!r}, but this version of opencoca reads {FORMAT!r} alone")
-    try:
-        config = CoCaConfig.from_dict(stored["model"])
-        _check_plausible(config, num_tensors)
-        model = _build_without_weights(config)
-        _quantize_as_stored(model, stored.get("quantization"))
-        return model, PreprocessConfig.from_dict(stored["preprocess"]), dict(stored["info"])
-    except KeyError as error:
-        raise ValueError(f"{file} is damaged: it has no entry {error}") from error
-    except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise ValueError(f"{file} describes no model that can be built: {error}") from error
+    return stored
 
 
 def _quantize_as_stored(model: CoCa, quantization: Any) -> None:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from opencoca.train.recipe.recipe import Recipe, load_recipe
+from opencoca.train.recipe.load import load_recipe
+from opencoca.train.recipe.recipe import Recipe
 
 
 def train(recipe: Recipe) -> Path:

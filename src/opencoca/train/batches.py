@@ -1,18 +1,30 @@
-"""What a training step takes in: images or their cached features, with captions, from any (epoch, step) on."""
+"""What a training step takes in: samples or their images' cached features, from any (epoch, step) on."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from opencoca.data import Batch, SampleSource, TrainingLoader, TrainTransform
 from opencoca.distributed.world import World
+from opencoca.tasks.task import Task
 from opencoca.tokenizer import Tokenizer
 from opencoca.train.data_sources import training_order
 from opencoca.train.feature_cache import FeatureCache
 from opencoca.train.recipe.recipe import Recipe
+
+
+class TrainLoading(NamedTuple):
+    """What samples become a batch with: where they come from, how texts, images and targets are prepared."""
+
+    source: SampleSource
+    tokenizer: Tokenizer
+    transform: TrainTransform
+    context_length: int
+    task: Task
 
 
 class TrainBatches:
@@ -21,27 +33,25 @@ class TrainBatches:
     def __init__(
         self,
         recipe: Recipe,
-        source: SampleSource,
-        tokenizer: Tokenizer,
-        transform: TrainTransform,
-        context_length: int,
+        loading: TrainLoading,
         cache: FeatureCache | None,
         cached_stages: int,
         world: World | None = None,
     ):
         """world: the processes that share out each batch."""
         world = world or World()
-        order = training_order(source, recipe)
+        order = training_order(loading.source, recipe)
         self.loader = TrainingLoader(
-            source,
-            tokenizer,
-            transform,
+            loading.source,
+            loading.tokenizer,
+            loading.transform,
             order,
             recipe.batch_size,
-            recipe.data.captions_per_image,
-            context_length,
+            recipe.data.captions_per_image if loading.task.reads_texts else 0,
+            loading.context_length,
             recipe.seed,
             recipe.data.num_workers,
+            encode_target=loading.task.encode_target,
             load_pixels=cache is None,
             skip=tuple(cache.broken) if cache else (),
             rank=world.rank,

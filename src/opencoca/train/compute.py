@@ -27,3 +27,8 @@ def prepare_compute(model: CoCa, recipe: Recipe, device: torch.device) -> None:
             raise ValueError("compute.compile needs a C++ compiler on a CPU, and there is none: install g++ or clang")
         for block in structure.blocks():
             block.compile_parts()
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bf16 autocast, or none for fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -19,6 +19,8 @@ from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
 from opencoca.model.init import without_values
 from opencoca.model.structure import ProductSizes, Structure
+from opencoca.tasks import Task
+from opencoca.tasks.task import Uses
 from opencoca.train.optim.optimizer import freeze
 from opencoca.train.recipe.recipe import Recipe
 
@@ -34,6 +36,7 @@ class StepFlops(NamedTuple):
     multimodal: float
     vocabulary_loss: float
     contrastive_loss: float
+    task_head: float = 0.0
 
     @property
     def total(self) -> float:
@@ -41,18 +44,19 @@ class StepFlops(NamedTuple):
 
 
 class ModelFlops:
-    """Counts for one model and recipe; what is frozen and which losses there are is the recipe's."""
+    """Counts for one model and recipe; the recipe and its task say what is frozen and which halves are used."""
 
-    def __init__(self, config: CoCaConfig, recipe: Recipe):
-        """config: the architecture with its vocabulary; nothing of its size is allocated."""
+    def __init__(self, config: CoCaConfig, recipe: Recipe, task: Task | None = None):
+        """config: the architecture with its vocabulary and the task's head; nothing of its size is allocated."""
         with without_values():
             model = CoCa(config)
-        frozen_stages = freeze(model, recipe)
+        frozen_stages = freeze(model, recipe, task)
         model.set_patch_dropout(recipe.encoder.patch_dropout)
-        self.config, self.losses = config, recipe.loss
+        self.config, self.uses = config, recipe.task.uses
         start = frozen_stages if recipe.encoder.cache_features else 0
         self.per_image, features = _image_encoder(model, start)
-        self.pooling = _pooling(model, features, recipe)
+        self.pooling = _pooling(model, features, self.uses)
+        self.per_image_head = _task_head(model, features)
         structure = model.structure()
         self.unimodal = _TextHalf.of(structure, "unimodal_decoder")
         inputs = ("image_encoder", "image_pooling", "unimodal_decoder")
@@ -69,7 +73,7 @@ class ModelFlops:
         """
         words = lengths if isinstance(lengths, Tensor) else torch.tensor(list(lengths))
         words = words.to("cpu", torch.float64)
-        contrastive, captioning = self.losses.contrastive_weight != 0, self.losses.caption_weight != 0
+        contrastive, captioning = self.uses
         num_texts = len(words)
         with_cls = words + contrastive
         unimodal = self.unimodal(float(with_cls.sum()), float((with_cls * (with_cls + 1) / 2).sum()))
@@ -92,6 +96,7 @@ class ModelFlops:
             multimodal=multimodal,
             vocabulary_loss=vocabulary,
             contrastive_loss=similarities,
+            task_head=num_images * self.per_image_head,
         )
 
 
@@ -156,10 +161,20 @@ def _image_encoder(model: CoCa, start: int) -> tuple[float, Tensor]:
     return total, x
 
 
-def _pooling(model: CoCa, features: Tensor, recipe: Recipe) -> _Pooling:
-    contrastive, structure = recipe.loss.contrastive_weight != 0, model.structure()
-    wants = {"captioning": recipe.loss.caption_weight != 0, "contrastive": contrastive}
+def _task_head(model: CoCa, features: Tensor) -> float:
+    """FLOPs of the task's head for one image, forward and backward; its queries count as if they were an image's."""
+    if model.config.head is None:
+        return 0.0
+    forward, _ = _count(lambda: model.head_logits(features))
+    return forward * (2 + model.structure().trains("image_encoder"))
+
+
+def _pooling(model: CoCa, features: Tensor, uses: Uses) -> _Pooling:
+    contrastive, structure = uses.contrastive, model.structure()
+    wants = {"captioning": uses.captioning, "contrastive": contrastive}
     model.eval()
+    if not any(uses):
+        return _Pooling(0.0, 0.0, 0)
     one, pooled = _count(lambda: model.pool_features(features, **wants))
     two, _ = _count(lambda: model.pool_features(features.expand(2, -1, -1), **wants))
     project = 2 * _projection(model.config) if contrastive else 0

@@ -7,7 +7,6 @@ added up, too, where these engines would average them.
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,39 +16,61 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from opencoca.data import Batch
 from opencoca.distributed.world import World, full_tensor, local_part
-from opencoca.model.coca import CoCa, CoCaOutput
+from opencoca.model.coca import CoCa
+from opencoca.tasks import make_task
+from opencoca.tasks.task import Outputs, Task
 from opencoca.train.deferred_init import fill_initial_values
 from opencoca.train.recipe.recipe import DistributedRecipe, Recipe
+
+
+class TaskNetwork(nn.Module):
+    """A network with the forward pass of a task, as one module that engines can wrap."""
+
+    def __init__(self, model: CoCa, task: Task):
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, batch: Batch, compared_only: bool = False) -> Outputs:
+        """`Task.forward`."""
+        return self.task.forward(self.model, batch, compared_only)
 
 
 class ParallelModel:
     """A model as training runs it: ``forward``, and what must be done to its gradients and parameters as a whole."""
 
-    def __init__(self, model: CoCa, device: torch.device, recipe: Recipe, world: World | None = None):
+    def __init__(
+        self,
+        model: CoCa,
+        device: torch.device,
+        recipe: Recipe,
+        world: World | None = None,
+        task: Task | None = None,
+    ):
         """Spreads the model, in place, over the processes as the recipe says, and moves it to ``device``.
 
         One that is to be sharded may be on the meta device; it gets its initial values when that is done.
-        world: None = this process alone, even if there are others.
+        world: None = this process alone, even if there are others. task: None = the recipe's, as it is without samples.
         """
         self.model, self.device, self.world = model, device, world or World()
+        self.task = task or make_task(recipe.task)
         together = world is not None and dist.is_initialized()
         self.strategy = recipe.distributed.strategy if together else "none"
-        self._wrapped: nn.Module = model
+        self._wrapped: nn.Module = TaskNetwork(model, self.task)
         if self.strategy == "ddp":
-            freeze_untouched(model.to(device), recipe)
-            self._wrapped = _copied(model, device)
+            self._wrapped = _copied(self._wrapped.to(device), device)
         elif self.strategy == "fsdp":
-            _shard(model, device, recipe, self.world)
+            _shard(self._wrapped, model, device, recipe, self.world)
             if model.device.type == "meta":
                 fill_initial_values(model, device, recipe.seed)
         else:
             model.to(device)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def forward(self, *args: Any, **kwargs: Any) -> CoCaOutput:
-        """`CoCa.forward`; every process must call it equally often."""
-        return self._wrapped(*args, **kwargs)
+    def forward(self, batch: Batch, compared_only: bool = False) -> Outputs:
+        """The task's forward pass; every process must call it equally often."""
+        return self._wrapped(batch, compared_only)
 
     def adding_up(self, last: bool) -> AbstractContextManager:
         """Surrounds a forward and backward pass; the processes' gradients are added up in the last of a step alone."""
@@ -138,23 +159,7 @@ def check_processes(recipe: Recipe, world: World) -> None:
         )
 
 
-def freeze_untouched(model: CoCa, recipe: Recipe) -> None:
-    """Stops gradients of parameters that the objective never reaches: DDP would wait for them."""
-    height, width = model.config.image.image_size
-    at = next(_scalars(model))
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=at.device)
-    contrastive, captioning = recipe.loss.contrastive_weight != 0, recipe.loss.caption_weight != 0
-    output = model(at.new_zeros(1, 3, height, width), ids, contrastive=contrastive, captioning=captioning)
-    reached = [tensor.sum() for tensor in output[:3] if tensor is not None]
-    reached += [output.logit_scale] if contrastive else []
-    reached += [model.vocab_weight.sum()] if captioning else []
-    torch.stack(reached).sum().backward()
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
-        parameter.grad = None
-
-
-def _copied(model: CoCa, device: torch.device) -> DistributedDataParallel:
+def _copied(model: nn.Module, device: torch.device) -> DistributedDataParallel:
     wrapped = DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
@@ -173,7 +178,7 @@ def _add_up(
     return work.get_future().then(lambda future: future.value()[0])
 
 
-def _shard(model: CoCa, device: torch.device, recipe: Recipe, world: World) -> None:
+def _shard(whole: nn.Module, model: CoCa, device: torch.device, recipe: Recipe, world: World) -> None:
     # Of keys and values, whose projection is a unit of its own; nothing changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     options = recipe.distributed
@@ -195,10 +200,10 @@ def _shard(model: CoCa, device: torch.device, recipe: Recipe, world: World) -> N
     scalars, has_values = set(_scalars(model)), model.device.type != "meta"
     for scalar in scalars if has_values else ():
         scalar.data = scalar.data.to(device)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=scalars)
+    fully_shard(whole, mesh=mesh, reshard_after_forward=False, ignored_params=scalars)
     if has_values:
         model.to(device)
-    for module in model.modules():
+    for module in whole.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)

@@ -1,11 +1,13 @@
 """What a run's folder remembers of its recipe, so that two runs are never mixed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from opencoca.model.config import at_todays_places
 from opencoca.system.files import atomic_write
+from opencoca.train.recipe.load import upgraded
 from opencoca.train.recipe.recipe import Recipe
 
 # Where and how fast a run goes, not what comes out of it; ``size`` only fills in ``model``, which is compared.
@@ -52,7 +54,9 @@ def remember_recipe(folder: Path, recipe: Recipe, continues: bool) -> None:
     path = folder / "recipe.json"
     ours = json.loads(json.dumps(recipe.to_dict()))
     if continues and path.is_file():
-        differing = _differences(_with_defaults(_read(path), json.loads(json.dumps(Recipe().to_dict()))), ours)
+        defaults = replace(Recipe(), task=type(recipe.task)())
+        theirs = _with_defaults(_read(path), json.loads(json.dumps(defaults.to_dict())))
+        differing = _differences(theirs, ours)
         if differing:
             shown = ", ".join(f"{key}: {then!r} then, {now!r} now" for key, then, now in differing[:5])
             more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
@@ -67,9 +71,10 @@ def remember_recipe(folder: Path, recipe: Recipe, continues: bool) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        recipe = json.loads(path.read_text(encoding="utf-8"))
-        return recipe | {"model": at_todays_places(recipe["model"])}
-    except ValueError as error:
+        stored = upgraded(json.loads(path.read_text(encoding="utf-8")))
+        stored["model"] = at_todays_places(stored["model"])
+        return stored
+    except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete the folder to begin the run anew") from error
 
 

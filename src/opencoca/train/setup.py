@@ -3,6 +3,8 @@
 Every process prepares its own; what is written (the recipe, a vocabulary, features) the main process writes first.
 """
 
+import sys
+import textwrap
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,16 +13,19 @@ import torch
 
 from opencoca.data import EvalTransform, PreprocessConfig, SampleSource, TrainTransform
 from opencoca.distributed.world import World
+from opencoca.inference.loading import load_model
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
 from opencoca.model.encoders.efficientnet_lite import EfficientNetLite
 from opencoca.model.init import without_values
+from opencoca.model.transfer import Transfer, take_weights
 from opencoca.store.interop.efficientnet_weights import load_imagenet_weights
-from opencoca.store.model_folder import load_model_folder
+from opencoca.store.model_folder import LoadedModel, load_model_folder
 from opencoca.system.allocator import keep_freed_memory, limit_kernel_caches
 from opencoca.system.devices import choose_device
+from opencoca.tasks import Task, make_task
 from opencoca.tokenizer import Tokenizer, train_tokenizer
-from opencoca.train.batches import TrainBatches
+from opencoca.train.batches import TrainBatches, TrainLoading
 from opencoca.train.compute import prepare_compute
 from opencoca.train.data_sources import open_train_source, open_val_source
 from opencoca.train.feature_cache import CacheViews, FeatureCache, open_feature_cache
@@ -38,6 +43,7 @@ class RunSetup:
     frozen_stages: how many of the image encoder's first stages are not trained.
     """
 
+    task: Task
     device: torch.device
     tokenizer: Tokenizer
     preprocess: PreprocessConfig
@@ -59,42 +65,69 @@ def set_up(recipe: Recipe, folder: Path, continues: bool, world: World) -> RunSe
         limit_kernel_caches()
         keep_freed_memory()
     check_processes(recipe, world)
-    data = recipe.data
     train_source, val_source = open_train_source(recipe), open_val_source(recipe)
+    task = make_task(recipe.task, train_source)
+    start = load_start(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     world.on_main(lambda: remember_recipe(folder, recipe, continues=continues))
-    tokenizer = make_tokenizer(recipe, train_source, folder / "tokenizer.json", continues, world)
-    config = replace(recipe.model, text=replace(recipe.model.text, vocab_size=tokenizer.vocab_size))
-    preprocess = PreprocessConfig(config.image.image_size, data.mean, data.std, data.resize_mode)
+    tokenizer = make_tokenizer(recipe, start, train_source, folder / "tokenizer.json", continues, world)
+    vocabulary = replace(recipe.model.text, vocab_size=tokenizer.vocab_size)
+    config = task.configure(replace(recipe.model, text=vocabulary))
+    preprocess = make_preprocess(recipe, start)
     torch.manual_seed(recipe.seed)
-    model = make_model(recipe, config)
-    frozen_stages = freeze(model, recipe)
+    model, transfer = make_model(recipe, config, start, tokenizer)
+    if transfer is not None and world.is_main and not continues:
+        print(f"init_from {recipe.init_from.model}\n{textwrap.indent(transfer.describe(), '  ')}", file=sys.stderr)
+    frozen_stages = freeze(model, recipe, task)
     prepare_compute(model, recipe, device)
     caches = _Caches(recipe, folder, model, frozen_stages, preprocess, device, world)
-    batches = TrainBatches(
-        recipe,
-        train_source,
-        tokenizer,
-        caches.training_transform,
-        config.text.context_length,
-        caches.open(train_source, True, "training images"),
-        caches.stages,
-        world,
-    )
+    cache = caches.open(train_source, True, "training images")
+    loading = TrainLoading(train_source, tokenizer, caches.training_transform, config.text.context_length, task)
+    batches = TrainBatches(recipe, loading, cache, caches.stages, world)
     validator = None
     if val_source is not None:
         cache = caches.open(val_source, False, "validation images")
-        validator = Validator(recipe, val_source, tokenizer, caches.evaluation_transform, cache, caches.stages)
+        validator = Validator(recipe, task, val_source, tokenizer, caches.evaluation_transform, cache, caches.stages)
     return RunSetup(
-        device, tokenizer, preprocess, model.eval(), frozen_stages, batches, train_source, val_source, validator
+        task=task,
+        device=device,
+        tokenizer=tokenizer,
+        preprocess=preprocess,
+        model=model.eval(),
+        frozen_stages=frozen_stages,
+        batches=batches,
+        train_source=train_source,
+        val_source=val_source,
+        validator=validator,
     )
 
 
-def make_tokenizer(recipe: Recipe, source: SampleSource, stored: Path, continues: bool, world: World) -> Tokenizer:
+def load_start(recipe: Recipe) -> LoadedModel | None:
+    """The model that the recipe's ``init_from`` names, on the CPU, in the types that it is stored in."""
+    wanted = recipe.init_from
+    if wanted.model is None:
+        return None
+    return load_model(wanted.model, weights=wanted.weights, checkpoint=wanted.checkpoint)
+
+
+def make_preprocess(recipe: Recipe, start: LoadedModel | None) -> PreprocessConfig:
+    """How images become the model's input: as the recipe says, and for the rest as the start model was trained."""
+    data, size = recipe.data, recipe.model.image.image_size
+    if start is None:
+        return PreprocessConfig(size, data.mean, data.std, data.resize_mode)
+    return replace(start.preprocess, image_size=size, mean=data.mean, std=data.std, resize_mode=data.resize_mode)
+
+
+def make_tokenizer(
+    recipe: Recipe, start: LoadedModel | None, source: SampleSource, stored: Path, continues: bool, world: World
+) -> Tokenizer:
     """The vocabulary that the recipe names; a trained one is kept in the file ``stored``."""
     options = recipe.tokenizer
     if options.source == "clip":
         return Tokenizer.clip()
+    if options.source == "init_from":
+        assert start is not None  # the recipe checks it
+        return start.tokenizer
     if options.source != "train":
         return Tokenizer.load(options.source)
 
@@ -115,15 +148,22 @@ def make_tokenizer(recipe: Recipe, source: SampleSource, stored: Path, continues
     return Tokenizer.load(stored)
 
 
-def make_model(recipe: Recipe, config: CoCaConfig) -> CoCa:
-    """A new model, with the image encoder's weights from where the recipe says.
+def make_model(
+    recipe: Recipe, config: CoCaConfig, start: LoadedModel | None = None, tokenizer: Tokenizer | None = None
+) -> tuple[CoCa, Transfer | None]:
+    """A new model with the weights of ``start``, or with those of the image encoder that the recipe names.
 
-    One that will be sharded has no values yet, if it can do without them: see `ParallelModel`.
+    Without either, one that will be sharded has no values yet, if it can do without them: see `ParallelModel`.
+    tokenizer: the run's, which shares word embeddings with the start model if it is the same.
     """
-    if is_built_in_shards(recipe):
+    if start is None and is_built_in_shards(recipe):
         with without_values():
-            return CoCa(config)
+            return CoCa(config), None
     model = CoCa(config)
+    transfer = None
+    if start is not None:
+        same = tokenizer is None or tokenizer.to_json() == start.tokenizer.to_json()
+        transfer = take_weights(model, start.model, same_vocabulary=same)
     init, encoder = recipe.encoder.init, model.structure().image_encoder
     if init == "imagenet":
         if not isinstance(encoder, EfficientNetLite):
@@ -135,7 +175,7 @@ def make_model(recipe: Recipe, config: CoCaConfig) -> CoCa:
         except RuntimeError as error:
             first = str(error).splitlines()[1:2] or [str(error)]
             raise ValueError(f"the image encoder of {init} does not fit this recipe's: {first[0].strip()}") from error
-    return model
+    return model, transfer
 
 
 class _Caches:

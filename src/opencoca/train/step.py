@@ -1,11 +1,11 @@
 """One optimizer step: the batch's gradient, clip, check, update. No file, no clock, no printing."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
-from opencoca.data.batch import Batch
+from opencoca.data import Batch
 from opencoca.model.coca import CoCa
 from opencoca.train.gradient import BatchGradient
 from opencoca.train.optim.optimizer import WeightAverage, set_learning_rate
@@ -20,26 +20,30 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one step gave. Losses in nats; lr is that of the main group; images and tokens of all processes.
+    """What one step gave.
 
+    loss: the weighted total; terms: each term by name, without its weight. lr: the main group's learning rate.
+    monitors: numbers of the network after the step, by name. samples, tokens: of all processes.
     skipped: whether the gradient was too long and nothing was changed.
     """
 
     loss: float
-    contrastive_loss: float | None
-    caption_loss: float | None
+    terms: dict[str, float]
     grad_norm: float
-    logit_scale: float
     lr: float
-    images: int
+    monitors: dict[str, float]
+    samples: int
     tokens: int
     skipped: bool = False
 
-    def to_dict(self) -> dict[str, float]:
-        """All but the counts, which do not average."""
-        values = asdict(self)
-        counts = ("images", "tokens", "skipped")
-        return {key: values[key] for key in values if values[key] is not None and key not in counts}
+    def averaged(self) -> dict[str, float]:
+        """What a line of the log gives as a mean over several steps."""
+        named = {f"{name}_loss": value for name, value in self.terms.items()}
+        return {"loss": self.loss, **named, "grad_norm": self.grad_norm}
+
+    def latest(self) -> dict[str, float]:
+        """What a line of the log gives as it is after the last of several steps."""
+        return {"lr": self.lr, **self.monitors}
 
 
 class TrainStep:
@@ -53,8 +57,8 @@ class TrainStep:
         recipe: Recipe,
         parallel: ParallelModel | None = None,
     ):
-        """parallel: the model as the processes share it; by default there is one process."""
-        self.model, self.optimizer, self.average, self.recipe = model, optimizer, average, recipe
+        """parallel: the model as the processes share it; by default there is one process, and the recipe's task."""
+        self.optimizer, self.average, self.recipe = optimizer, average, recipe
         self.parallel = parallel or ParallelModel(model, next(model.parameters()).device, recipe)
         self.batch_gradient = BatchGradient(self.parallel, recipe)
 
@@ -68,7 +72,7 @@ class TrainStep:
         options = self.recipe.optimizer
         factor = learning_rate_factor(step, total_steps, options)
         set_learning_rate(self.optimizer, factor)
-        losses, images, tokens = self.batch_gradient(batch, step)
+        losses, samples, tokens = self.batch_gradient(batch, step)
         norm = self.parallel.gradient_norm()
         if not (torch.isfinite(norm) and torch.isfinite(losses.total)):
             self.optimizer.zero_grad(set_to_none=True)
@@ -79,23 +83,26 @@ class TrainStep:
         # Devices of different kinds may round differently, and all must do the same.
         skipped = norm_limit < math.inf and any(self.parallel.world.any(float(norm) > norm_limit))
         if not skipped:
-            if options.grad_clip > 0:
-                self.parallel.clip_gradients(options.grad_clip, norm)
-            self.optimizer.step()
-            # Fused optimizers do not count their changes, and what is kept of weights (model/linear.py) goes by them.
-            torch.autograd.graph.increment_version(self.parallel.parameters)
-            self.model.clamp_logit_scale()
-            if self.average is not None:
-                self.average.update(self.model)
+            self._update(norm)
         self.optimizer.zero_grad(set_to_none=True)
         return StepMetrics(
             loss=float(losses.total),
-            contrastive_loss=None if losses.contrastive is None else float(losses.contrastive),
-            caption_loss=None if losses.caption is None else float(losses.caption),
+            terms={name: float(value) for name, value in losses.terms.items()},
             grad_norm=float(norm),
-            logit_scale=float(self.model.logit_scale.detach()),
             lr=options.learning_rate * factor,
-            images=images,
+            monitors=self.parallel.task.monitors(self.parallel.model),
+            samples=samples,
             tokens=tokens,
             skipped=skipped,
         )
+
+    def _update(self, norm: torch.Tensor) -> None:
+        model, grad_clip = self.parallel.model, self.recipe.optimizer.grad_clip
+        if grad_clip > 0:
+            self.parallel.clip_gradients(grad_clip, norm)
+        self.optimizer.step()
+        # Fused optimizers do not count their changes, and what is kept of weights (packed ones) goes by them.
+        torch.autograd.graph.increment_version(self.parallel.parameters)
+        self.parallel.task.after_update(model)
+        if self.average is not None:
+            self.average.update(model)

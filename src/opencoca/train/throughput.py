@@ -2,10 +2,11 @@
 
 import torch
 
-from opencoca.data.batch import Batch
+from opencoca.data import Batch
 from opencoca.model.config import CoCaConfig
 from opencoca.system.devices import peak_flops
 from opencoca.system.memory_use import peak_bytes
+from opencoca.tasks.task import Task
 from opencoca.train.flops import ModelFlops
 from opencoca.train.recipe.recipe import Recipe
 
@@ -13,10 +14,10 @@ from opencoca.train.recipe.recipe import Recipe
 class Throughput:
     """Of this process's device, for its part of every batch."""
 
-    def __init__(self, config: CoCaConfig, recipe: Recipe, device: torch.device, num_processes: int = 1):
+    def __init__(self, config: CoCaConfig, recipe: Recipe, task: Task, device: torch.device, num_processes: int = 1):
         """config: the architecture with its vocabulary. The rate of an unknown device is measured, which is brief."""
         self.device, self.peak = device, peak_flops(device, recipe.precision)
-        self._count = ModelFlops(config, recipe)
+        self._count = ModelFlops(config, recipe, task)
         self._rows = num_processes / recipe.accumulation_steps
 
     def flops(self, batch: Batch) -> float:

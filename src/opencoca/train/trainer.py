@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from opencoca.data.batch import Batch
+from opencoca.data import Batch
 from opencoca.distributed.world import World
 from opencoca.model.coca import CoCa
 from opencoca.system.allocator import release_freed_memory
@@ -50,18 +50,23 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder, recipe.checkpoint, self.world)
         continues = self.checkpoints.exist()
         setup = self.world.together(lambda: set_up(recipe, self.folder, continues, self.world))
-        self.device, self.model, self.frozen_stages = setup.device, setup.model, setup.frozen_stages
+        self.task, self.device, self.model, self.frozen_stages = (
+            setup.task,
+            setup.device,
+            setup.model,
+            setup.frozen_stages,
+        )
         self.batches, self.train_source = setup.batches, setup.train_source
         self.validator, self.val_source = setup.validator, setup.val_source
-        self.best = BestModel(recipe, self.folder, setup.tokenizer, setup.preprocess)
-        self.parallel = ParallelModel(self.model, self.device, recipe, self.world)
+        self.best = BestModel(recipe, self.task, self.folder, setup.tokenizer, setup.preprocess)
+        self.parallel = ParallelModel(self.model, self.device, recipe, self.world, self.task)
         self.average = WeightAverage(self.model, recipe.optimizer.ema_decay) if recipe.optimizer.ema_decay else None
         steps = recipe.epochs * self.batches.steps_per_epoch
         self.total_steps = min(steps, recipe.max_steps) if recipe.max_steps else steps
         progress = {"step": 0, "best": None, "best_step": 0, "seconds": 0.0, "window": {}}
         self.state = TrainState(self.model, make_optimizer(self.model, recipe), self.average, progress)
         self.step = TrainStep(self.model, self.state.optimizer, self.average, recipe, self.parallel)
-        self.throughput = Throughput(self.model.config, recipe, self.device, self.world.size)
+        self.throughput = Throughput(self.model.config, recipe, self.task, self.device, self.world.size)
         self.spikes = SpikeRule(recipe, progress)
         self.stop = StopSignal()
         limit_s, exits = 60 * recipe.safety.hang_minutes, is_restartable()
@@ -167,7 +172,7 @@ class Trainer:
             self._note(metrics, limit, log)
             if self.world.is_main:
                 seconds, flops = time.monotonic() - began, self.throughput.flops(batch)
-                window.add(metrics, metrics.images, metrics.tokens, waited, seconds, flops)
+                window.add(metrics, waited, seconds, flops)
         progress["step"] += 1
         if self.device.type == "cpu" and progress["step"] % _RELEASE_EVERY_STEPS == 0:
             release_freed_memory()
@@ -226,7 +231,7 @@ class Trainer:
     def _validate(self, log: MetricsLog | None, bar: LiveView) -> bool:
         """Scores the averaged weights (if there are) and keeps them as the run's model if they are the best so far.
 
-        A signal to stop ends it, and it is owed.
+        If a signal to stop ends it, it is done when the run continues.
         """
         with self.watchdog.paused():
             if self.average is not None:
@@ -262,10 +267,12 @@ class Trainer:
         assert model is not None
         progress = self.state.progress
         if result is not None and log is not None:
-            log.write("validation", progress["step"], result.scores | {"epoch": self._epoch()})
+            found = result.values | {"selection": result.selection, "epoch": self._epoch()}
+            log.write("validation", progress["step"], found)
             if result.shown:
                 log.write("captions", progress["step"], {"epoch": self._epoch(), "captions": result.shown})
-            bar.write(result.line(self._epoch()))
+            assert self.validator is not None
+            bar.write(self.validator.line(result, self._epoch()))
         self.best.consider(model, result, progress)
 
     def _finish(self) -> Path:
@@ -274,5 +281,5 @@ class Trainer:
         minutes = self.state.progress["seconds"] / 60
         best = f"best weights: step {self.state.progress['best_step']}"
         title = f"{self.folder.name}: {self.total_steps} steps in {minutes:.0f} minutes, {best}"
-        write_report(self.folder, self.val_source, self.best.captions(), title)
+        write_report(self.folder, self.val_source, title)
         return self.folder

@@ -1,28 +1,26 @@
-"""Scores of the validation set while training: the metrics of `opencoca evaluate`, on cached features if there are.
+"""Scores of the validation set while training: what `opencoca evaluate` computes, on cached features if there are any.
 
 Several processes share the images out in whole batches, so that each computes what one process would, to the last bit.
-Letters: I images, B captions, E embed_dim.
+Letters: S samples of a batch, C texts a sample.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from opencoca.data import EvalTransform, SampleSource, Subset, collate_captions, iterate_images
-from opencoca.data.batch import Batch
+from opencoca.data import Batch, EvalTransform, SampleSource, Subset, collate_captions, iterate_images
 from opencoca.distributed.world import World
-from opencoca.evaluation.caption_metrics import caption_scores
-from opencoca.evaluation.retrieval_metrics import retrieval_scores
-from opencoca.generation import GenerationOptions, generate
-from opencoca.generation.decoding.session import DecodingSession
+from opencoca.evaluation.encoding import EncodedImages
+from opencoca.evaluation.runner import Collected, Evaluator, Scores, collect
 from opencoca.model.coca import CoCa
+from opencoca.tasks.task import Task, batch_losses
 from opencoca.tokenizer import Tokenizer
+from opencoca.train.compute import autocast
 from opencoca.train.feature_cache import FeatureCache
-from opencoca.train.objective import autocast, compute_losses
 from opencoca.train.recipe.recipe import Recipe
 
 _BATCH_IMAGES = 50
@@ -30,65 +28,53 @@ _BATCH_IMAGES = 50
 
 @dataclass(frozen=True)
 class ValidationScores:
-    """scores: metric name -> value (losses in nats, rates and CIDEr-D from 0); captions: of every image, by key.
+    """values: score by name (losses in nats, rates from 0 to 1); selection: what the best weights have most of.
 
-    shown: those of the few photographs whose captions are followed over the run.
+    texts: what the model says of every image, by key; shown: the same for the few photographs that are followed over
+    the run; kept: more that is stored with the best model, in JSON's types.
     """
 
-    scores: dict[str, float]
-    captions: dict[str, str]
+    values: dict[str, float]
+    selection: float
+    texts: dict[str, str]
     shown: dict[str, str] = field(default_factory=dict)
-
-    def selection(self, select_by: str) -> float:
-        """The number that the best weights have the most of."""
-        scores = self.scores
-        r1 = [scores[name] for name in ("image_to_text_r1", "text_to_image_r1") if name in scores]
-        if select_by == "loss":
-            return -scores["loss"]
-        if select_by == "cider_d":
-            return scores["cider_d"]
-        if select_by == "mean_r1":
-            return float(np.mean(r1))
-        return 100 * (scores.get("cider_d", 0.0) + sum(r1))
-
-    def line(self, epoch: float) -> str:
-        """The scores that a person follows, on one line."""
-        shown = {
-            "val loss": ("loss", 1),
-            "CIDEr-D": ("cider_d", 100),
-            "BLEU-4": ("bleu_4", 100),
-            "i2t R@1": ("image_to_text_r1", 100),
-            "t2i R@1": ("text_to_image_r1", 100),
-        }
-        parts = [f"{k} {f * self.scores[name]:.2f}" for k, (name, f) in shown.items() if name in self.scores]
-        return f"epoch {epoch:g}: " + "  ".join(parts)
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
-class ValidationPart:
-    """What one process found on its batches, on the CPU.
+class LossEvaluator:
+    """Averages a task's losses over the images of a source, as training computes them."""
 
-    losses: of each batch, how many images it has and its losses by name. image_embeds and text_embeds: of each batch,
-    (I, E) and (B, E). image_of_text: of each batch, (B,) positions in the source. captions: by key.
-    """
+    def __init__(self, task: Task, source: SampleSource, tokenizer: Tokenizer, texts_per_sample: int):
+        self.task, self.source, self.tokenizer = task.validated(), source, tokenizer
+        self.texts_per_sample = texts_per_sample
 
-    losses: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    image_embeds: list[Tensor] = field(default_factory=list)
-    text_embeds: list[Tensor] = field(default_factory=list)
-    image_of_text: list[Tensor] = field(default_factory=list)
-    captions: dict[str, str] = field(default_factory=dict)
+    def rows(self, images: EncodedImages) -> tuple[int, dict[str, float]]:
+        """The number of samples, and the losses by name."""
+        losses = batch_losses(self.task, images.network, self._batch(images))
+        terms = {f"{name}_loss": float(value) for name, value in losses.terms.items()}
+        return len(images.indices), {"loss": float(losses.total), **terms}
 
-    @staticmethod
-    def joined(parts: "list[ValidationPart]") -> "ValidationPart":
-        """The parts one behind the other, as one process would have found them."""
-        whole = ValidationPart()
-        for part in parts:
-            whole.losses += part.losses
-            whole.image_embeds += part.image_embeds
-            whole.text_embeds += part.text_embeds
-            whole.image_of_text += part.image_of_text
-            whole.captions |= part.captions
-        return whole
+    def scores(self, rows: Sequence[tuple[int, dict[str, float]]]) -> Scores:
+        total = sum(count for count, _ in rows)
+        return Scores({name: sum(count * values[name] for count, values in rows) / total for name in rows[0][1]})
+
+    def _batch(self, images: EncodedImages) -> Batch:
+        context_length = images.network.config.text.context_length
+        per_sample = self.texts_per_sample
+        texts = [text for i in images.indices for text in self.source.captions(i)[:per_sample]] if per_sample else []
+        ids, mask = collate_captions(self.tokenizer.encode_batch(texts, context_length), self.tokenizer.pad_id)
+        targets = None
+        if (encode := self.task.encode_target) is not None:
+            targets = torch.from_numpy(np.stack([encode(self.source.target(i)) for i in images.indices]))
+        batch = Batch(
+            sample_ids=torch.tensor(images.indices),
+            images=None,
+            token_ids=ids,
+            token_mask=mask,
+            targets=targets,
+            from_stage=images.network.structure().image_encoder.num_stages,
+        )
+        return replace(batch.to(images.features.device), images=images.features)
 
 
 class Validator:
@@ -97,97 +83,70 @@ class Validator:
     def __init__(
         self,
         recipe: Recipe,
+        task: Task,
         source: SampleSource,
         tokenizer: Tokenizer,
         transform: EvalTransform,
         cache: FeatureCache | None,
         cached_stages: int,
     ):
-        self.recipe, self.source, self.tokenizer, self.transform = recipe, source, tokenizer, transform
+        self.recipe, self.task, self.source, self.transform = recipe, task, source, transform
         self.cache, self.cached_stages = cache, cached_stages
-        if not any(source.captions(image) for image in range(len(source))):
-            raise ValueError(
-                "none of the validation images has a caption; set data.val_captions, or no data.val_images"
-            )
-        self.options = GenerationOptions(max_new_tokens=recipe.val_max_new_tokens)
-        self.shown_keys = fixed_photographs(source, recipe.report_images)
+        broken = cache.broken if cache is not None else {}
+        usable = [i for i in range(len(source)) if i not in broken]
+        texts_per_sample = 0
+        if task.reads_texts:
+            # Extra captions of an image would have to be repeated for the others: all have as many as the fewest.
+            usable = [i for i in usable if source.captions(i)]
+            texts_per_sample = min((len(source.captions(i)) for i in usable), default=0)
+        self.images = usable
+        losses = LossEvaluator(task, source, tokenizer, texts_per_sample)
+        self.evaluators: tuple[Evaluator, ...] = (losses, *task.evaluators(source, tokenizer))
+        self.shown_keys = fixed_photographs(source, usable, recipe.report_images)
 
     def __call__(self, model: CoCa) -> ValidationScores:
-        return self.scores([self.part(model)], model.device)
+        return self.scores([self.part(model)])
 
-    @torch.no_grad()
-    def part(self, model: CoCa, rank: int = 0, num_ranks: int = 1) -> ValidationPart:
+    def part(self, model: CoCa, rank: int = 0, num_ranks: int = 1) -> Collected:
         """What this model makes of the batches of process ``rank``; those of all, in order, are the whole source's."""
-        was_training = model.training
+        was_training, device = model.training, model.device
         model.eval()
         try:
-            return self._part(model, rank, num_ranks)
+            with autocast(device, self.recipe.precision):
+                return collect(self._batches(model, device, rank, num_ranks), self.evaluators)
         finally:
             model.train(was_training)
 
-    def scores(self, parts: list[ValidationPart], device: torch.device) -> ValidationScores:
-        """The scores of what all processes found, by rank; device: where embeddings are compared."""
-        wants, found = self.recipe.loss, ValidationPart.joined(parts)
-        scores = _mean_losses(found.losses)
-        if wants.contrastive_weight:
-            texts = torch.unique(torch.cat(found.image_of_text), return_inverse=True)[1]
-            image_embed, text_embed = torch.cat(found.image_embeds).to(device), torch.cat(found.text_embeds).to(device)
-            scores |= _numbers(asdict(retrieval_scores(image_embed, text_embed, texts)))
-        captions = found.captions
-        if wants.caption_weight:
-            references = {self.source.key(i): self.source.captions(i) for i in range(len(self.source))}
-            references = {key: references[key] for key in captions}
-            scores |= _numbers(asdict(caption_scores(captions, references)))
-        return ValidationScores(scores, captions, {key: captions[key] for key in self.shown_keys if key in captions})
+    def scores(self, parts: list[Collected]) -> ValidationScores:
+        """The scores of what all processes found, by rank."""
+        by_evaluator = zip(self.evaluators, *(part.rows for part in parts), strict=True)
+        found = Scores.joined(
+            evaluator.scores([row for rows in of_ranks for row in rows]) for evaluator, *of_ranks in by_evaluator
+        )
+        shown = {key: found.texts[key] for key in self.shown_keys if key in found.texts}
+        return ValidationScores(found.values, self.task.selection(found.values), found.texts, shown, found.kept)
 
-    def _part(self, model: CoCa, rank: int, num_ranks: int) -> ValidationPart:
-        wants, found = self.recipe.loss, ValidationPart()
-        session = DecodingSession(model)
-        device = next(model.parameters()).device
-        for batch in self._batches(model.config.text.context_length, rank, num_ranks):
-            batch = batch.to(device)
-            assert batch.images is not None
-            with autocast(device, self.recipe.precision):
-                features = model.image_features(batch.images, batch.from_stage)
-                image = model.pool_image(features)
-                batch = replace(batch, images=features, from_stage=model.structure().image_encoder.num_stages)
-                found.losses.append((batch.num_samples, self._losses(model, batch)))
-                if wants.contrastive_weight:
-                    found.image_embeds.append(image.embed.cpu())
-                    found.text_embeds.append(model.encode_text(batch.token_ids, batch.token_mask).embed.cpu())
-                if wants.caption_weight:
-                    written = generate(model, image.tokens, self.tokenizer, self.options, session=session)
-                    keys = [self.source.key(int(i)) for i in batch.sample_ids]
-                    found.captions.update(zip(keys, (texts[0].text for texts in written), strict=True))
-            found.image_of_text.append(batch.text_sample_ids.cpu())
-        return found
+    def line(self, result: ValidationScores, epoch: float) -> str:
+        """The scores that a person follows, on one line."""
+        headlines = [score for score in self.task.scores if score.headline and score.name in result.values]
+        parts = [f"{score.label} {score.factor * result.values[score.name]:.2f}" for score in headlines]
+        return f"epoch {epoch:g}: " + "  ".join(parts)
 
-    def _losses(self, model: CoCa, batch: Batch) -> dict[str, float]:
-        losses = compute_losses(model, batch, self.recipe.loss, label_smoothing=0.0)
-        named = {"loss": losses.total, "contrastive_loss": losses.contrastive, "caption_loss": losses.caption}
-        return {name: float(value) for name, value in named.items() if value is not None}
+    def _batches(self, model: CoCa, device: torch.device, rank: int, num_ranks: int) -> Iterator[EncodedImages]:
+        for ids, inputs, stage in self._inputs(rank, num_ranks):
+            inputs = inputs.to(device)
+            inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+            yield EncodedImages(tuple(ids), model, model.image_features(inputs, stage))
 
-    def _batches(self, context_length: int, rank: int, num_ranks: int) -> Iterator[Batch]:
-        """Readable images that have captions, with the same number of captions each (extra ones would repeat)."""
-        counts = [len(self.source.captions(i)) for i in range(len(self.source))]
-        broken = self.cache.broken if self.cache is not None else {}
-        images = [i for i, count in enumerate(counts) if count and i not in broken]
-        texts_per_image = min(counts[i] for i in images)
-        for ids, inputs, stage in self._inputs(images, rank, num_ranks):
-            texts = [caption for i in ids for caption in self.source.captions(i)[:texts_per_image]]
-            token_ids, token_mask = collate_captions(
-                self.tokenizer.encode_batch(texts, context_length), self.tokenizer.pad_id
-            )
-            yield Batch(torch.tensor(ids), inputs, token_ids, token_mask, from_stage=stage)
-
-    def _inputs(self, images: list[int], rank: int, num_ranks: int) -> Iterator[tuple[list[int], Tensor, int]]:
+    def _inputs(self, rank: int, num_ranks: int) -> Iterator[tuple[list[int], Tensor, int]]:
+        """Images by their positions in the source, and what stage of the image encoder they are the input of."""
         if self.cache is not None:
-            first, stop = _share(len(images), rank, num_ranks)
+            first, stop = _share(len(self.images), rank, num_ranks)
             for start in range(first, stop, _BATCH_IMAGES):
-                ids = images[start : min(start + _BATCH_IMAGES, stop)]
+                ids = self.images[start : min(start + _BATCH_IMAGES, stop)]
                 yield ids, self.cache.read(np.zeros(len(ids), dtype=int), np.array(ids)), self.cached_stages
             return
-        wanted = set(images)
+        wanted = set(self.images)
         first, stop = _share(len(self.source), rank, num_ranks)
         source = self.source if num_ranks == 1 else Subset(self.source, range(first, stop))
         for batch in iterate_images(source, self.transform, _BATCH_IMAGES, 2):
@@ -209,7 +168,7 @@ def shared_scores(
     parts = world.gather_results(unless_asked(lambda: validator.part(model, world.rank, world.size)))
     if not world.is_main or any(part is None for part in parts):
         return None
-    return unless_asked(lambda: validator.scores(parts, model.device))
+    return unless_asked(lambda: validator.scores(parts))
 
 
 def _share(count: int, rank: int, num_ranks: int) -> tuple[int, int]:
@@ -219,16 +178,7 @@ def _share(count: int, rank: int, num_ranks: int) -> tuple[int, int]:
     return min(count, first), min(count, stop)
 
 
-def fixed_photographs(source: SampleSource, count: int) -> list[str]:
-    """Keys of so many images that have captions, evenly spaced: the same ones in every run on this source."""
-    keys = [source.key(image) for image in range(len(source)) if source.captions(image)]
-    return [keys[number * len(keys) // min(count, len(keys))] for number in range(min(count, len(keys)))]
-
-
-def _mean_losses(losses: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    total = sum(count for count, _ in losses)
-    return {name: sum(count * values[name] for count, values in losses) / total for name in losses[0][1]}
-
-
-def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+def fixed_photographs(source: SampleSource, usable: list[int], count: int) -> list[str]:
+    """Keys of so many usable images, evenly spaced: the same ones in every run on this source."""
+    count = min(count, len(usable))
+    return [source.key(usable[number * len(usable) // count]) for number in range(count)]

@@ -124,7 +124,7 @@ def test_two_runs_of_one_name(run: Path) -> None:
 
 def test_pictures_are_those_of_the_captions(run: Path, pairs: Pairs) -> None:
     source = open_source(pairs.images, pairs.table)
-    keys = fixed_photographs(source, 3)
+    keys = fixed_photographs(source, list(range(len(source))), 3)
     pictures = followed_pictures([read_run(run)], source)
     assert set(pictures) == set(keys)
     assert all(isinstance(picture, Image.Image) for picture in pictures.values())
@@ -134,7 +134,7 @@ def test_pictures_are_those_of_the_captions(run: Path, pairs: Pairs) -> None:
 
 def test_figures_in_words() -> None:
     assert learning_figures(LINE) == (
-        "loss 3.200 (contrastive 1.250, caption 0.975)  grad norm 0.50  scale 14.3  lr 8.00e-04"
+        "loss 3.200 (contrastive 1.250, caption 0.975)  grad norm 0.50  logit scale 14.3  lr 8.00e-04"
     )
     assert working_figures(LINE) == "123 images/s  19.0k tokens/s  MFU 43%  memory 2.1 GB  data wait 25%"
     assert [duration(s) for s in (5, 90, 5400, 200_000)] == ["5 s", "1.5 min", "1.5 h", "2.3 days"]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from opencoca.model.config import BlockConfig, CoCaConfig
+from opencoca.model.config import BlockConfig, CoCaConfig, HeadConfig
 from opencoca.model.layers.attention import Attention
 from opencoca.model.layers.blocks import Dropout, make_norm
 
@@ -47,6 +47,19 @@ class AttentionalPooler(nn.Module):
         context = self.norm_context(features)
         query = self.norm_query(self.query).to(context.dtype).unsqueeze(0)
         return self.norm(self.attn(query, context))
+
+
+class TaskHead(nn.Module):
+    """What a task adds: a pooler of one query over image features (B, N, C), then a linear map -> (B, num_outputs)."""
+
+    def __init__(self, config: HeadConfig, context_width: int):
+        super().__init__()
+        self.pooler = AttentionalPooler(config.block(context_width), context_width, 1, project_queries=False)
+        self.dropout = Dropout(config.dropout)
+        self.proj = nn.Linear(context_width, config.num_outputs)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.proj(self.dropout(self.pooler(features).squeeze(1)))
 
 
 class FeatureProjection(nn.Module):

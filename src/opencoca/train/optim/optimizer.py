@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from opencoca.distributed.world import sharded_like
 from opencoca.model.coca import CoCa
+from opencoca.tasks import Task, make_task
 from opencoca.train.optim.adafactor import Adafactor
 from opencoca.train.optim.muon import Muon, divide_groups
 from opencoca.train.recipe.recipe import Recipe
@@ -15,19 +16,20 @@ MakeOptimizer = Callable[[CoCa, Recipe], torch.optim.Optimizer]
 """What `build_optimizer` is; each group of what it makes has ``lr`` and ``peak_lr``."""
 
 
-def freeze(model: CoCa, recipe: Recipe) -> int:
-    """Stops gradients of what the recipe freezes, and of the half that a loss of weight 0 would leave without any.
+def freeze(model: CoCa, recipe: Recipe, task: Task | None = None) -> int:
+    """Stops gradients of what the recipe freezes, and of what its task does not reach.
 
     Returns how many of the image encoder's first stages are frozen.
     Raises ValueError if it has fewer than the recipe freezes, and if nothing is left to train.
     """
+    task = task or make_task(recipe.task)
     structure, encoder = model.structure(), model.structure().image_encoder
     asked = recipe.encoder.frozen_stages
     count = encoder.num_stages if asked == -1 else asked
     if not 0 <= count <= encoder.num_stages:
         raise ValueError(f"encoder.frozen_stages {asked}: this image encoder has {encoder.num_stages} stages")
     encoder.stages[:count].requires_grad_(False)
-    for parameter in model.unused_parameters(recipe.loss.contrastive_weight != 0, recipe.loss.caption_weight != 0):
+    for parameter in task.unreached(model):
         parameter.requires_grad_(False)
     for parameter in structure.parameters(*recipe.optimizer.frozen):
         parameter.requires_grad_(False)

@@ -19,7 +19,7 @@ class OptimizerRecipe:
             orthogonalised updates of the hidden matrices, AdamW for the rest, three quarters of its memory or less.
         learning_rate: at the peak.
         learning_rates: of single parts of the model, by name: image_encoder, image_pooling, unimodal_decoder,
-            multimodal_decoder, heads.
+            multimodal_decoder, heads, task_head.
         layer_decay: the peak is multiplied by this for every layer further from the outputs, in the image encoder and
             in the text decoder (arXiv 2106.08254); 1 = the same for all.
         frozen: names of parts that are not trained (image_encoder: as in LiT, arXiv 2111.07991).
@@ -61,7 +61,7 @@ class OptimizerRecipe:
                 raise ValueError(f"optimizer.learning_rates {name} {rate} must be more than 0; freeze it by frozen")
             if name in self.frozen:
                 raise ValueError(f"optimizer.frozen and optimizer.learning_rates both name {name}")
-        if set(self.frozen) >= set(PARTS):
+        if set(self.frozen) >= {*PARTS} - {"task_head"}:
             raise ValueError("optimizer.frozen names every part: nothing would be learned")
 
 

@@ -1,21 +1,19 @@
 """What a training run is: one recipe file, and the options that override it.
 
 A recipe is YAML whose keys are the fields below; ``--section.key value`` on the command line overrides it, and unknown
-keys fail. ``size`` names the model that ``model`` changes; the vocabulary size comes from the tokenizer.
+keys fail. ``model`` changes the architecture of the model that ``init_from`` names, or else of the size that ``size``
+names; the vocabulary size comes from the tokenizer. `load_recipe` reads a recipe.
 """
 
 import math
-import re
 import sys
 from dataclasses import asdict, dataclass, field
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from jsonargparse import ArgumentParser, Namespace
-
-from opencoca.model.config import NAMED_SIZES, CoCaConfig, at_todays_places
+from opencoca.model.config import CoCaConfig
+from opencoca.tasks import TaskOptions
+from opencoca.tasks.pretraining import PretrainingOptions
 from opencoca.train.recipe.data import DataRecipe
 from opencoca.train.recipe.optimizer import SHARDABLE, ComputeRecipe, OptimizerRecipe
 from opencoca.train.recipe.safety import CheckpointRecipe, SafetyRecipe
@@ -26,7 +24,7 @@ class TokenizerRecipe:
     """The vocabulary.
 
     Args:
-        source: clip, train (on the training captions), or the path of a tokenizer.json.
+        source: clip, train (on the training captions), init_from (the start model's), or the path of a tokenizer.json.
         vocab_size: of a trained vocabulary, at most.
         min_frequency: how often a pair must be seen to be merged, when training.
         lowercase: when training.
@@ -64,22 +62,26 @@ class EncoderRecipe:
 
 
 @dataclass(frozen=True)
-class LossRecipe:
-    """The objective (paper, section 3.1). A weight of 0 skips that half's work.
+class InitRecipe:
+    """The whole pretrained model that training starts from; ``init_from: NAME`` in a recipe is short for its model.
+
+    Architecture, tokenizer and preprocessing come from it unless the recipe says otherwise. Where shapes differ, image
+    positions are interpolated, and what cannot be taken starts anew; the log says what.
 
     Args:
-        contrastive_weight: lambda_con.
-        caption_weight: lambda_cap.
-        label_smoothing: of the captioning loss.
-        contrastive_reduction: mean or sum of the two directions.
-        caption_reduction: mean or sum over words.
+        model: what `opencoca.load` takes: a shipped or published name, a folder, a run, hf-hub:ORGANISATION/NAME, or
+            open_clip:NAME with checkpoint; None = training starts from random values.
+        weights: which weights of a published name.
+        checkpoint: file with the weights for open_clip:NAME.
     """
 
-    contrastive_weight: float = 1.0
-    caption_weight: float = 2.0
-    label_smoothing: float = 0.0
-    contrastive_reduction: Literal["mean", "sum"] = "mean"
-    caption_reduction: Literal["mean", "sum"] = "mean"
+    model: str | None = None
+    weights: str | None = None
+    checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.model is None and (self.weights or self.checkpoint):
+            raise ValueError("init_from.weights and init_from.checkpoint need init_from.model")
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,13 @@ class Recipe:
 
     Args:
         output: folder of the run: best model, last checkpoint, metrics, report.
-        size: named model size that ``model`` changes.
+        task: what is trained and how it is scored: pretraining, and its options.
+        init_from: the pretrained model that training starts from.
+        size: named model size that ``model`` changes, without init_from.
         model: the architecture.
         data: images and captions.
         tokenizer: vocabulary.
         encoder: image encoder: start, freezing, caching.
-        loss: weights of the two losses.
         optimizer: optimizer, schedule, and what is frozen.
         compute: recomputing and compiling of blocks.
         distributed: several processes.
@@ -129,22 +132,20 @@ class Recipe:
         device: auto, cpu, or cuda.
         seed: of everything random.
         validate_every_epochs: how often the validation set is scored.
-        val_max_new_tokens: longest caption written for validation.
         checkpoint_minutes: how often a checkpoint is written, besides every validation.
         log_every_steps: how often metrics are written.
         report_images: validation photographs whose captions are logged at every validation and shown in the report.
-        select_by: which validation score chooses the best weights: score (CIDEr-D x 100 + both R@1, in percent),
-            cider_d, mean_r1, or loss.
         tensorboard: also write TensorBoard events (extra: tensorboard).
     """
 
     output: str = "runs/coca"
+    task: TaskOptions = field(default_factory=PretrainingOptions)
+    init_from: InitRecipe = field(default_factory=InitRecipe)
     size: str = "small"
     model: CoCaConfig = field(default_factory=lambda: CoCaConfig.named("small"))
     data: DataRecipe = field(default_factory=DataRecipe)
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     encoder: EncoderRecipe = field(default_factory=EncoderRecipe)
-    loss: LossRecipe = field(default_factory=LossRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     compute: ComputeRecipe = field(default_factory=ComputeRecipe)
     distributed: DistributedRecipe = field(default_factory=DistributedRecipe)
@@ -159,11 +160,9 @@ class Recipe:
     device: str = "auto"
     seed: int = 0
     validate_every_epochs: int = 1
-    val_max_new_tokens: int = 30
     checkpoint_minutes: float = 10.0
     log_every_steps: int = 10
     report_images: int = 8
-    select_by: Literal["score", "cider_d", "mean_r1", "loss"] = "score"
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -175,18 +174,15 @@ class Recipe:
             if not 0 < low <= high or (name == "crop_scale" and high > 1):
                 bound = " and at most 1" if name == "crop_scale" else ""
                 raise ValueError(f"data.{name} {low} to {high} must be a range above 0{bound}")
-        if self.loss.contrastive_weight == 0 and self.loss.caption_weight == 0:
-            raise ValueError("loss.contrastive_weight and loss.caption_weight are both 0: nothing would be learned")
         if self.encoder.cache_features and self.encoder.frozen_stages == 0:
             raise ValueError("encoder.cache_features needs frozen stages: set encoder.frozen_stages (-1 = all)")
+        if self.tokenizer.source == "init_from" and self.init_from.model is None:
+            raise ValueError("tokenizer.source is init_from, but init_from names no model")
         name = self.optimizer.name
         if name not in SHARDABLE and self.distributed.strategy == "fsdp":
             raise ValueError(f"optimizer.name {name} does not work with distributed.strategy fsdp; use adamw or ddp")
         if self.encoder.learning_rate is not None and "image_encoder" in self.optimizer.learning_rates:
             raise ValueError("encoder.learning_rate and optimizer.learning_rates both set that of the image encoder")
-        needs = {"cider_d": "caption_weight", "mean_r1": "contrastive_weight"}.get(self.select_by)
-        if needs and getattr(self.loss, needs) == 0:
-            raise ValueError(f"select_by {self.select_by} has no score to go by, because loss.{needs} is 0")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -203,7 +199,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "accumulation_steps": (1, _LARGEST),
     "grad_cache_steps": (1, _LARGEST),
     "validate_every_epochs": (1, _LARGEST),
-    "val_max_new_tokens": (1, _LARGEST),
     "checkpoint_minutes": (0, _LARGEST),
     "log_every_steps": (1, _LARGEST),
     "report_images": (0, _LARGEST),
@@ -222,9 +217,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "compute.recompute_every": (1, _LARGEST),
     "optimizer.layer_decay": (_NEXT, 1),
     "optimizer.decay_fraction": (0, 1),
-    "loss.contrastive_weight": (0, _LARGEST),
-    "loss.caption_weight": (0, _LARGEST),
-    "loss.label_smoothing": (0, _BELOW_ONE),
     "optimizer.learning_rate": (_NEXT, _LARGEST),
     "optimizer.eps": (_NEXT, _LARGEST),
     "optimizer.weight_decay": (0, _LARGEST),
@@ -253,64 +245,3 @@ def _check_ranges(recipe: Recipe) -> None:
     for beta in recipe.optimizer.betas:
         if not 0 <= beta < 1:
             raise ValueError(f"optimizer.betas {recipe.optimizer.betas} must be at least 0 and less than 1")
-
-
-def recipe_parser(size: str = "small") -> ArgumentParser:
-    """The parser of recipe files and overrides; ``size`` gives the defaults of the model's fields."""
-    parser = ArgumentParser(prog="opencoca train", exit_on_error=False)
-    parser.add_class_arguments(Recipe)
-    parser.set_defaults({"size": size, "model": CoCaConfig.named(size).to_dict()})
-    return parser
-
-
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Reads a recipe file and applies overrides such as ``["--batch_size", "32"]``.
-
-    Raises ValueError, naming file and key, for a file that is missing or not YAML, unknown keys, impossible values.
-    """
-    path, overrides = Path(path), list(overrides or [])
-    if not path.is_file():
-        raise ValueError(f"there is no recipe {path}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"recipe {path} must be a mapping of keys to values")
-    size = _override(overrides, "size") or values.get("size", "small")
-    if size not in NAMED_SIZES:
-        raise ValueError(f"recipe {path}: there is no size {size!r}; known sizes: {', '.join(NAMED_SIZES)}")
-    for name, section in values.items():
-        if name in _SECTIONS and not isinstance(section, dict):
-            raise ValueError(f"recipe {path}: {name} must be a mapping of keys to values, got {section!r}")
-    parser = recipe_parser(size)
-    try:
-        if "model" in values:
-            values["model"] = at_todays_places(values["model"])
-        from_file = parser.parse_object(values, defaults=True)
-        namespace: Namespace = parser.parse_args(overrides, namespace=from_file)
-        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.49
-        return Recipe(**vars(instantiate(namespace)))
-    except Exception as error:
-        raise ValueError(f"recipe {path}: {_in_plain_words(error)}") from error
-
-
-_SECTIONS = (
-    *("model", "data", "tokenizer", "encoder", "loss", "optimizer", "compute"),
-    *("distributed", "checkpoint", "safety"),
-)
-
-
-def _in_plain_words(error: Exception) -> str:
-    """jsonargparse's message in one line, with the names of Python's types as people write them."""
-    text = re.sub(r"a <class '(\w+)'>", r"\1", " ".join(str(error).split()))
-    return text.removeprefix("Parser key ").replace("a typing.Literal", "one of ")
-
-
-def _override(overrides: list[str], name: str) -> str | None:
-    for index, argument in enumerate(overrides):
-        if argument.startswith(f"--{name}="):
-            return argument.split("=", 1)[1]
-        if argument == f"--{name}" and index + 1 < len(overrides):
-            return overrides[index + 1]
-    return None

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from opencoca.train.report.metrics_log import followed
 from opencoca.train.report.run_log import RunLog
 
 # Okabe and Ito's colours, which people who see colours differently can tell apart.
@@ -28,41 +29,18 @@ class Curve(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Curves that share axes."""
+    """Curves that share axes; is_loss: curves of training and of validation take turns."""
 
     title: str
     unit: str
     curves: tuple[Curve, ...]
     is_logarithmic: bool = False
+    is_loss: bool = False
 
 
-CHARTS = (
-    Chart(
-        "losses",
-        "nats",
-        (
-            Curve("train", "caption_loss", "caption, train"),
-            Curve("validation", "caption_loss", "caption, validation"),
-            Curve("train", "contrastive_loss", "contrastive, train"),
-            Curve("validation", "contrastive_loss", "contrastive, validation"),
-        ),
-    ),
-    Chart(
-        "captions of validation images",
-        "x 100",
-        (Curve("validation", "cider_d", "CIDEr-D", 100), Curve("validation", "bleu_4", "BLEU-4", 100)),
-    ),
-    Chart(
-        "retrieval among validation images",
-        "%",
-        (
-            Curve("validation", "image_to_text_r1", "image to text R@1", 100),
-            Curve("validation", "text_to_image_r1", "text to image R@1", 100),
-        ),
-    ),
+_ENGINE = (
     Chart("learning rate", "", (Curve("train", "lr", "learning rate"),)),
     Chart("gradient norm, before clipping", "", (Curve("train", "grad_norm", "gradient norm"),), True),
-    Chart("logit scale (1 / temperature)", "", (Curve("train", "logit_scale", "logit scale"),)),
     Chart(
         "speed",
         "a second",
@@ -80,22 +58,57 @@ CHARTS = (
 )
 
 
+def charts_of(runs: Sequence[RunLog]) -> list[Chart]:
+    """The charts of runs: losses, the scores of their tasks, what else their tasks follow, and the engine's figures."""
+    logged = list(dict.fromkeys(name for run in runs for line in run.of("train") for name in line))
+    losses = [name for name in logged if name.endswith("_loss")] or ["loss"]
+    kinds = ("train", "validation")
+    curves = [Curve(kind, name, f"{_words(name.removesuffix('_loss'))}, {kind}") for name in losses for kind in kinds]
+    charts = [Chart("losses", "nats", tuple(curves), is_loss=True)]
+    titled: dict[str, list[Curve]] = {}
+    for score in dict.fromkeys(score for run in runs for score in run.scores):
+        if score.chart is not None:
+            curve = Curve("validation", score.name, score.label, score.factor)
+            titled.setdefault(score.chart, []).append(curve)
+    charts += [Chart(title, "x 100", tuple(curves)) for title, curves in titled.items()]
+    monitors = dict.fromkeys(name for run in runs for line in run.of("train") for name in followed(line))
+    charts += [Chart(_words(name), "", (Curve("train", name, _words(name)),)) for name in monitors]
+    return [*charts, *_ENGINE]
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
 def chart_svg(chart: Chart, runs: Sequence[RunLog]) -> str | None:
     """An <svg> element; None if no run has any of its figures.
 
-    Of one run every curve has its colour; of several every run has, the page's `COLOURS`, and curves differ in style.
+    In a chart of one run every curve has its colour; among several runs each has one of `COLOURS`, as on the page, and
+    curves differ in style.
     """
     figure = Figure(figsize=(4.5, 3.2), layout="constrained")  # as wide as a page of three columns shows it
     axes = figure.add_subplot()
     _draw(axes, chart, runs)
     if not axes.lines:
         return None
-    _furnish(figure, axes, chart, many=len(runs) > 1)
+    _furnish(axes, chart)
+    if len(chart.curves) > 1:
+        # Below the curves, of which it would hide some.
+        keys = _keys(axes, many=len(runs) > 1)
+        figure.legend(handles=keys, loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": chart.title}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def draw_curves(axes: Axes, chart: Chart, runs: Sequence[RunLog]) -> None:
+    """A chart on given axes, with a legend among the curves."""
+    _draw(axes, chart, runs)
+    _furnish(axes, chart)
+    if axes.lines:
+        axes.legend(handles=_keys(axes, many=len(runs) > 1), fontsize=9)
 
 
 def _draw(axes: Axes, chart: Chart, runs: Sequence[RunLog]) -> None:
@@ -118,13 +131,13 @@ def _draw(axes: Axes, chart: Chart, runs: Sequence[RunLog]) -> None:
 
 
 def _style(chart: Chart, curve: Curve) -> str:
-    """Of validation, points; dashed between them where they share axes with the curves of training."""
+    """Points for validation; dashed between them where they share axes with the curves of training."""
     if curve.kind != "validation":
         return "-"
     return "o--" if any(other.kind == "train" for other in chart.curves) else "o-"
 
 
-def _furnish(figure: Figure, axes: Axes, chart: Chart, *, many: bool) -> None:
+def _furnish(axes: Axes, chart: Chart) -> None:
     axes.set_title(chart.title, fontsize=10.5, fontweight="bold", loc="left")
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel(chart.unit, fontsize=9)
@@ -133,16 +146,16 @@ def _furnish(figure: Figure, axes: Axes, chart: Chart, *, many: bool) -> None:
     if chart.is_logarithmic:
         _logarithmic(axes)
     axes.tick_params(which="both", labelsize=9)
-    if len(chart.curves) == 1:
-        return
-    by_label = {str(line.get_label()): line for line in axes.lines}  # of several runs, one for all their colours
-    keys = [
+
+
+def _keys(axes: Axes, *, many: bool) -> list[Line2D]:
+    """The legend's lines; many: runs have colours of their own, and one key stands for all of them."""
+    by_label = {str(line.get_label()): line for line in axes.lines}
+    return [
         Line2D([], [], color=_SOFT if many else line.get_color(), linestyle=line.get_linestyle(), linewidth=1.3,
                marker=line.get_marker(), markersize=3, alpha=line.get_alpha(), label=label)
         for label, line in by_label.items()
     ]  # fmt: skip
-    # Below the curves, of which it would hide some.
-    figure.legend(handles=keys, loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
 
 
 def _logarithmic(axes: Axes) -> None:
@@ -160,7 +173,7 @@ def _short(value: float) -> str:
 
 
 def _colour(chart: Chart, number: int) -> int:
-    return number // 2 if chart.title == "losses" else number
+    return number // 2 if chart.is_loss else number
 
 
 def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

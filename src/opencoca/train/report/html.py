@@ -10,21 +10,12 @@ from typing import Any
 from PIL import Image
 
 from opencoca.system.files import atomic_write
-from opencoca.train.report.charts import CHARTS, COLOURS, chart_svg
+from opencoca.train.report.charts import COLOURS, chart_svg, charts_of
+from opencoca.train.report.matrices import matrix_png, stored_matrices
 from opencoca.train.report.run_log import RunLog
 
 _THUMBNAIL_PIXELS = 220
 _MOST_COLUMNS = 6
-_SCORES = {
-    "loss": ("loss", 1.0, 3),
-    "caption_loss": ("caption loss", 1.0, 3),
-    "contrastive_loss": ("contrastive loss", 1.0, 3),
-    "cider_d": ("CIDEr-D", 100.0, 1),
-    "bleu_4": ("BLEU-4", 100.0, 1),
-    "rouge_l": ("ROUGE-L", 100.0, 1),
-    "image_to_text_r1": ("image to text R@1", 100.0, 1),
-    "text_to_image_r1": ("text to image R@1", 100.0, 1),
-}
 _STYLE = """
 :root { --ink: #22211f; --soft: #77736b; --paper: #f3f1ec; --card: #fff; --line: #dedad1; --best: #fdf0e8 }
 * { box-sizing: border-box }
@@ -42,6 +33,7 @@ tr:last-child td { border-bottom: 0 } td.number, th.number { text-align: right; 
 table.captions { table-layout: fixed; min-width: 900px } .captions td { overflow-wrap: anywhere }
 .captions th:first-child { width: 182px }
 tr.best td { background: var(--best) } td img { display: block; border-radius: 6px; width: 160px; height: auto }
+img.matrix { display: block; width: 100%; max-width: 900px; height: auto }
 details { margin-top: 34px } summary { cursor: pointer; margin-bottom: 10px } summary h2 { display: inline }
 .dot { display: inline-block; width: 11px; height: 11px; border-radius: 50%; margin-right: 6px }
 """
@@ -56,6 +48,7 @@ def write_html(
         *(_summary(run, number, len(runs) > 1) for number, run in enumerate(runs)),
         _charts(runs),
         _validations(runs),
+        _matrices(runs),
         _captions(runs, pictures or {}),
         _events(runs),
         _recipes(runs),
@@ -97,7 +90,7 @@ def _mean(lines: list[dict[str, Any]], name: str) -> float:
 
 
 def _charts(runs: Sequence[RunLog]) -> str:
-    drawn = [svg for chart in CHARTS if (svg := chart_svg(chart, runs))]
+    drawn = [svg for chart in charts_of(runs) if (svg := chart_svg(chart, runs))]
     return '<div class="grid">' + "".join(f'<div class="card">{svg}</div>' for svg in drawn) + "</div>"
 
 
@@ -105,39 +98,42 @@ def _validations(runs: Sequence[RunLog]) -> str:
     rows = [(run, line) for run in runs for line in run.of("validation")]
     if not rows:
         return ""
-    shown = [name for name in _SCORES if any(name in line for _, line in rows)]
+    scores = [
+        s for s in dict.fromkeys(s for run in runs for s in run.scores) if any(s.name in line for _, line in rows)
+    ]
     many = len(runs) > 1
     best = {id(_best(run)) for run in runs}
     head = ["run"] * many + ["step", "epoch"]
     cells = "".join(f"<th>{name}</th>" for name in head)
-    cells += "".join(f'<th class="number">{_SCORES[name][0]}</th>' for name in shown)
+    cells += "".join(f'<th class="number">{escape(score.label)}</th>' for score in scores)
     body = ""
     for run, line in rows:
         body += f'<tr class="{"best" if id(line) in best else ""}">'
         body += f"<td>{escape(run.name)}</td>" if many else ""
         body += f"<td>{line['step']:,}</td><td>{line.get('epoch', 0):g}</td>"
-        for name in shown:
-            _, factor, digits = _SCORES[name]
-            value = f"{factor * line[name]:.{digits}f}" if name in line else ""
+        for score in scores:
+            value = f"{score.factor * line[score.name]:.{score.digits}f}" if score.name in line else ""
             body += f'<td class="number">{value}</td>'
         body += "</tr>"
-    note = '<p class="soft">Scores x 100; the row in colour is the best of its run by select_by.</p>'
+    note = '<p class="soft">Scores x 100; the row in colour is the best of its run by task.select_by.</p>'
     return f'<h2>Validation</h2>{note}<div class="scroll"><table><tr>{cells}</tr>{body}</table></div>'
 
 
 def _best(run: RunLog) -> dict[str, Any] | None:
-    from opencoca.train.validation import ValidationScores
+    """The validation by which the best weights were chosen; None for a run that did not log it."""
+    lines = [line for line in run.of("validation") if "selection" in line]
+    return max(lines, key=lambda line: line["selection"]) if lines else None
 
-    lines = run.of("validation")
-    select_by = str(run.recipe.get("select_by", "score"))
 
-    def selection(line: dict[str, Any]) -> float:
-        try:
-            return ValidationScores(line, {}).selection(select_by)
-        except KeyError:
-            return -line.get("loss", 0.0)
-
-    return max(lines, key=selection) if lines else None
+def _matrices(runs: Sequence[RunLog]) -> str:
+    found = [(run, matrix) for run in runs for matrix in stored_matrices(run.folder)]
+    parts = []
+    for run, matrix in found:
+        data = base64.b64encode(matrix_png(matrix)).decode()
+        name = f" ({run.name})" if len(runs) > 1 else ""
+        alt = escape(f"{matrix.title}{name}")
+        parts.append(f'<div class="card"><img class="matrix" alt="{alt}" src="data:image/png;base64,{data}"></div>')
+    return "".join(parts)
 
 
 def _captions(runs: Sequence[RunLog], pictures: dict[str, Image.Image]) -> str:

@@ -6,6 +6,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from opencoca.train.report.metrics_log import followed
+
 
 class LiveView:
     """``with LiveView(total_steps, done_steps) as view``: advance it by every step, show it every line of the log."""
@@ -77,10 +79,11 @@ class LiveView:
 
 
 def learning_figures(line: dict[str, float]) -> str:
-    """Loss and its parts, gradient norm, logit scale, learning rate."""
-    parts = [f"{label} {line[name]:.3f}" for name, label in _LOSSES.items() if line.get(name) is not None]
+    """Loss and its terms, gradient norm, what the task follows beside them, learning rate."""
+    parts = [f"{name.removesuffix('_loss')} {value:.3f}" for name, value in line.items() if name.endswith("_loss")]
     loss = f"loss {line['loss']:.3f}" + (f" ({', '.join(parts)})" if parts else "")
-    return f"{loss}  grad norm {line['grad_norm']:.2f}  scale {line['logit_scale']:.1f}  lr {line['lr']:.2e}"
+    rest = "".join(f"  {name.replace('_', ' ')} {value:.1f}" for name, value in followed(line).items())
+    return f"{loss}  grad norm {line['grad_norm']:.2f}{rest}  lr {line['lr']:.2e}"
 
 
 def working_figures(line: dict[str, float]) -> str:
@@ -100,9 +103,6 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s"
-
-
-_LOSSES = {"contrastive_loss": "contrastive", "caption_loss": "caption"}
 
 
 def _short(value: float) -> str:

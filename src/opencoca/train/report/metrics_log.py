@@ -11,6 +11,18 @@ from typing import Any
 from opencoca.system.files import WriteError, atomic_write
 from opencoca.train.step import StepMetrics
 
+# What the engine itself writes into a line of training; other numbers, but for the losses, are the task's monitors.
+ENGINE_FIGURES = frozenset(
+    {"step", "epoch", "loss", "grad_norm", "lr", "images_per_sec", "tokens_per_sec", "step_ms", "data_wait_ms"}
+    | {"model_flops_per_sec", "model_flops_utilisation", "memory_bytes"}
+)
+
+
+def followed(line: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line of training that its task follows beside the losses."""
+    own = {name: value for name, value in line.items() if isinstance(value, int | float) and name not in ENGINE_FIGURES}
+    return {name: value for name, value in own.items() if not name.endswith("_loss")}
+
 
 class MetricsLog:
     """Appends one JSON object a line to ``path``; lines of steps after ``resume_step`` are dropped at the start."""
@@ -84,16 +96,16 @@ class MetricsWindow:
     """What happened since the last line of the log; its state goes into checkpoints, so that no step is left out."""
 
     def __init__(self, state: dict[str, Any] | None = None):
-        self._state: dict[str, Any] = {"rows": [], "images": 0, "tokens": 0, "waited": 0.0, "seconds": 0.0}
-        self._state["flops"] = 0.0
+        self._state: dict[str, Any] = {"rows": [], "latest": {}, "images": 0, "tokens": 0}
+        self._state |= {"waited": 0.0, "seconds": 0.0, "flops": 0.0}
         self._state |= state or {}
 
-    def add(
-        self, metrics: StepMetrics, images: int, tokens: int, waited: float, seconds: float, flops: float = 0.0
-    ) -> None:
-        """waited: the part of the step's seconds before its batch was there; flops: that the step needed here."""
-        self._state["rows"].append(metrics.to_dict())
-        counts = {"images": images, "tokens": tokens, "waited": waited, "seconds": seconds, "flops": flops}
+    def add(self, metrics: StepMetrics, waited: float, seconds: float, flops: float = 0.0) -> None:
+        """waited: the part of the step's seconds before its batch was there; flops: what the step needed here."""
+        self._state["rows"].append(metrics.averaged())
+        self._state["latest"] = metrics.latest()
+        counts = {"images": metrics.samples, "tokens": metrics.tokens}
+        counts |= {"waited": waited, "seconds": seconds, "flops": flops}
         for name, value in counts.items():
             self._state[name] += value
 
@@ -113,8 +125,8 @@ class MetricsWindow:
     def flush(self) -> dict[str, float]:
         """Means over the steps since the last flush, and begins anew."""
         rows, seconds = self._state["rows"], max(self._state["seconds"], 1e-9)
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        means |= {"lr": rows[-1]["lr"], "logit_scale": rows[-1]["logit_scale"]}
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[-1]}
+        means |= self._state["latest"]
         means |= {f"{name}_per_sec": self._state[name] / seconds for name in ("images", "tokens")}
         means |= {"step_ms": 1e3 * seconds / len(rows), "data_wait_ms": 1e3 * self._state["waited"] / len(rows)}
         self._state = MetricsWindow()._state

@@ -1,39 +1,32 @@
 """The reports of a run: a page with everything (report.html), and one picture of losses, scores and captions."""
 
 import contextlib
-import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
 from opencoca.data import SampleSource, decode_image
 from opencoca.system.files import atomic_write
+from opencoca.train.best_model import read_texts
 from opencoca.train.data_sources import open_val_source
-from opencoca.train.recipe.recipe import load_recipe
+from opencoca.train.recipe.load import load_recipe
+from opencoca.train.report.charts import Chart, charts_of, draw_curves
 from opencoca.train.report.html import write_html
-from opencoca.train.report.metrics_log import read_metrics
 from opencoca.train.report.run_log import RunLog, read_run
 
-_SCORES = {
-    "cider_d": "CIDEr-D",
-    "bleu_4": "BLEU-4",
-    "image_to_text_r1": "image to text R@1",
-    "text_to_image_r1": "text to image R@1",
-}
 
+def write_report(folder: Path, source: SampleSource | None, title: str) -> Path:
+    """Writes report.html and report.png from what the run stored in its folder.
 
-def write_report(folder: Path, source: SampleSource | None, captions: dict[str, str], title: str) -> Path:
-    """Writes report.html and report.png from the run's metrics.jsonl; captions: by key, of the images to show.
-
-    source: of the validation photographs; None = there are none to show. Returns the picture's path.
+    source: the validation photographs; None = there are none to show. Returns the picture's path.
     """
-    write_html(folder / "report.html", [read_run(folder)], title, followed_pictures([read_run(folder)], source))
-    return _write_picture(folder, source, captions, title)
+    runs = [read_run(folder)]
+    write_html(folder / "report.html", runs, title, followed_pictures(runs, source))
+    return _write_picture(runs[0], source, title)
 
 
 def report_runs(folders: Sequence[str | Path], output: str | Path | None = None) -> list[Path]:
@@ -53,9 +46,7 @@ def report_runs(folders: Sequence[str | Path], output: str | Path | None = None)
     run = runs[0]
     title = f"{run.name}: {run.last_step:,} steps"
     page = write_html(output or run.folder / "report.html", runs, title, followed_pictures(runs, source))
-    captions_path = run.folder / "val_captions.json"
-    captions = json.loads(captions_path.read_text(encoding="utf-8")) if captions_path.is_file() else {}
-    return [page, _write_picture(run.folder, source, captions, title)]
+    return [page, _write_picture(run, source, title)]
 
 
 def followed_pictures(runs: Sequence[RunLog], source: SampleSource | None) -> dict[str, Image.Image]:
@@ -79,55 +70,30 @@ def _source_of(run: RunLog) -> SampleSource | None:
         return None
 
 
-def _write_picture(folder: Path, source: SampleSource | None, captions: dict[str, str], title: str) -> Path:
-    metrics = read_metrics(folder / "metrics.jsonl")
-    photographs = _photographs(source, captions) if source is not None else []
-    figure = Figure(figsize=(16, 5 + 4.2 * ((len(photographs) + 3) // 4)), layout="constrained")
+def _write_picture(run: RunLog, source: SampleSource | None, title: str) -> Path:
+    photographs = _photographs(source, read_texts(run.folder)) if source is not None else []
     rows = 1 + (len(photographs) + 3) // 4
+    figure = Figure(figsize=(16, 5 + 4.2 * (rows - 1)), layout="constrained")
     grid = figure.add_gridspec(rows, 4, height_ratios=[1.2] + [1.0] * (rows - 1))
-    _draw_losses(figure.add_subplot(grid[0, :2]), metrics)
-    _draw_scores(figure.add_subplot(grid[0, 2:]), metrics)
-    for index, (picture, caption) in enumerate(photographs):
+    losses, *scores = (chart for chart in charts_of([run]) if chart.curves[0].kind == "validation" or chart.is_loss)
+    draw_curves(figure.add_subplot(grid[0, :2]), losses, [run])
+    curves = tuple(curve for chart in scores for curve in chart.curves)
+    draw_curves(figure.add_subplot(grid[0, 2:]), Chart("validation scores", "x 100", curves), [run])
+    for index, (picture, text) in enumerate(photographs):
         axes = figure.add_subplot(grid[1 + index // 4, index % 4])
         axes.imshow(picture)
-        axes.set_title(_literally(textwrap.fill(caption, 38)), fontsize=10)
+        axes.set_title(_literally(textwrap.fill(text, 38)), fontsize=10)
         axes.axis("off")
     figure.suptitle(_literally(title))
-    path = folder / "report.png"
+    path = run.folder / "report.png"
     with atomic_write(path) as partial:
         figure.savefig(partial, dpi=70, format="png")
     return path
 
 
-def _draw_losses(axes: Axes, metrics: list[dict[str, Any]]) -> None:
-    for name, color in (("caption_loss", "tab:blue"), ("contrastive_loss", "tab:orange")):
-        for kind, style in (("train", "-"), ("validation", "o--")):
-            points = [(line["step"], line[name]) for line in metrics if line["kind"] == kind and name in line]
-            if points:
-                label = f"{name.replace('_', ' ')}, {kind}"
-                axes.plot(
-                    *zip(*points, strict=True), style, color=color, alpha=0.6 if kind == "train" else 1, label=label
-                )
-    axes.set(xlabel="step", ylabel="nats", title="losses")
-    if axes.lines:
-        axes.legend()
-    axes.grid(alpha=0.3)
-
-
 def _literally(text: str) -> str:
     """Without the formulas that matplotlib would see between two dollar signs."""
     return text.replace("$", r"\$")
-
-
-def _draw_scores(axes: Axes, metrics: list[dict[str, Any]]) -> None:
-    for name, label in _SCORES.items():
-        points = [(m["step"], 100 * m[name]) for m in metrics if m["kind"] == "validation" and name in m]
-        if points:
-            axes.plot(*zip(*points, strict=True), "o-", label=f"{label} (last {points[-1][1]:.1f})")
-    axes.set(xlabel="step", ylabel="x 100", title="validation scores")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
 
 
 def _photographs(source: SampleSource, captions: dict[str, str], count: int = 8) -> list[tuple[Any, str]]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opencoca.tasks import TASKS
+from opencoca.tasks.task import Score
 from opencoca.train.report.metrics_log import read_metrics
 
 
@@ -23,6 +25,12 @@ class RunLog:
     def points(self, kind: str, name: str, factor: float = 1.0) -> list[tuple[int, float]]:
         """(step, value) of one figure."""
         return [(line["step"], factor * line[name]) for line in self.of(kind) if name in line]
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """The validation scores of the run's task, as people read them."""
+        task = TASKS.get(str(self.recipe.get("task.name", "pretraining")))
+        return task[1].scores if task is not None else ()
 
     @property
     def last_step(self) -> int:
