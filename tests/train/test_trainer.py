@@ -93,7 +93,6 @@ class TestBestWeights:
             score = next(scores)
             return ValidationScores({"cider_d": score, "loss": 1.0}, score, {"image0.png": f"number {len(weights)}"})
 
-        validator.line = trainer.validator.line  # pyright: ignore
         trainer.validator = validator  # pyright: ignore
         trainer.run()
         kept, _ = read_tensors(output / "model.safetensors")

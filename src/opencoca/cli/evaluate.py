@@ -23,7 +23,7 @@ from opencoca.cli.generation_options import add_generation_options, chosen_gener
 if TYPE_CHECKING:
     from opencoca.data import SampleSource
     from opencoca.evaluation.encoding import BrokenImage
-    from opencoca.evaluation.zero_shot import ZeroShotReport
+    from opencoca.evaluation.prompts import ClassificationScores
 
 _CAPTIONS = "--model runs/coca --images DIR --captions val.csv --out scores.json"
 _LEFT_OUT = "Images that cannot be read are left out, counted, and named on stderr and in the JSON file."
@@ -34,6 +34,7 @@ def add_commands(commands: Any) -> None:
     _add_retrieval(group)
     _add_captioning(group)
     _add_zero_shot(group)
+    _add_classification(group)
 
 
 def _add_retrieval(group: Any) -> None:
@@ -87,12 +88,7 @@ def _add_zero_shot(group: Any) -> None:
         example="opencoca evaluate zero-shot --images DIR --labels labels.csv --out scores.json",
         more=_LEFT_OUT,
     )
-    parser.add_argument("--images", required=True, metavar="DIR", help="folder of images")
-    parser.add_argument(
-        "--labels",
-        metavar="CSV",
-        help="table with the columns image and label (default: each sub-folder of DIR is a label)",
-    )
+    _add_labelled_images(parser)
     parser.add_argument(
         "--class-names",
         metavar="CSV",
@@ -107,6 +103,28 @@ def _add_zero_shot(group: Any) -> None:
     )
     _add_by(parser)
     _add_common(parser)
+
+
+def _add_classification(group: Any) -> None:
+    parser = add_command(
+        group,
+        "classification",
+        run_classification,
+        "How often a finetuned classifier names the right class: accuracy, in percent, over all and for each class.",
+        example="opencoca evaluate classification --model runs/classes --images DIR --labels test.csv",
+        more=_LEFT_OUT,
+    )
+    _add_labelled_images(parser)
+    _add_common(parser)
+
+
+def _add_labelled_images(parser: Any) -> None:
+    parser.add_argument("--images", required=True, metavar="DIR", help="folder of images")
+    parser.add_argument(
+        "--labels",
+        metavar="CSV",
+        help="table with the columns image and label (default: the sub-folder that an image lies in is its label)",
+    )
 
 
 def _add_captioned_images(parser: Any) -> None:
@@ -232,19 +250,40 @@ def run_zero_shot(arguments: argparse.Namespace) -> int:
     report = evaluate_zero_shot(
         pipeline, source, templates, names, by=arguments.by, batch_size=arguments.batch_size, progress=True
     )
-    scores = {name: getattr(report.scores, name) for name in ("top1", "top5", "mean_per_class")}
+    scores, table = _accuracies(report.scores)
     counts = {"images": report.scores.num_images, "labels": len(report.labels), "templates": len(templates)}
-    titles = ("top-1", "top-5", "mean per class")
-    table = [(title, f"{100 * value:.2f}") for title, value in zip(titles, scores.values(), strict=True)]
-    confusions = _confusions(report)
+    confusions = _confusions(report.labels, report.scores)
     _finish(arguments, "zero-shot", scores, table, counts, report.broken_images, started, confusions=confusions)
     return 0
 
 
-def _confusions(report: "ZeroShotReport") -> list[dict[str, Any]]:
+def run_classification(arguments: argparse.Namespace) -> int:
+    from opencoca.data import open_labelled
+    from opencoca.evaluation.classification import evaluate_classification
+
+    check_writable(arguments.out)
+    source = _limited(open_labelled(arguments.images, arguments.labels), arguments.limit)
+    pipeline = load_pipeline(arguments)
+    started = time.perf_counter()
+    report = evaluate_classification(pipeline, source, batch_size=arguments.batch_size, progress=True)
+    scores, table = _accuracies(report.scores)
+    counts = {"images": report.scores.num_images, "labels": len(report.classes)}
+    more = {"per_class": report.per_class, "confusions": _confusions(report.classes, report.scores)}
+    _finish(arguments, "classification", scores, table, counts, report.broken_images, started, **more)
+    return 0
+
+
+def _accuracies(found: "ClassificationScores") -> tuple[dict[str, float], list[tuple[str, str]]]:
+    """Accuracies by name, and the rows of the table that shows them."""
+    titles = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
+    scores = {name: getattr(found, name) for name in titles}
+    return scores, [(title, f"{100 * scores[name]:.2f}") for name, title in titles.items()]
+
+
+def _confusions(labels: Sequence[str], scores: "ClassificationScores") -> list[dict[str, Any]]:
     return [
-        {"label": report.labels[found.target], "taken_for": report.labels[found.predicted], "images": found.count}
-        for found in report.scores.confusions
+        {"label": labels[found.target], "taken_for": labels[found.predicted], "images": found.count}
+        for found in scores.confusions
     ]
 
 
@@ -273,6 +312,7 @@ def _finish(
     started: float,
     *,
     confusions: Sequence[Mapping[str, Any]] | None = None,
+    per_class: Mapping[str, float] | None = None,
     decoding: Mapping[str, Any] | None = None,
 ) -> None:
     """Prints the table and, with --out, writes the scores with everything that tells how they were measured."""
@@ -297,6 +337,7 @@ def _finish(
         "counts": counts,
         "broken_images": [asdict(image) for image in broken],
         **({} if confusions is None else {"confusions": confusions}),
+        **({} if per_class is None else {"per_class": dict(per_class)}),
         "seconds": round(seconds, 3),
         "opencoca_version": opencoca.__version__,
         "settings": {**{name: given[name] for name in settings if name in given}, **(decoding or {})},

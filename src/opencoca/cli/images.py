@@ -37,7 +37,11 @@ def add_commands(commands: Any) -> None:
         more=_BROKEN,
     )
     classify.add_argument("images", nargs="+", metavar="IMAGE", help=_IMAGES)
-    classify.add_argument("--labels", metavar="A,B,C", help="what to choose from, separated by commas")
+    classify.add_argument(
+        "--labels",
+        metavar="A,B,C",
+        help="what to choose from, separated by commas (default: the classes that the model was finetuned on)",
+    )
     classify.add_argument(
         "--templates",
         metavar="T",
@@ -97,7 +101,7 @@ def run_classify(arguments: argparse.Namespace) -> int:
         for broken in batch.broken:
             complain(broken.reason)
             failed = True
-        for index, ranked in zip(batch.indices, classifier.rank(batch.tokens, batch.embed), strict=True):
+        for index, ranked in zip(batch.indices, classifier.rank(batch.features), strict=True):
             best = ranked[: arguments.top]
             if arguments.json:
                 scores = [{"label": label, "probability": value} for label, value in best]

@@ -1,6 +1,6 @@
 """Labels for images: how they are compared, the sentences made of them, and the ranking that comes of it.
 
-Letters: I images, L labels, Q pooler queries, D width, E embed_dim.
+Letters: I images, L labels, N image features, C their width.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,17 +26,17 @@ class LabelScore(NamedTuple):
 
 @dataclass(frozen=True)
 class Classifier:
-    """Ranks labels for encoded images.
+    """Ranks labels for images whose features are there.
 
-    logits: from image tokens (I, Q, D) and embeddings (I, E) to (I, L) float32 on the CPU.
+    logits: from features (I, N, C) of the image encoder to (I, L) float32 on the CPU.
     """
 
     labels: tuple[str, ...]
-    logits: Callable[[Tensor, Tensor], Tensor]
+    logits: Callable[[Tensor], Tensor]
 
-    def rank(self, image_tokens: Tensor, image_embed: Tensor) -> list[list[LabelScore]]:
+    def rank(self, features: Tensor) -> list[list[LabelScore]]:
         """All labels of each image with their probabilities (they sum to 1), the most probable first."""
-        probabilities = self.logits(image_tokens, image_embed).softmax(dim=-1)
+        probabilities = self.logits(features).softmax(dim=-1)
         values, order = probabilities.sort(dim=-1, descending=True, stable=True)
         return [
             [LabelScore(self.labels[position], value) for position, value in zip(positions, row, strict=True)]

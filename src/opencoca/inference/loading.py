@@ -106,7 +106,7 @@ def load(
     """
     device, dtype = choose_device(device), as_dtype(dtype)
     loaded = load_model(name_or_path, device=device, dtype=dtype, weights=weights, checkpoint=checkpoint)
-    return Pipeline(loaded.model, loaded.tokenizer, Preprocess(loaded.preprocess), loaded.info)
+    return Pipeline(loaded.model, loaded.tokenizer, Preprocess(loaded.preprocess), loaded.info, loaded.task)
 
 
 def load_model(

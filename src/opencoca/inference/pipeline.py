@@ -33,7 +33,8 @@ class Pipeline:
     """A model together with its tokenizer and its preprocessing, ready for images and texts.
 
     Attributes: `model` (CoCa, in eval mode), `tokenizer`, `preprocess` (images of any kind -> (I, 3, height, width)),
-    `info` (where the model comes from), `session` (what decoding keeps from one call to the next), `device`, `dtype`.
+    `classes` (the names of the classes that the model was finetuned on, or None), `info` (where the model comes
+    from), `session` (what decoding keeps from one call to the next), `device`, `dtype`.
 
     Images are one or several of: a path, the bytes of a file, a PIL image, an array (H, W, 3) or (H, W), a tensor
     (3, H, W); arrays and tensors hold uint8, or floating point in 0..1. One that cannot be used raises ImageError,
@@ -42,13 +43,21 @@ class Pipeline:
     """
 
     def __init__(
-        self, model: CoCa, tokenizer: Tokenizer, preprocess: Preprocess, info: dict[str, Any] | None = None
+        self,
+        model: CoCa,
+        tokenizer: Tokenizer,
+        preprocess: Preprocess,
+        info: dict[str, Any] | None = None,
+        task: dict[str, Any] | None = None,
     ) -> None:
+        """task: what a model folder keeps of the task that the model was finetuned on; see `LoadedModel`."""
         self.model = model.eval()
         self.session = DecodingSession(self.model)
         self.tokenizer = tokenizer
         self.preprocess = preprocess
         self.info = info or {}
+        classes = (task or {}).get("classes")
+        self.classes: tuple[str, ...] | None = None if classes is None else tuple(classes)
 
     @property
     def device(self) -> torch.device:
@@ -263,6 +272,7 @@ class Pipeline:
     ) -> list[list[LabelScore]]:
         """Ranks labels for each image, with probabilities that sum to 1, the most probable first.
 
+        Without labels, a model that was finetuned on classes (`classes`) ranks these by its own head.
         By similarity, a label's embedding is the mean over its texts, one for each template, {} standing for the label
         (CLIP, arXiv 2103.00020, section 3.1.4); the softmax has the model's own temperature. By likelihood, a label's
         logit is the mean over its texts of log p(text | image) - log p(text), by the captioner.
@@ -274,8 +284,7 @@ class Pipeline:
         ranked = []
         for pixels in self._batches(images, batch_size):
             with torch.inference_mode():
-                output = self.model.encode_image(pixels)
-            ranked += classifier.rank(output.tokens, output.embed)
+                ranked += classifier.rank(self.model.image_features(pixels))
         return ranked
 
     def classifier(
@@ -285,9 +294,18 @@ class Pipeline:
         by: Rule = "similarity",
     ) -> Classifier:
         """What `classify` ranks labels with, for images that are encoded already; raises ValueError as it does."""
-        if labels is None:
+        if labels is None and self.classes is None:
             raise ValueError("this model was not trained on classes of its own; give the labels to choose from")
-        return Classifier(tuple(labels), self.label_logits(labels, templates, by))
+        if labels is None:
+            assert self.classes is not None
+            return Classifier(self.classes, lambda features: self.model.head_logits(features).float().cpu())
+        logits_of = self.label_logits(labels, templates, by)
+
+        def pooled_logits(features: Tensor) -> Tensor:
+            output = self.model.pool_image(features)
+            return logits_of(output.tokens, output.embed)
+
+        return Classifier(tuple(labels), pooled_logits)
 
     def label_logits(
         self, labels: Sequence[str], templates: str | Sequence[str] = DEFAULT_TEMPLATES, by: Rule = "similarity"

@@ -30,7 +30,7 @@ from opencoca.train.survival.bad_steps import SpikeRule, too_many_non_finite
 from opencoca.train.survival.stop_signal import StopSignal
 from opencoca.train.survival.watchdog import Watchdog, is_restartable
 from opencoca.train.throughput import Throughput
-from opencoca.train.validation import ValidationScores, shared_scores
+from opencoca.train.validation import ValidationScores, headline, shared_scores
 
 _RELEASE_EVERY_STEPS = 20
 
@@ -271,8 +271,7 @@ class Trainer:
             log.write("validation", progress["step"], found)
             if result.shown:
                 log.write("captions", progress["step"], {"epoch": self._epoch(), "captions": result.shown})
-            assert self.validator is not None
-            bar.write(self.validator.line(result, self._epoch()))
+            bar.write(headline(self.task, result.values, self._epoch()))
         self.best.consider(model, result, progress)
 
     def _finish(self) -> Path:

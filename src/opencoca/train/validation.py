@@ -126,12 +126,6 @@ class Validator:
         shown = {key: found.texts[key] for key in self.shown_keys if key in found.texts}
         return ValidationScores(found.values, self.task.selection(found.values), found.texts, shown, found.kept)
 
-    def line(self, result: ValidationScores, epoch: float) -> str:
-        """The scores that a person follows, on one line."""
-        headlines = [score for score in self.task.scores if score.headline and score.name in result.values]
-        parts = [f"{score.label} {score.factor * result.values[score.name]:.2f}" for score in headlines]
-        return f"epoch {epoch:g}: " + "  ".join(parts)
-
     def _batches(self, model: CoCa, device: torch.device, rank: int, num_ranks: int) -> Iterator[EncodedImages]:
         for ids, inputs, stage in self._inputs(rank, num_ranks):
             inputs = inputs.to(device)
@@ -154,6 +148,13 @@ class Validator:
             rows = [row for row, image in enumerate(indices) if image in wanted]
             if rows:
                 yield [indices[row] for row in rows], batch.pixels[rows], 0
+
+
+def headline(task: Task, values: dict[str, float], epoch: float) -> str:
+    """The scores that a person follows, on one line."""
+    shown = [score for score in task.scores if score.headline and score.name in values]
+    parts = [f"{score.label} {score.factor * values[score.name]:.2f}" for score in shown]
+    return f"epoch {epoch:g}: " + "  ".join(parts)
 
 
 def shared_scores(

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ def recipe_parser(
     parser = ArgumentParser(prog="opencoca train", exit_on_error=False)
     parser.add_class_arguments(Recipe, skip={"task"})
     parser.add_class_arguments(TASKS[task][0], "task")
-    config = CoCaConfig.named(size) if start is None else start.config
+    # The head of the task that a start model was finetuned on is left; this run's task adds its own.
+    config = CoCaConfig.named(size) if start is None else replace(start.config, head=None)
     parser.set_defaults({"size": size, "model": config.to_dict()})
     if start is not None:
         looks = start.preprocess
