@@ -192,6 +192,12 @@ def test_training_mode_is_refused(tokenizer):
         generate(model.train(), make_tokens(model), tokenizer)
 
 
+def test_a_session_of_another_model_is_refused(tokenizer):
+    model = make_model(tokenizer)
+    with pytest.raises(ValueError, match="another model"):
+        generate(model, make_tokens(model), tokenizer, session=DecodingSession(make_model(tokenizer)))
+
+
 def test_a_prefix_without_room_is_refused(tokenizer):
     model = make_model(tokenizer)
     with pytest.raises(ValueError, match="prefix"):

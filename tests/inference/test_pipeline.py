@@ -1,5 +1,6 @@
 """The pipeline equals the model's own parts, whatever form images come in and however they are batched."""
 
+import copy
 import inspect
 import io
 import pydoc
@@ -190,6 +191,17 @@ def test_captions_equal_the_parts(pipeline, arrays, paths):
         captions = pipeline.caption(paths, batch_size=batch_size, **chosen)
         assert captions == [own[0].text for own in expected]
         assert all(caption.startswith("a photo") for caption in captions)
+
+
+def test_a_pipeline_keeps_what_decoding_has_made_ready(folder, paths):
+    pipeline = load(folder)
+    expected, kept = pipeline.caption(paths), pipeline.session._packed
+    assert pipeline.caption(paths, num_beams=2, rerank=True)
+    assert all(one is other for one, other in zip(pipeline.session._packed, kept, strict=True))
+    assert bool(kept) == torch.backends.mkldnn.is_available()
+    copied = copy.deepcopy(pipeline)
+    assert copied.session.model is copied.model is not pipeline.model
+    assert copied.caption(paths) == expected
 
 
 def test_options_are_an_object_or_keywords_or_both(pipeline, paths):
