@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opencoca.system.cpu import has_avx512
+
 INT8 = "int8"
 """What config.json calls this."""
 
@@ -79,7 +81,7 @@ class QuantizedLinear(_Quantized):
 
 
 # Without these instructions the product of integers is slower than that of floats.
-_HAS_FAST_INTEGERS = "AVX512" in torch.backends.cpu.get_cpu_capability()
+_HAS_FAST_INTEGERS = has_avx512()
 
 
 def _int8_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,16 +10,18 @@ oneDNN for large products in float32 where MKL, which PyTorch takes, runs on ano
 Letters: R rows, D width in, F width out.
 """
 
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 from weakref import ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from opencoca.system.cpu import cpu_vendor, has_avx512
 
 # Beyond it rearranging is a small part of the product.
 _MOST_ROWS = 256
@@ -27,9 +29,6 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 # Multiplications from which oneDNN, which takes 20 microseconds for anything, is the faster one.
 _FEWEST_PRODUCTS = 1 << 22
-
-_IS_WINDOWS = os.name == "nt"
-_CPU_INFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +99,47 @@ def pack_weights(*modules: nn.Module) -> list[PackedWeight]:
     return found
 
 
+def feed_forward(x: Tensor, up: nn.Module, activate: Callable[[Tensor], Tensor], down: nn.Module) -> Tensor:
+    """down(activate(up(x))), as it costs least time and memory."""
+    if not torch.is_grad_enabled() and activate is F.gelu and isinstance(up, Linear):
+        return down(up.with_gelu(x))
+    return activate_and_project(up(x), activate, down)
+
+
+def activate_and_project(hidden: Tensor, activate: Callable[[Tensor], Tensor], down: nn.Module) -> Tensor:
+    """down(activate(hidden)); in training, what is activated is not kept, but made again for the gradient."""
+    trains = torch.is_grad_enabled() and hidden.requires_grad and not torch.compiler.is_compiling()
+    if trains and type(down) in (nn.Linear, Linear):
+        return _ActivateAndProject.apply(hidden, down.weight, down.bias, activate)
+    return down(activate(hidden))
+
+
+class _ActivateAndProject(torch.autograd.Function):
+    # What is activated, and the weight in the type of hidden, would cost more memory than anything else in a block.
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, activate: Any) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.activate, ctx.bias_dtype = activate, None if bias is None else bias.dtype
+        bias = None if bias is None else bias.to(hidden.dtype)
+        return F.linear(activate(hidden), weight.to(hidden.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight = ctx.saved_tensors
+        (grad,) = grad_outputs
+        wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        with torch.enable_grad():
+            hidden = hidden.detach().requires_grad_(wants_hidden)
+            active = ctx.activate(hidden)
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_weight = rows.T @ active.detach().reshape(-1, active.shape[-1]) if wants_weight else None
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        grad_bias = rows.sum(0).to(ctx.bias_dtype) if wants_bias else None
+        grad_hidden = torch.autograd.grad(active, hidden, grad @ weight.to(grad.dtype))[0] if wants_hidden else None
+        return grad_hidden, grad_weight, grad_bias, None
+
+
 def _is_observed(x: Tensor) -> bool:
     """Whether something changes or looks at operations: autocast, a compiler, an exporter, one that counts."""
     return (
@@ -113,19 +153,7 @@ def _is_observed(x: Tensor) -> bool:
 @cache
 def _leaves_mkl() -> bool:
     """Whether float32 products are MKL's, and the processor has 512-bit units that MKL does not use."""
-    has_wide_units = "AVX512" in torch.backends.cpu.get_cpu_capability()
-    return has_wide_units and torch.backends.mkl.is_available() and _has_onednn() and _vendor() == "AuthenticAMD"
-
-
-def _vendor() -> str:
-    """The processor's maker, as the processor calls it; empty if that is not known."""
-    if _IS_WINDOWS:
-        return os.environ.get("PROCESSOR_IDENTIFIER", "").rpartition(", ")[2]
-    try:
-        lines = _CPU_INFO.read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+    return has_avx512() and torch.backends.mkl.is_available() and _has_onednn() and cpu_vendor() == "AuthenticAMD"
 
 
 def _has_onednn() -> bool:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from opencoca.model.config import BlockConfig
+from opencoca.model.kernels.dropout import drop_and_add, serves
 from opencoca.model.kernels.image_attention import SharedImages
-from opencoca.model.kernels.linear import Linear
+from opencoca.model.kernels.linear import Linear, feed_forward
 from opencoca.model.layers.attention import Attention, CrossKeysValues, ImageMemory, NextWords, WordMemory
 from opencoca.model.layers.layout import TextLayout
 
@@ -30,71 +30,31 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+def swiglu(x: Tensor) -> Tensor:
+    """Half of the channels, gated by the other half (arXiv 2002.05202)."""
+    value, gate = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+_ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu, "swiglu": swiglu}
+
+
 class Mlp(nn.Module):
-    """(..., D) -> (..., D): up, activation, down; SwiGLU (arXiv 2002.05202) gates with a second projection."""
+    """(..., D) -> (..., D): up, activation, down."""
 
     def __init__(self, config: BlockConfig):
         super().__init__()
         self.gated = config.activation == "swiglu"
-        self.activation = quick_gelu if config.activation == "quick_gelu" else F.gelu
+        self.activation = _ACTIVATIONS[config.activation]
         self.up_proj = Linear(config.width, config.mlp_width * (2 if self.gated else 1), bias=config.linear_bias)
         self.down_proj = Linear(config.mlp_width, config.width, bias=config.linear_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if (
-            not torch.is_grad_enabled()
-            and self.activation is F.gelu
-            and not self.gated
-            and type(self.up_proj) is Linear
-        ):
-            return self.down_proj(self.up_proj.with_gelu(x))
-        hidden = self.up_proj(x)
-        makes_again = torch.is_grad_enabled() and hidden.requires_grad and not torch.compiler.is_compiling()
-        if makes_again and type(self.down_proj) in (nn.Linear, Linear):
-            return _ActivateAndProject.apply(hidden, self.down_proj.weight, self.down_proj.bias, self)
-        return self.down_proj(self.activate(hidden))
+        return feed_forward(x, self.up_proj, self.activation, self.down_proj)
 
     def hidden_maps(self) -> dict[nn.Module, int]:
         """Its matrices, and how many maps are stacked in each."""
         return {self.up_proj: 2 if self.gated else 1, self.down_proj: 1}
-
-    def activate(self, hidden: Tensor) -> Tensor:
-        """(..., one or two MLP widths) -> (..., MLP width)."""
-        if self.gated:
-            value, gate = hidden.chunk(2, dim=-1)
-            return F.silu(gate) * value
-        return self.activation(hidden)
-
-
-class _ActivateAndProject(torch.autograd.Function):
-    """linear(activate(hidden)).
-
-    What is activated, and the weight in the type of hidden, are made again for the gradient: keeping them costs more
-    memory than anything else in a block.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, mlp: Mlp) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        ctx.activate, ctx.bias_dtype = mlp.activate, None if bias is None else bias.dtype
-        bias = None if bias is None else bias.to(hidden.dtype)
-        return F.linear(mlp.activate(hidden), weight.to(hidden.dtype), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight = ctx.saved_tensors
-        (grad,) = grad_outputs
-        wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        with torch.enable_grad():
-            hidden = hidden.detach().requires_grad_(wants_hidden)
-            active = ctx.activate(hidden)
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_weight = rows.T @ active.detach().reshape(-1, active.shape[-1]) if wants_weight else None
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        grad_bias = rows.sum(0).to(ctx.bias_dtype) if wants_bias else None
-        grad_hidden = torch.autograd.grad(active, hidden, grad @ weight.to(grad.dtype))[0] if wants_hidden else None
-        return grad_hidden, grad_weight, grad_bias, None
 
 
 class LayerScale(nn.Module):
@@ -112,8 +72,7 @@ class LayerScale(nn.Module):
 class Dropout(nn.Module):
     """Zeroes elements with a probability and scales the others, so that the mean stays.
 
-    On a CPU the probability is rounded to a 256th: one random 64-bit number then serves eight elements, which makes
-    it about ten times as fast as drawing a float for each (results/step_cost.md).
+    On a CPU the probability is rounded to a 256th: see `opencoca.model.kernels.dropout`.
     """
 
     def __init__(self, probability: float):
@@ -125,45 +84,18 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.probability == 0:
             return x
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return F.dropout(x, self.probability)
-        return _DropAndAdd.apply(None, x, self._dropped)
+        return drop_and_add(None, x, self.probability) if serves(x) else F.dropout(x, self.probability)
 
     def add(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + dropout(x); in one pass on a CPU."""
         if not self.training or self.probability == 0:
             return residual + x
-        if x.device.type != "cpu" or residual.dtype != x.dtype or torch.compiler.is_compiling():
-            return residual + self(x)
-        return _DropAndAdd.apply(residual, x, self._dropped)
-
-    @property
-    def _dropped(self) -> int:
-        return min(round(256 * self.probability), 255)
+        if serves(x) and residual.dtype == x.dtype:
+            return drop_and_add(residual, x, self.probability)
+        return residual + self(x)
 
     def extra_repr(self) -> str:
         return f"{self.probability}"
-
-
-class _DropAndAdd(torch.autograd.Function):
-    """residual + x, with ``dropped`` of 256 elements of x zeroed and the others scaled; residual None: x alone."""
-
-    @staticmethod
-    def forward(ctx: Any, residual: Tensor | None, x: Tensor, dropped: int) -> Tensor:
-        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
-        # Factors of x's own type: multiplying by booleans is many times slower.
-        keep = torch.empty_like(x, memory_format=torch.contiguous_format)
-        torch.ge(words.view(torch.uint8)[: x.numel()].view(x.shape), dropped, out=keep)
-        ctx.save_for_backward(keep)
-        ctx.scale = 256 / (256 - dropped)
-        return (x * keep).mul_(ctx.scale) if residual is None else residual.addcmul(x, keep, value=ctx.scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor, None]:
-        (keep,) = ctx.saved_tensors
-        residual_grad = grad_outputs[0] if ctx.needs_input_grad[0] else None
-        return residual_grad, (grad_outputs[0] * keep).mul_(ctx.scale), None
 
 
 class TransformerBlock(nn.Module):

@@ -1,0 +1,39 @@
+"""Dropout on a CPU by bytes: one random 64-bit number decides for eight elements.
+
+The probability is rounded to a 256th, and the sum with a residual stream is part of the same pass.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def serves(x: Tensor) -> bool:
+    """Whether dropout by bytes computes this: on a CPU, where no compiler looks on."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def drop_and_add(residual: Tensor | None, x: Tensor, probability: float) -> Tensor:
+    """residual + dropout(x), of one type; residual None: dropout(x) alone."""
+    return _DropAndAdd.apply(residual, x, min(round(256 * probability), 255))
+
+
+class _DropAndAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor | None, x: Tensor, dropped: int) -> Tensor:
+        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+        # Factors of x's own type: multiplying by booleans is many times slower.
+        keep = torch.empty_like(x, memory_format=torch.contiguous_format)
+        torch.ge(words.view(torch.uint8)[: x.numel()].view(x.shape), dropped, out=keep)
+        ctx.save_for_backward(keep)
+        ctx.scale = 256 / (256 - dropped)
+        return (x * keep).mul_(ctx.scale) if residual is None else residual.addcmul(x, keep, value=ctx.scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        (keep,) = ctx.saved_tensors
+        residual_grad = grad_outputs[0] if ctx.needs_input_grad[0] else None
+        return residual_grad, (grad_outputs[0] * keep).mul_(ctx.scale), None

@@ -1,0 +1,25 @@
+"""What kind of processor this is."""
+
+import os
+from pathlib import Path
+
+import torch
+
+_IS_WINDOWS = os.name == "nt"
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+def cpu_vendor() -> str:
+    """The processor's maker, as the processor calls it; empty if that is not known."""
+    if _IS_WINDOWS:
+        return os.environ.get("PROCESSOR_IDENTIFIER", "").rpartition(", ")[2]
+    try:
+        lines = _CPU_INFO.read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+def has_avx512() -> bool:
+    """Whether the processor works on 512 bits at a time."""
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
