@@ -13,6 +13,7 @@ from opencoca.generation.attention_maps import (
 )
 from opencoca.model.attention_maps import cross_attention, pooler_attention, text_attention_weights
 from opencoca.model.coca import CoCa
+from opencoca.model.layers.attention import SeenImages
 from opencoca.model.layers.layout import TextLayout
 from opencoca.tokenizer import Tokenizer, train_tokenizer
 
@@ -56,7 +57,7 @@ def test_weights_times_values_are_the_modules_output(make_model, text, per_image
         heads_per_value = attn.num_heads // attn.num_kv_heads
         values_of_text = values.repeat_interleave(per_image, 0).repeat_interleave(heads_per_value, 1)
         mixed = attn.out_proj(layout.pack((weights @ values_of_text).transpose(1, 2).flatten(2)))
-        torch.testing.assert_close(mixed, attn.cross_attend(x, keys, values, layout))
+        torch.testing.assert_close(mixed, attn.cross_attend(x, SeenImages(keys, values, layout)))
     assert weights.shape == (6, attn.num_heads, 6, 5)
 
 

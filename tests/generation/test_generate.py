@@ -222,11 +222,11 @@ def test_looking_at_the_images_tokens_changes_no_caption(
     expected = generate(model, tokens, tokenizer, options)
     asked: list[float] = []
 
-    def pays(words_per_image: float, *_: object) -> bool:
+    def counted(words_per_image: float, *_: object) -> bool:
         asked.append(words_per_image)
         return True
 
-    monkeypatch.setattr(text_decoder, "pays", pays)
+    monkeypatch.setattr(text_decoder, "projects_words", counted)
     found = generate(model, tokens, tokenizer, options)
     assert set(asked) == {words}
     ids = [[[text.token_ids for text in texts] for texts in captions] for captions in (expected, found)]

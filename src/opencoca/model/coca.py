@@ -22,7 +22,7 @@ from opencoca.model.encoders.vit import VisionTransformer
 from opencoca.model.init import init_weights
 from opencoca.model.kernels.image_attention import FoldedImages
 from opencoca.model.kernels.linear import Linear
-from opencoca.model.layers.attention import CrossKeysValues, Memories, NextWords, WordMemory
+from opencoca.model.layers.attention import Memories, NextWords, WordMemory
 from opencoca.model.layers.layout import TextLayout, take_rows
 from opencoca.model.layers.poolers import ImagePooling, PooledImage, TaskHead
 from opencoca.model.structure import Part, Structure, numbered
@@ -221,11 +221,11 @@ class CoCa(nn.Module):
         """token_ids (B, T), token_mask (B, T) True = real -> unimodal states of the words, without [CLS]."""
         return self.unimodal_decoder(token_ids, token_mask, with_cls=False).words
 
-    def project_image(self, image_tokens: Tensor) -> list[CrossKeysValues]:
+    def project_image(self, image_tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         """image_tokens (I, Q, D) -> keys and values of every layer, for `hidden_states`."""
         return self.multimodal_decoder.project_image(image_tokens)
 
-    def hidden_states(self, words: Words, keys_values: list[CrossKeysValues]) -> Tensor:
+    def hidden_states(self, words: Words, keys_values: list[tuple[Tensor, Tensor]]) -> Tensor:
         """words of B texts over the keys and values of I images -> hidden (S, D), packed as the words are."""
         return self.multimodal_decoder(words, keys_values)
 

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opencoca.model.config import CoCaConfig
-from opencoca.model.kernels.image_attention import FoldedImages, SharedImages, pays
-from opencoca.model.layers.attention import CrossKeysValues, ImageMemory, NextWords, WordMemory, trains_on_cpu
-from opencoca.model.layers.blocks import Dropout, LookedAt, TransformerBlock, make_block, make_norm
+from opencoca.model.kernels.choice import projects_words, trains_on_cpu
+from opencoca.model.kernels.image_attention import FoldedImages, SharedImages
+from opencoca.model.layers.attention import ImageMemory, LookedAt, NextWords, SeenImages, WordMemory
+from opencoca.model.layers.blocks import Dropout, TransformerBlock, make_block, make_norm
 from opencoca.model.layers.layout import TextLayout, put_rows, take_rows
 
 # Stands for [CLS] among token ids; no word has it.
@@ -152,7 +153,7 @@ class MultimodalLayer(nn.Module):
 
     def forward(self, x: Tensor, images: LookedAt, layout: TextLayout) -> Tensor:
         x = self.self_block.self_attend(x, layout)
-        return self.cross_block.cross_attend(x, images, layout)
+        return self.cross_block.cross_attend(x, images)
 
 
 class MultimodalDecoder(nn.Module):
@@ -163,7 +164,7 @@ class MultimodalDecoder(nn.Module):
         self.layers = nn.ModuleList(MultimodalLayer(config) for _ in range(config.text.multimodal_depth))
         self.norm = make_norm(config.multimodal_block())
 
-    def project_image(self, image_tokens: Tensor) -> list[CrossKeysValues]:
+    def project_image(self, image_tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         """image_tokens (I, Q, D) -> keys and values of every layer."""
         return [block.project_context(image_tokens) for block in self._cross_blocks()]
 
@@ -176,8 +177,8 @@ class MultimodalDecoder(nn.Module):
         if not tokens.is_cpu or torch.is_autocast_enabled("cpu"):
             return None
         for attn in (block.attn for block in blocks):
-            sizes = tokens.shape[1], attn.num_heads * attn.head_dim, attn.num_heads
-            if attn.kv_proj.weight.dtype != tokens.dtype or not pays(words_per_image, *sizes, attn.kv_proj):
+            is_cheaper = projects_words(words_per_image, tokens.shape[1], attn.num_heads, attn.head_dim, attn.kv_proj)
+            if attn.kv_proj.weight.dtype != tokens.dtype or not is_cheaper:
                 return None
         norm = blocks[0].norm_context
         if isinstance(norm, nn.LayerNorm):
@@ -196,17 +197,17 @@ class MultimodalDecoder(nn.Module):
         group, rest = divmod(words.layout.batch_size, max(1, image_tokens.shape[0]))
         cross: TransformerBlock = self.layers[0].cross_block  # pyright: ignore[reportAssignmentType]
         attn, words_per_image = cross.attn, words.states.shape[0] / max(1, image_tokens.shape[0])
-        sizes = image_tokens.shape[1], attn.num_heads * attn.head_dim, attn.num_heads
-        if rest or not trains_on_cpu(words.states) or not pays(words_per_image, *sizes, attn.kv_proj):
+        sizes = image_tokens.shape[1], attn.num_heads, attn.head_dim
+        if rest or not trains_on_cpu(words.states) or not projects_words(words_per_image, *sizes, attn.kv_proj):
             return self(words, self.project_image(image_tokens))
         tokens = _to_compute_dtype(image_tokens)
         images = SharedImages.of(tokens, words.layout.words_per_image(group), attn.num_heads, cross.norm_context)
         x = words.states
         for layer in self.layers:
-            x = layer(x, images, words.layout)
+            x = layer(x, layer.cross_block.look_at(images), words.layout)  # pyright: ignore
         return self.norm(x)
 
-    def forward(self, words: Words, images: Sequence[CrossKeysValues]) -> Tensor:
+    def forward(self, words: Words, images: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """words of B texts over I images (text row r looks at image r // (B / I)) -> hidden (S, D), packed.
 
         Raises ValueError if B is not a multiple of I.
@@ -216,7 +217,7 @@ class MultimodalDecoder(nn.Module):
             raise ValueError(f"{num_texts} texts cannot be shared out evenly among {num_images} images")
         x = words.states
         for layer, keys_values in zip(self.layers, images, strict=True):
-            x = layer(x, keys_values, words.layout)
+            x = layer(x, SeenImages(*keys_values, words.layout), words.layout)
         return self.norm(x)
 
     def step(

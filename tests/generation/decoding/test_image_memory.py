@@ -25,7 +25,7 @@ KINDS = {
 
 @pytest.fixture
 def always_folds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_decoder, "pays", lambda *_: True)
+    monkeypatch.setattr(text_decoder, "projects_words", lambda *_: True)
 
 
 def started(session: DecodingSession, tokens: torch.Tensor, texts: int = 1) -> DecodingState:
@@ -45,7 +45,7 @@ def test_equal_to_keys_and_values(make_model, monkeypatch: pytest.MonkeyPatch, k
         tokens = model.encode_image(images).tokens
         session, states = DecodingSession(model), []
         for folds in (False, True):
-            monkeypatch.setattr(text_decoder, "pays", lambda *_, folds=folds: folds)
+            monkeypatch.setattr(text_decoder, "projects_words", lambda *_, folds=folds: folds)
             states.append(started(session, tokens, 2))
         assert all(isinstance(memory, ImageKeysValues) for memory in states[0].images)
         assert all(isinstance(memory, FoldedImages) for memory in states[1].images)

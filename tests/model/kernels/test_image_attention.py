@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from opencoca.model import text_decoder
 from opencoca.model.coca import CoCa
 from opencoca.model.config import BlockConfig
-from opencoca.model.kernels.image_attention import SharedImages, pays
-from opencoca.model.layers.attention import Attention
+from opencoca.model.kernels.choice import projects_words
+from opencoca.model.kernels.image_attention import SharedImages
+from opencoca.model.layers.attention import Attention, SeenImages, SeenTokens
 from opencoca.model.layers.layout import TextLayout
 
 
@@ -29,7 +30,8 @@ def both_forms(lengths: list[int], heads: tuple[int, int], norm: nn.Module, bias
     images = SharedImages.of(tokens, layout.words_per_image(group), heads[0], norm)
     inputs = (x, tokens, *attn.parameters(), *norm.parameters())
     results = []
-    outputs = attn.attend_to_images(x, images, norm), attn.cross_attend(x, *attn.project_context(norm(tokens)), layout)
+    keys_values = SeenImages(*attn.project_context(norm(tokens)), layout)
+    outputs = attn.cross_attend(x, SeenTokens(images, attn.kv_proj, norm, heads[1])), attn.cross_attend(x, keys_values)
     direction = torch.randn_like(outputs[0])
     for output in outputs:
         results.append((output, *torch.autograd.grad(output, inputs, direction, allow_unused=True)))
@@ -53,13 +55,13 @@ def test_both_forms_are_the_same_function(
             torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_pays_for_few_words_and_many_tokens_alone() -> None:
+def test_words_are_projected_for_few_words_and_many_tokens_alone() -> None:
     kv_proj = nn.Linear(512, 1024)
-    assert pays(13, 255, 512, 8, kv_proj)
-    assert not pays(65, 255, 512, 8, kv_proj)
-    assert not pays(13, 16, 512, 8, kv_proj)
+    assert projects_words(13, 255, 8, 64, kv_proj)
+    assert not projects_words(65, 255, 8, 64, kv_proj)
+    assert not projects_words(13, 16, 8, 64, kv_proj)
     kv_proj.weight = None  # pyright: ignore
-    assert not pays(13, 255, 512, 8, kv_proj)
+    assert not projects_words(13, 255, 8, 64, kv_proj)
 
 
 @pytest.mark.parametrize("norm_image_tokens", [False, True])
@@ -72,7 +74,7 @@ def test_a_model_is_the_same_in_either_form(
     images = torch.randn(4 // texts_per_image, 3, 12, 12, dtype=torch.float64)
 
     def run(absorbs: bool) -> dict[str, Tensor]:
-        monkeypatch.setattr(text_decoder, "pays", lambda *_: absorbs)
+        monkeypatch.setattr(text_decoder, "projects_words", lambda *_: absorbs)
         model.zero_grad()
         output = model(images, ids, mask)
         assert output.hidden is not None

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opencoca.model.config import BlockConfig
-from opencoca.model.layers.attention import Attention, attend, causal_mask, rotary_angles, rotate
+from opencoca.model.kernels.choice import CAUSAL, EVERYTHING, Mask
+from opencoca.model.layers.attention import Attention, OwnWords, Padded, SeenImages, attend, rotary_angles, rotate
 from opencoca.model.layers.layout import TextLayout
 
 
@@ -47,14 +48,18 @@ def qkv(heads: int, kv_heads: int, length: int, num_keys: int, dtype=torch.float
     return tuple(torch.randn(shape, dtype=dtype) for shape in shapes)  # pyright: ignore[reportReturnType]
 
 
+def over(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -> Tensor:
+    return attend(queries, Padded(keys, values), CAUSAL if causal else EVERYTHING)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_both_paths_equal_the_written_out_softmax(case):
     *shape, causal = case
     queries, keys, values = qkv(*shape)
     expected = naive_attention(queries, keys, values, causal)
     with torch.no_grad():
-        torch.testing.assert_close(attend(queries, keys, values, causal), expected)
-    with_gradient = attend(queries.requires_grad_(), keys, values, causal)
+        torch.testing.assert_close(over(queries, keys, values, causal), expected)
+    with_gradient = over(queries.requires_grad_(), keys, values, causal)
     torch.testing.assert_close(with_gradient, expected)
 
 
@@ -64,7 +69,7 @@ def test_training_path_has_the_kernels_gradients(case):
     ours = [x.requires_grad_() for x in qkv(heads, kv_heads, length, num_keys)]
     theirs = [x.detach().clone().requires_grad_() for x in ours]
     upstream = torch.randn_like(ours[0])
-    attend(*ours, causal).backward(upstream)
+    over(ours[0], ours[1], ours[2], causal).backward(upstream)
     group = heads // kv_heads
     queries, keys, values = theirs[0], *(x.repeat_interleave(group, dim=1) for x in theirs[1:])
     mask = torch.ones(length, num_keys, dtype=torch.bool).tril(num_keys - length) if causal else None
@@ -80,7 +85,7 @@ def test_frozen_queries_give_keys_the_same_gradients(case):
     gradients = []
     for frozen in (False, True):
         keys, values = keys.detach().requires_grad_(), values.detach().requires_grad_()
-        attend(queries.detach().requires_grad_(not frozen), keys, values, causal).square().sum().backward()
+        over(queries.detach().requires_grad_(not frozen), keys, values, causal).square().sum().backward()
         gradients.append((keys.grad, values.grad))
     torch.testing.assert_close(gradients[0], gradients[1])
 
@@ -88,13 +93,50 @@ def test_frozen_queries_give_keys_the_same_gradients(case):
 def test_low_precision_training_path_is_close():
     queries, keys, values = qkv(4, 2, 6, 6, torch.float32)
     expected = naive_attention(queries, keys, values, causal=True)
-    low = attend(queries.bfloat16().requires_grad_(), keys.bfloat16(), values.bfloat16(), causal=True)
+    low = over(queries.bfloat16().requires_grad_(), keys.bfloat16(), values.bfloat16(), causal=True)
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.float(), expected, atol=0.05, rtol=0.05)
 
 
 def test_causal_mask_lets_the_last_query_see_every_key():
-    assert causal_mask(2, 4, torch.device("cpu")).tolist() == [[True, True, True, False], [True] * 4]
+    seen = CAUSAL.tensor(2, 4, torch.device("cpu"))
+    assert seen is not None
+    assert seen.tolist() == [[True, True, True, False], [True] * 4]
+
+
+MASKS = {
+    "causal": (CAUSAL, lambda q, k: k <= q),
+    "bidirectional": (EVERYTHING, lambda q, k: True),
+    "prefix": (Mask("prefix", 3), lambda q, k: k <= q or k < 3),
+    "free": (Mask("free", visible=torch.rand(4, 5, 5) < 0.7), None),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("trains", [False, True])
+def test_words_see_of_their_text_what_the_mask_lets_them_see(name: str, trains: bool):
+    """Against scores of padded texts in which everything else is left out; text by text, for each way to compute it."""
+    mask, rule = MASKS[name]
+    real = torch.arange(5) < torch.tensor([5, 2, 4, 1])[:, None]
+    layout = TextLayout.from_mask(real)
+    queries = torch.randn(int(real.sum()), 4, 6, dtype=torch.float64, requires_grad=trains)
+    keys_values = torch.randn(int(real.sum()), 2, 2, 6, dtype=torch.float64, requires_grad=trains)
+    if mask.visible is not None:
+        mask.visible[:, torch.arange(5), torch.arange(5)] = True
+    mixed = attend(queries, OwnWords(keys_values, layout), mask)
+    start = 0
+    for text, length in enumerate([5, 2, 4, 1]):
+        own = slice(start, start + length)
+        keys, values = keys_values[own].repeat_interleave(2, dim=2).permute(1, 2, 0, 3)
+        scores = queries[own].transpose(0, 1) @ keys.transpose(1, 2) / math.sqrt(6)
+        for q in range(length):
+            for k in range(length):
+                if not (rule(q, k) if rule is not None else bool(mask.visible[text, q, k])):  # pyright: ignore
+                    scores[:, q, k] = -math.inf
+        torch.testing.assert_close(mixed[own], (scores.softmax(-1) @ values).transpose(0, 1))
+        start += length
+    if trains:
+        assert all(grad.isfinite().all() for grad in torch.autograd.grad(mixed.sum(), (queries, keys_values)))
 
 
 def test_rotary_keeps_lengths_and_scores_depend_on_distance_alone():
@@ -124,7 +166,7 @@ def test_texts_of_one_image_see_it_alone():
     images, x = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(6, 3, 12, dtype=torch.float64)
     layout = TextLayout.from_mask(torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0], [1, 0, 0]]) > 0)
     packed = layout.pack(x)
-    together = layout.pad(module.cross_attend(packed, *module.project_context(images), layout))
+    together = layout.pad(module.cross_attend(packed, SeenImages(*module.project_context(images), layout)))
     for row in range(6):
         length = [3, 1, 2, 3, 0, 1][row]
         alone = module(x[row : row + 1, :length], images[row // 3 : row // 3 + 1])

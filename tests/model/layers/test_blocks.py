@@ -197,7 +197,7 @@ def test_an_mlp_that_keeps_less_has_the_same_gradients(activation: Any, bias: bo
             parameter.requires_grad_(False)
     x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
     inputs = (x, *(parameter for parameter in mlp.parameters() if parameter.requires_grad))
-    ours, expected = mlp(x), mlp.down_proj(mlp.activate(mlp.up_proj(x)))
+    ours, expected = mlp(x), mlp.down_proj(mlp.activation(mlp.up_proj(x)))
     torch.testing.assert_close(ours, expected)
     direction = torch.randn_like(ours)
     grads = torch.autograd.grad(ours, inputs, direction)

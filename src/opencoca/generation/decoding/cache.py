@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from opencoca.model.config import BlockConfig
-from opencoca.model.layers.attention import NextWords, attend
+from opencoca.model.kernels.choice import Mask
+from opencoca.model.layers.attention import NextWords, Padded, attend
 
 
 class KeysValues:
@@ -47,7 +48,8 @@ class WordCache(KeysValues):
             keys, values = self.memory[:, :, :, : words.places.stop]
         else:
             keys, values = self.memory.index_copy_(3, words.places, keys_values)
-        mixed = attend(queries, keys, values, words.causal, words.visible).to(dtype)
+        mask = Mask("causal" if words.causal else "free", visible=words.visible)
+        mixed = attend(queries, Padded(keys, values), mask).to(dtype)
         return mixed.transpose(1, 2).flatten(0, 1).flatten(1)
 
     def branch(self, rows: Tensor, length: int, extra: int) -> "WordCache":

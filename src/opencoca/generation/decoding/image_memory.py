@@ -17,7 +17,7 @@ from torch import Tensor
 from opencoca.generation.decoding.cache import KeysValues
 from opencoca.model.coca import CoCa
 from opencoca.model.kernels.image_attention import FoldedImages
-from opencoca.model.layers.attention import attend
+from opencoca.model.layers.attention import Padded, attend
 
 
 class ImageKeysValues(KeysValues):
@@ -25,9 +25,8 @@ class ImageKeysValues(KeysValues):
 
     def attend(self, queries: Tensor) -> Tensor:
         """queries (R x T, H, d) of the next words -> what they mixed (R x T, H x d)."""
-        keys, values = self.memory
-        queries = queries.unflatten(0, (keys.shape[0], -1)).transpose(1, 2)
-        mixed = attend(queries, keys, values, causal=False)
+        queries = queries.unflatten(0, (self.memory.shape[1], -1)).transpose(1, 2)
+        mixed = attend(queries, Padded(*self.memory))
         return mixed.transpose(1, 2).flatten(0, 1).flatten(1)
 
 

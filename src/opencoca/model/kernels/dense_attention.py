@@ -1,6 +1,6 @@
 """Attention for training on a CPU, written out: two products and a softmax, with a gradient that copies nothing twice.
 
-results/training_step.md has what it saves against the fused kernel, whose backward is slow at these lengths.
+@DENSE@
 Letters: B batch, T query positions, N key positions, H heads, K key-value heads, d head width.
 """
 
@@ -9,14 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-# In float32 the fused kernel is as fast from this many query-key pairs a head on, and keeps no weights.
-_MOST_PAIRS = 1 << 14
-
-
-def is_best_written_out(queries: Tensor, keys: Tensor) -> bool:
-    """Whether `dense_attention` trains faster on a CPU than the fused kernel."""
-    return queries.element_size() < 4 or queries.shape[2] * keys.shape[2] <= _MOST_PAIRS
 
 
 def dense_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

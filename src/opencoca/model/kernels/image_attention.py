@@ -18,13 +18,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from opencoca.model.kernels.dense_attention import mix
-from opencoca.model.kernels.linear import Linear
 from opencoca.model.kernels.packed_attention import Buckets
 
 # Numbers of words of an image are rounded up to this; more kinds of length are more and smaller products.
 _ROUNDING = 4
-# Products over padded words, in this form, must be at least this much fewer: they are smaller ones, too.
-_LEAST_GAIN = 1.3
 
 
 @dataclass(frozen=True)
@@ -89,18 +86,6 @@ class FoldedImages:
         values = values.transpose(0, 1).reshape(queries.shape)
         values = values if self.constant is None else values + self.constant
         return values.transpose(1, 2).flatten(0, 1).flatten(1)
-
-
-def pays(words_per_image: float, num_tokens: int, width: int, num_heads: int, kv_proj: nn.Linear) -> bool:
-    """Whether this form of cross-attention needs clearly fewer products than keys and values do."""
-    if type(kv_proj) not in (nn.Linear, Linear) or type(kv_proj.weight) is not nn.Parameter:
-        return False  # weights that are sharded, or no floating-point numbers, cannot be folded
-    kv_width = kv_proj.out_features // 2
-    words = words_per_image + _ROUNDING / 2
-    head_dim = width // num_heads
-    absorbed = 2 * words * num_heads * kv_proj.in_features * (head_dim + num_tokens)
-    projected = 2 * num_tokens * kv_proj.in_features * kv_width + 2 * words_per_image * num_tokens * width
-    return _LEAST_GAIN * absorbed < projected
 
 
 def attend_to_images(

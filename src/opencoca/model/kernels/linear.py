@@ -60,13 +60,6 @@ class Linear(nn.Linear):
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
 
-    def with_gelu(self, x: Tensor) -> Tensor:
-        """gelu(self(x)); in one pass where oneDNN computes it."""
-        weight = self._weight_for_onednn(x)
-        if weight is None:
-            return F.gelu(self(x))
-        return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "gelu", [], "none")
-
     def _weight_for_onednn(self, x: Tensor) -> Tensor | None:
         """The weight, rearranged if that has been done, if oneDNN is to compute this product."""
         if torch.is_grad_enabled() or x.dtype != self.weight.dtype or not x.is_cpu:
@@ -97,13 +90,6 @@ def pack_weights(*modules: nn.Module) -> list[PackedWeight]:
                 linear._packed = ref(packed)
             found.append(packed)
     return found
-
-
-def feed_forward(x: Tensor, up: nn.Module, activate: Callable[[Tensor], Tensor], down: nn.Module) -> Tensor:
-    """down(activate(up(x))), as it costs least time and memory."""
-    if not torch.is_grad_enabled() and activate is F.gelu and isinstance(up, Linear):
-        return down(up.with_gelu(x))
-    return activate_and_project(up(x), activate, down)
 
 
 def activate_and_project(hidden: Tensor, activate: Callable[[Tensor], Tensor], down: nn.Module) -> Tensor:

@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opencoca.model.config import BlockConfig
-from opencoca.model.kernels.dense_attention import dense_attention, is_best_written_out
+from opencoca.model.kernels.choice import CAUSAL, EVERYTHING, Form, Mask, choose_form, trains_on_cpu
+from opencoca.model.kernels.dense_attention import dense_attention
 from opencoca.model.kernels.image_attention import SharedImages, attend_to_images
 from opencoca.model.kernels.linear import Linear
 from opencoca.model.kernels.packed_attention import packed_cross_attention, packed_self_attention, split_keys_values
 from opencoca.model.layers.layout import TextLayout
-
-CrossKeysValues = tuple[Tensor, Tensor]
 
 
 class NextWords(NamedTuple):
@@ -96,7 +95,7 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """x (S, D) at these positions (S,) of their texts -> queries (S, H, d), keys and values (S, 2, K, d)."""
-        queries = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        queries = self.queries(x)
         keys_values = self.kv_proj(x).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
         if self.rotary:
             angles = rotary_angles(positions, self.head_dim, queries.dtype).unsqueeze(1)
@@ -104,79 +103,99 @@ class Attention(nn.Module):
             keys_values = torch.stack((rotate(keys_values[:, 0], angles), keys_values[:, 1]), dim=1)
         return queries, keys_values
 
-    def self_attend(self, x: Tensor, layout: TextLayout) -> Tensor:
-        """x (S, D) packed words -> (S, D): every word sees itself and the words before it.
+    def queries(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., H, d)."""
+        return self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+
+    def self_attend(self, x: Tensor, layout: TextLayout, mask: Mask = CAUSAL) -> Tensor:
+        """x (S, D) packed words -> (S, D): every word sees of its text what the mask lets it see.
 
         What the layout hides is seen by no word.
         """
         queries, keys_values = self.project(x, layout.positions)
-        if trains_on_cpu(queries):
-            mixed = packed_self_attention(queries, keys_values, self.num_kv_heads, layout.buckets, layout.hidden)
-            return self.out_proj(mixed.flatten(1))
-        (queries,) = layout.pad_heads(queries.flatten(1), 1, self.head_dim)
-        keys, values = layout.pad_heads(keys_values.flatten(1), 2, self.head_dim)
-        return self.out_proj(layout.pack_heads(attend(queries, keys, values, causal=True, visible=layout.visible)))
+        return self.out_proj(attend(queries, OwnWords(keys_values, layout), mask).flatten(1))
 
-    def cross_attend(self, x: Tensor, keys: Tensor, values: Tensor, layout: TextLayout) -> Tensor:
-        """x (S, D) packed words, keys and values (I, K, N, d) of I images -> (S, D).
-
-        Text row r belongs to image r // (B / I): texts of one image share its keys and values, uncopied.
-        """
-        num_images = keys.shape[0]
-        assert layout.batch_size % num_images == 0, "texts cannot be shared out evenly among the images"
-        group = layout.batch_size // num_images
-        queries = self.q_proj(x)
-        if trains_on_cpu(queries):
-            queries = queries.unflatten(-1, (self.num_heads, self.head_dim))
-            mixed = packed_cross_attention(queries, keys, values, layout.image_buckets(group))
-            return self.out_proj(mixed.flatten(1))
-        (queries,) = layout.pad_heads(queries, 1, self.head_dim, group)
-        return self.out_proj(layout.pack_heads(attend(queries, keys, values, causal=False), group))
-
-    def attend_to_images(self, x: Tensor, images: SharedImages, norm: nn.Module) -> Tensor:
-        """As `cross_attend` over ``project_context(norm(tokens))``, but without keys and values: (S, D) -> (S, D)."""
-        queries = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
-        return self.out_proj(attend_to_images(queries, images, self.kv_proj, norm, self.num_kv_heads).flatten(1))
+    def cross_attend(self, x: Tensor, images: "LookedAt") -> Tensor:
+        """x (S, D) packed words -> (S, D): every word sees all of its image."""
+        return self.out_proj(attend(self.queries(x), images).flatten(1))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (B, T, D) over context (B, N, C), or over itself, nothing masked -> (B, T, D)."""
         keys, values = self.project_context(x if context is None else context)
-        queries = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        mixed = attend(queries.expand(keys.shape[0], -1, -1, -1), keys, values, causal=False)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+        queries = self.queries(x).transpose(1, 2).expand(keys.shape[0], -1, -1, -1)
+        return self.out_proj(attend(queries, Padded(keys, values)).transpose(1, 2).flatten(2))
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, causal: bool, visible: Tensor | None = None) -> Tensor:
-    """softmax(queries keys^T / sqrt(d)) values.
+class Padded(NamedTuple):
+    """Memory of a padded batch: keys and values (B, K, N, d)."""
 
-    queries (B, H, T, d), keys and values (B, K, N, d) -> (B, H, T, d). Causal: the last query sees all keys, the one
-    before it all but the last, and so on. visible (B, N) or (B, T, N): keys that are False are not seen.
+    keys: Tensor
+    values: Tensor
+
+
+class OwnWords(NamedTuple):
+    """Memory of packed words, which see the words of their text: keys and values (S, 2, K, d)."""
+
+    keys_values: Tensor
+    layout: TextLayout
+
+
+class SeenImages(NamedTuple):
+    """Memory of packed words, which see their image: keys and values (I, K, N, d) of I images.
+
+    Text row r belongs to image r // (B / I): texts of one image share its keys and values, uncopied.
     """
-    if not causal and visible is None and trains_on_cpu(queries) and is_best_written_out(queries, keys):
-        return dense_attention(queries, keys, values)
-    is_causal = causal and visible is None and 1 < queries.shape[2] == keys.shape[2]
-    mask = None if is_causal else attention_mask(queries, keys, causal, visible)
+
+    keys: Tensor
+    values: Tensor
+    layout: TextLayout
+
+
+class SeenTokens(NamedTuple):
+    """As `SeenImages` with keys and values kv_proj(norm(tokens)), but none are made: the words are projected."""
+
+    images: SharedImages
+    kv_proj: nn.Linear
+    norm: nn.Module
+    num_kv_heads: int
+
+
+LookedAt = SeenImages | SeenTokens
+
+
+def attend(queries: Tensor, memory: Padded | OwnWords | LookedAt, mask: Mask = EVERYTHING) -> Tensor:
+    """softmax(queries keys^T / sqrt(d)) values, by the way that takes least time.
+
+    queries (B, H, T, d) over `Padded`, packed words (S, H, d) over any other memory -> of the same shape.
+    """
+    match memory:
+        case Padded(keys, values):
+            if choose_form(queries, keys.shape[2], mask) is Form.WRITTEN_OUT:
+                return dense_attention(queries, keys, values)
+            return _fused(queries, keys, values, mask)
+        case OwnWords(keys_values, layout):
+            if choose_form(queries, layout.length, mask, packed="causal") is Form.PACKED:
+                return packed_self_attention(queries, keys_values, keys_values.shape[2], layout.buckets, layout.hidden)
+            (padded,) = layout.pad_heads(queries.flatten(1), 1, queries.shape[2])
+            keys, values = layout.pad_heads(keys_values.flatten(1), 2, queries.shape[2])
+            mixed = _fused(padded, keys, values, layout.mask(mask))
+            return layout.pack_heads(mixed).unflatten(1, queries.shape[1:])
+        case SeenImages(keys, values, layout):
+            group = layout.batch_size // keys.shape[0]
+            if choose_form(queries, keys.shape[2], mask, packed="bidirectional") is Form.PACKED:
+                return packed_cross_attention(queries, keys, values, layout.image_buckets(group))
+            (padded,) = layout.pad_heads(queries.flatten(1), 1, queries.shape[2], group)
+            return layout.pack_heads(_fused(padded, keys, values, mask), group).unflatten(1, queries.shape[1:])
+        case SeenTokens():
+            return attend_to_images(queries, *memory)
+
+
+def _fused(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
+    is_causal = mask.kind == "causal" and mask.visible is None and 1 < queries.shape[2] == keys.shape[2]
+    seen = None if is_causal else mask.tensor(queries.shape[2], keys.shape[2], queries.device)
     return F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask, is_causal=is_causal, enable_gqa=queries.shape[1] > keys.shape[1]
+        queries, keys, values, attn_mask=seen, is_causal=is_causal, enable_gqa=queries.shape[1] > keys.shape[1]
     )
-
-
-def trains_on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu" and torch.is_grad_enabled() and x.requires_grad and x.numel() > 0
-
-
-def attention_mask(queries: Tensor, keys: Tensor, causal: bool, visible: Tensor | None) -> Tensor | None:
-    """What `attend` lets its queries see, True = may see: (T, N), (B, 1, 1, N) or (B, 1, T, N); None = everything."""
-    mask = causal_mask(queries.shape[2], keys.shape[2], queries.device) if causal and queries.shape[2] > 1 else None
-    if visible is None:
-        return mask
-    visible = visible[:, None] if visible.dim() == 3 else visible[:, None, None]
-    return visible if mask is None else visible & mask
-
-
-def causal_mask(length: int, num_keys: int, device: torch.device) -> Tensor:
-    """(length, num_keys), True = may see; the last query sees every key."""
-    return torch.ones(length, num_keys, dtype=torch.bool, device=device).tril(num_keys - length)
 
 
 def rotary_angles(

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from opencoca.model.config import BlockConfig
+from opencoca.model.kernels.choice import CAUSAL, Mask
 from opencoca.model.kernels.dropout import drop_and_add, serves
 from opencoca.model.kernels.image_attention import SharedImages
-from opencoca.model.kernels.linear import Linear, feed_forward
-from opencoca.model.layers.attention import Attention, CrossKeysValues, ImageMemory, NextWords, WordMemory
+from opencoca.model.kernels.linear import Linear, activate_and_project
+from opencoca.model.layers.attention import Attention, ImageMemory, LookedAt, NextWords, SeenTokens, WordMemory
 from opencoca.model.layers.layout import TextLayout
-
-LookedAt = CrossKeysValues | SharedImages
 
 
 def make_norm(config: BlockConfig, width: int | None = None) -> nn.LayerNorm:
@@ -50,7 +49,7 @@ class Mlp(nn.Module):
         self.down_proj = Linear(config.mlp_width, config.width, bias=config.linear_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return feed_forward(x, self.up_proj, self.activation, self.down_proj)
+        return activate_and_project(self.up_proj(x), self.activation, self.down_proj)
 
     def hidden_maps(self) -> dict[nn.Module, int]:
         """Its matrices, and how many maps are stacked in each."""
@@ -128,9 +127,13 @@ class TransformerBlock(nn.Module):
             return x
         return self.dropout.add(x, self.scale2(self.mlp(self.norm2(x))))
 
-    def project_context(self, context: Tensor) -> CrossKeysValues:
-        """context (B, N, C) of cross-attention -> its keys and values for `cross_attend`."""
+    def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """context (B, N, C) of cross-attention -> its keys and values (B, K, N, d)."""
         return self.attn.project_context(self.norm_context(context))
+
+    def look_at(self, images: SharedImages) -> SeenTokens:
+        """The images as this block looks at them without keys and values."""
+        return SeenTokens(images, self.attn.kv_proj, self.norm_context, self.attn.num_kv_heads)
 
     def context_modules(self) -> list[nn.Module]:
         """What `project_context` consists of."""
@@ -145,13 +148,13 @@ class TransformerBlock(nn.Module):
         """x (B, N, D), everything sees everything (image encoders)."""
         return self._run(self._attend, x)
 
-    def self_attend(self, x: Tensor, layout: TextLayout) -> Tensor:
-        """x (S, D) packed words, causal."""
-        return self._run(self._self_attend, x, layout)
+    def self_attend(self, x: Tensor, layout: TextLayout, mask: Mask = CAUSAL) -> Tensor:
+        """x (S, D) packed words, which see of their text what the mask lets them see."""
+        return self._run(self._self_attend, x, layout, mask)
 
-    def cross_attend(self, x: Tensor, images: LookedAt, layout: TextLayout) -> Tensor:
-        """x (S, D) packed words over the keys and values of their images, or over the images themselves."""
-        return self._run(self._cross_attend, x, images, layout)
+    def cross_attend(self, x: Tensor, images: LookedAt) -> Tensor:
+        """x (S, D) packed words, which see all of their image."""
+        return self._run(self._cross_attend, x, images)
 
     def step(self, x: Tensor, memory: WordMemory, words: NextWords) -> Tensor:
         """x (R x T, D): the next words of texts, which see the words in memory; without gradient."""
@@ -162,8 +165,7 @@ class TransformerBlock(nn.Module):
     def step_across(self, x: Tensor, images: ImageMemory) -> Tensor:
         """x (R x T, D): the next words of texts, which see their images; without gradient."""
         normed = self.norm1(x)
-        queries = self.attn.q_proj(normed).unflatten(-1, (self.attn.num_heads, self.attn.head_dim))
-        return self.add_mlp(x, normed, self.attn.out_proj(images.attend(queries)))
+        return self.add_mlp(x, normed, self.attn.out_proj(images.attend(self.attn.queries(normed))))
 
     def _run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         if self.recompute and self.training and torch.is_grad_enabled():
@@ -174,15 +176,13 @@ class TransformerBlock(nn.Module):
         normed = self.norm1(x)
         return self.add_mlp(x, normed, self.attn(normed))
 
-    def _self_attend(self, x: Tensor, layout: TextLayout) -> Tensor:
+    def _self_attend(self, x: Tensor, layout: TextLayout, mask: Mask) -> Tensor:
         normed = self.norm1(x)
-        return self.add_mlp(x, normed, self.attn.self_attend(normed, layout))
+        return self.add_mlp(x, normed, self.attn.self_attend(normed, layout, mask))
 
-    def _cross_attend(self, x: Tensor, images: LookedAt, layout: TextLayout) -> Tensor:
+    def _cross_attend(self, x: Tensor, images: LookedAt) -> Tensor:
         normed = self.norm1(x)
-        if isinstance(images, SharedImages):
-            return self.add_mlp(x, normed, self.attn.attend_to_images(normed, images, self.norm_context))
-        return self.add_mlp(x, normed, self.attn.cross_attend(normed, *images, layout))
+        return self.add_mlp(x, normed, self.attn.cross_attend(normed, images))
 
 
 class ParallelBlock(TransformerBlock):

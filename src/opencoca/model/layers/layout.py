@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opencoca.model.kernels.choice import Mask
 from opencoca.model.kernels.packed_attention import Buckets
 
 
@@ -68,6 +69,16 @@ class TextLayout:
     def hidden(self) -> Tensor | None:
         """(S,) which real positions attention does not see, where there are no cached ones; None = it sees all."""
         return None if self.visible is None else ~self.pack(self.visible)
+
+    def mask(self, mask: Mask) -> Mask:
+        """The mask over padded texts: what this layout hides is hidden, and so is padding where it could be seen."""
+        visible = self.visible
+        if visible is None and mask.kind != "causal" and self.slots is not None:
+            visible = torch.arange(self.length, device=self.positions.device) < self.lengths[:, None]
+        if visible is None:
+            return mask
+        seen = visible[:, None] & mask.visible if mask.visible is not None else visible
+        return mask._replace(visible=seen)
 
     def image_buckets(self, group: int) -> Buckets:
         """Rows of ``group`` consecutive texts, all texts of one image, one after another without gaps."""
