@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from common import machine, report
 from torch import Tensor, nn
 
+from opencoca.model.kernels.choice import projects_words
 from opencoca.model.kernels.dense_attention import dense_attention
 from opencoca.model.kernels.dropout import drop_and_add
 from opencoca.model.kernels.image_attention import SharedImages, attend_to_images
@@ -122,14 +123,13 @@ def text_pairs(shapes: Shapes, dtype: torch.dtype) -> Iterator[Pair]:
         "cross-attention of packed words", step(plain_cross, [queries, context]), step(packed_cross, [queries, context])
     )
 
-    def split_only() -> Tensor:
-        keys, values = split_keys_values(context)
-        (padded,) = layout.pad_heads(queries.flatten(1), 1, head_dim, group)
-        return layout.pack_heads(fused(padded, keys, values), group)
+    def packed_and_split_plainly() -> Tensor:
+        keys, values = context.unbind(2)
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        return packed_cross_attention(queries, keys, values, layout.image_buckets(group)).flatten(1)
 
-    yield Pair(
-        "keys and values split in one copy", step(plain_cross, [queries, context]), step(split_only, [queries, context])
-    )
+    inputs = [queries, context]
+    yield Pair("keys and values split in one copy", step(packed_and_split_plainly, inputs), step(packed_cross, inputs))
 
     kv_proj, norm = nn.Linear(shapes.context_width, 2 * heads * head_dim).to(dtype), nn.Identity()
     tokens = torch.randn(shapes.images, shapes.image_tokens, shapes.context_width).to(dtype).requires_grad_()
@@ -144,7 +144,9 @@ def text_pairs(shapes: Shapes, dtype: torch.dtype) -> Iterator[Pair]:
         images = SharedImages.of(tokens, layout.words_per_image(group), heads, norm)
         return attend_to_images(queries, images, kv_proj, norm, heads).flatten(1)
 
-    yield Pair("words projected, not the image", step(plain_images, leaves), step(shared_images, leaves))
+    words_per_image = words / shapes.images
+    if projects_words(words_per_image, shapes.image_tokens, heads, head_dim, kv_proj):
+        yield Pair("words projected, not the image", step(plain_images, leaves), step(shared_images, leaves))
 
 
 def product_pairs(shapes: Shapes, dtype: torch.dtype) -> Iterator[Pair]:
@@ -178,13 +180,6 @@ def product_pairs(shapes: Shapes, dtype: torch.dtype) -> Iterator[Pair]:
         "packed weights, 8 rows",
         without_gradient(lambda: F.linear(F.gelu(F.linear(few, up.weight, up.bias)), down.weight, down.bias)),
         without_gradient(lambda: packed_down(F.gelu(packed_up(few)))),
-    )
-    many = torch.randn(2048, width).to(dtype)
-    product = torch.ops.mkldnn._linear_pointwise
-    yield Pair(
-        "GELU within oneDNN's product, 2048 rows",
-        without_gradient(lambda: F.gelu(product(many, up.weight, up.bias, "none", [], ""))),
-        without_gradient(lambda: product(many, up.weight, up.bias, "gelu", [], "none")),
     )
     del held
 
