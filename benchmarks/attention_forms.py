@@ -22,7 +22,7 @@ from opencoca.model.kernels.dense_attention import dense_attention
 from opencoca.model.kernels.dropout import drop_and_add
 from opencoca.model.kernels.image_attention import SharedImages, attend_to_images
 from opencoca.model.kernels.linear import Linear, activate_and_project, pack_weights
-from opencoca.model.kernels.packed_attention import packed_cross_attention, packed_self_attention, split_keys_values
+from opencoca.model.kernels.packed_attention import packed_cross_attention, packed_self_attention
 from opencoca.model.layers.layout import TextLayout
 from opencoca.plan.lengths import likely_lengths
 
@@ -116,20 +116,12 @@ def text_pairs(shapes: Shapes, dtype: torch.dtype) -> Iterator[Pair]:
         return layout.pack_heads(fused(padded, keys, values), group)
 
     def packed_cross() -> Tensor:
-        keys, values = split_keys_values(context)
+        keys, values = context.permute(2, 0, 3, 1, 4)
         return packed_cross_attention(queries, keys, values, layout.image_buckets(group)).flatten(1)
 
     yield Pair(
         "cross-attention of packed words", step(plain_cross, [queries, context]), step(packed_cross, [queries, context])
     )
-
-    def packed_and_split_plainly() -> Tensor:
-        keys, values = context.unbind(2)
-        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        return packed_cross_attention(queries, keys, values, layout.image_buckets(group)).flatten(1)
-
-    inputs = [queries, context]
-    yield Pair("keys and values split in one copy", step(packed_and_split_plainly, inputs), step(packed_cross, inputs))
 
     kv_proj, norm = nn.Linear(shapes.context_width, 2 * heads * head_dim).to(dtype), nn.Identity()
     tokens = torch.randn(shapes.images, shapes.image_tokens, shapes.context_width).to(dtype).requires_grad_()

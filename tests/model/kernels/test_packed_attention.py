@@ -10,7 +10,6 @@ from opencoca.model.kernels.packed_attention import (
     Buckets,
     packed_cross_attention,
     packed_self_attention,
-    split_keys_values,
 )
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=9)
@@ -79,12 +78,6 @@ def test_cross_attention_equals_a_loop_over_images(lengths: list[int], heads: tu
     images = zip(queries.split(lengths), keys.transpose(1, 2), values.transpose(1, 2), strict=True)
     reference = torch.cat([softmax_attention(q, k, v, causal=False) for q, k, v in images])
     assert_same_values_and_gradients(ours, reference, (queries, keys, values))
-
-
-def test_keys_and_values_are_split_with_their_gradients():
-    together = torch.randn(3, 5, 2, 4, 6, dtype=torch.float64, requires_grad=True)
-    for part, split in enumerate(split_keys_values(together)):
-        assert_same_values_and_gradients(split, together[:, :, part].transpose(1, 2), (together,))
 
 
 @given(st.lists(st.integers(0, 70), min_size=1, max_size=30).filter(any))

@@ -1,6 +1,6 @@
 """Attention for training on a CPU, written out: two products and a softmax, with a gradient that copies nothing twice.
 
-@DENSE@
+Against the fused kernel 1.2 to 2.4 times as fast in float32 on an AMD EPYC (results/attention_forms.md).
 Letters: B batch, T query positions, N key positions, H heads, K key-value heads, d head width.
 """
 

@@ -1,6 +1,7 @@
 """Dropout on a CPU by bytes: one random 64-bit number decides for eight elements.
 
-The probability is rounded to a 256th, and the sum with a residual stream is part of the same pass.
+The probability is rounded to a 256th, and the sum with a residual stream is part of the same pass:
+2.9 to 5.2 times as fast as PyTorch's on an AMD EPYC (results/attention_forms.md).
 """
 
 from typing import Any

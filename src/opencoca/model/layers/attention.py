@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opencoca.model.config import BlockConfig
-from opencoca.model.kernels.choice import CAUSAL, EVERYTHING, Form, Mask, choose_form, trains_on_cpu
+from opencoca.model.kernels.choice import CAUSAL, EVERYTHING, Form, Mask, choose_form
 from opencoca.model.kernels.dense_attention import dense_attention
 from opencoca.model.kernels.image_attention import SharedImages, attend_to_images
 from opencoca.model.kernels.linear import Linear
-from opencoca.model.kernels.packed_attention import packed_cross_attention, packed_self_attention, split_keys_values
+from opencoca.model.kernels.packed_attention import packed_cross_attention, packed_self_attention
 from opencoca.model.layers.layout import TextLayout
 
 
@@ -88,8 +88,6 @@ class Attention(nn.Module):
     def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """context (B, N, C) -> keys, values (B, K, N, d). Of an image this is done once, however long the text."""
         keys_values = self.kv_proj(context).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
-        if trains_on_cpu(keys_values):
-            return split_keys_values(keys_values)
         keys, values = keys_values.unbind(-3)
         return keys.transpose(1, 2), values.transpose(1, 2)
 
