@@ -128,8 +128,8 @@ def test_pictures_are_those_of_the_captions(run: Path, pairs: Pairs) -> None:
     pictures = followed_pictures([read_run(run)], source)
     assert set(pictures) == set(keys)
     assert all(isinstance(picture, Image.Image) for picture in pictures.values())
-    assert fixed_photographs(source, 0) == []
-    assert len(fixed_photographs(source, 99)) == len(source)
+    assert fixed_photographs(source, list(range(len(source))), 0) == []
+    assert len(fixed_photographs(source, list(range(len(source))), 99)) == len(source)
 
 
 def test_figures_in_words() -> None:
