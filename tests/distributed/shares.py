@@ -65,7 +65,7 @@ def begin(recipe: Recipe, world: World) -> dict[str, Any]:
         "weights": {name: full_tensor(parameter.detach()).clone() for name, parameter in parameters.items()},
         "elements_before_sharding": before_sharding,
         "elements": sum(local_part(parameter).numel() for parameter in parameters.values()),
-        "validated_images": sum(count for count, _ in part.losses),
+        "validated_images": sum(count for count, _ in part.rows[0]),
         "scores": scores and scores.scores,
         "captions": scores and scores.captions,
         "given_up": given_up is None,
