@@ -66,8 +66,8 @@ def begin(recipe: Recipe, world: World) -> dict[str, Any]:
         "elements_before_sharding": before_sharding,
         "elements": sum(local_part(parameter).numel() for parameter in parameters.values()),
         "validated_images": sum(count for count, _ in part.rows[0]),
-        "scores": scores and scores.scores,
-        "captions": scores and scores.captions,
+        "scores": scores and scores.values,
+        "captions": scores and scores.texts,
         "given_up": given_up is None,
     }
 
