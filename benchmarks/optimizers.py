@@ -26,8 +26,8 @@ from runs import (
     train_once,
 )
 
+from opencoca.tasks.pretraining import Pretraining, PretrainingOptions
 from opencoca.train.trainer import Trainer
-from opencoca.train.validation import ValidationScores
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "adamw": {},
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace, name: str, learning_rate: float, seed: in
 
 
 def selection(result: RunResult) -> float:
-    return ValidationScores(result.scores, {}).selection("score")
+    return Pretraining(PretrainingOptions()).selection(result.scores)
 
 
 if __name__ == "__main__":

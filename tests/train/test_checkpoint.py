@@ -70,7 +70,7 @@ def test_the_recipe_says_which_checkpoints_stay(pairs: Pairs, output: Path) -> N
     recipe = tiny_recipe(pairs, output, epochs=5, select_by="loss", **{f"checkpoint__{k}": options[k] for k in options})
     trainer = Trainer(recipe)
     losses = iter([3.0, 1.0, 2.0, 2.0, 2.0])  # the best is that of step 4
-    trainer.validator = lambda _: ValidationScores({"loss": next(losses)}, {})  # pyright: ignore
+    trainer.validator = lambda _: ValidationScores({"loss": (loss := next(losses))}, -loss, {})  # pyright: ignore
     trainer.run()
     names = sorted(path.name for path in (output / "checkpoints").glob("step-*"))
     assert names == [f"step-{step:08d}" for step in (3, 4, 6, 9, 10)]
