@@ -51,7 +51,7 @@ class BlockCache:
         return data[offset : offset + length]
 
     def size_bytes(self) -> int:
-        """Of all blocks together."""
+        """The size of all blocks together."""
         return sum(size for _, size, _ in self._blocks())
 
     def _path(self, name: str) -> Path:

@@ -25,7 +25,7 @@ _NEAR_DUPLICATE_DIFFERENCE = 4.0
 
 @dataclass(frozen=True)
 class Spread:
-    """Of a set of numbers; all zero if it is empty."""
+    """Statistics of a set of numbers; all zero if it is empty."""
 
     min: float
     mean: float

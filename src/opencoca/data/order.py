@@ -92,7 +92,7 @@ class SampleOrder(ABC):
         return Visits(self.take(epoch, positions), np.full(len(positions), epoch))
 
     def _parts(self, step: int, batch_size: int, rank: int, world_size: int) -> list[slice]:
-        """Of each micro-batch, where the process's slice stands in the epoch's order."""
+        """Where the process's slice of each micro-batch stands in the epoch's order."""
         steps = self.steps_per_epoch(batch_size)
         if not 0 <= step < steps:
             raise ValueError(f"step must be in 0..{steps - 1}, got {step}")

@@ -65,7 +65,7 @@ def contrastive_loss(
 
 
 class _RowSums(NamedTuple):
-    """Of each row (R,): log-sum-exp of its negatives, its pairs' losses, their slopes, and how many they are."""
+    """Sums for each row (R,): log-sum-exp of its negatives, losses of its pairs, their slopes, the number of pairs."""
 
     negatives: Tensor
     losses: Tensor
@@ -143,7 +143,7 @@ class _Side:
         return _RowSums(*self.world.gather_rows(packed, self.counts).unbind(dim=1))
 
     def sum_rows(self, other: "_Side", scale: Tensor, chunk_rows: int | None) -> _RowSums:
-        """Of every row of this side, over the columns of the other."""
+        """The sums of every row of this side over the columns of the other."""
         parts = [torch.stack(_sum_chunk(*chunk)) for _, *chunk in self._chunks(other, scale, chunk_rows)]
         return _RowSums(*torch.cat(parts, dim=1) if parts else self.rows.new_zeros(4, 0))
 

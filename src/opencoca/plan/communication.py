@@ -26,7 +26,7 @@ def exchanges(
     network_bytes_per_sec: float,
     devices_per_node: int,
 ) -> list[Exchange]:
-    """Of a whole step; rings in which a device sends (n - 1) / n of what it gathers or scatters.
+    """The exchanges of a whole step, as rings in which a device sends (n - 1) / n of what it gathers or scatters.
 
     link_bytes_per_sec: of a device to the others of its machine; network_bytes_per_sec: of a device to other machines.
     """

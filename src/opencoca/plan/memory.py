@@ -25,7 +25,7 @@ STRATEGIES: tuple[Strategy, ...] = ("none", "ddp", "fsdp")
 
 @dataclass(frozen=True)
 class ModelBytes:
-    """Of the whole model, in float32 unless said otherwise.
+    """Sizes of the whole model, in float32 unless said otherwise.
 
     shared_weights: what FSDP gathers once for the whole step: all that is outside of blocks. largest_unit: the largest
     of the blocks, of which two are gathered at a time. unit_gradients: of what is trained, by unit of the trace.

@@ -54,7 +54,7 @@ class Cluster:
 
 
 def vocabulary_size(recipe: Recipe) -> int:
-    """Of the recipe's tokenizer; of one that is to be trained, the most it may have."""
+    """The vocabulary size of the recipe's tokenizer; for one that is to be trained, the most it may have."""
     source = recipe.tokenizer.source
     if source == "clip":
         return _CLIP_VOCABULARY
@@ -141,7 +141,7 @@ class Planner:
         return self._traces[images]
 
     def flops(self) -> StepFlops:
-        """Of a step, all devices together."""
+        """The operations of a step on all devices together."""
         shape = self.shape(self.recipe)
         count = ModelFlops(self.config, self.recipe, self.task)
         one = count(shape.images, self.lengths if self.task.reads_texts else (), all_texts=shape.all_texts)
@@ -149,7 +149,7 @@ class Planner:
         return StepFlops(*(factor * value for value in one))
 
     def recomputed_flops(self, flops: StepFlops) -> float:
-        """Of forward passes that are done twice: of recomputed blocks, and GradCache's first pass."""
+        """The operations of forward passes that are done twice: recomputed blocks, and GradCache's first pass."""
         recipe = self.recipe
         options, third = recipe.compute, 1 / 3
         again = 0.0

@@ -124,11 +124,11 @@ class _TextHalf(NamedTuple):
         return _TextHalf(structure.product_sizes(part), 1 + flows + is_trained, 1 + 2 * flows)
 
     def __call__(self, num_words: float, pairs: float) -> float:
-        """Of words that attend to themselves and those before them."""
+        """The operations of words that attend to themselves and those before them."""
         return 2 * self.passes * self.sizes.weights * num_words + 2 * self.pair_passes * self.sizes.pair_width * pairs
 
     def cross(self, num_tokens: float, pairs: float) -> float:
-        """Of the images' keys and values, and of the words that look at them."""
+        """The operations of the images' keys and values, and of the words that look at them."""
         return (
             2 * self.passes * self.sizes.context_weights * num_tokens
             + 2 * self.pair_passes * self.sizes.cross_pair_width * pairs

@@ -12,7 +12,7 @@ from opencoca.train.recipe.recipe import Recipe
 
 
 class Throughput:
-    """Of this process's device, for its part of every batch."""
+    """Measures how well this process's device is used, for its part of every batch."""
 
     def __init__(self, config: CoCaConfig, recipe: Recipe, task: Task, device: torch.device, num_processes: int = 1):
         """config: the architecture with its vocabulary. The rate of an unknown device is measured, which is brief."""

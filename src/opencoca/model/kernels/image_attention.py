@@ -156,7 +156,7 @@ class _MixTokens(torch.autograd.Function):
 
 
 def _by_bucket(images: SharedImages, tokens: Tensor, padded: Tensor, other: Tensor, *grads: Tensor):
-    """Of each bucket: its queries (R, H T, C), its tokens (R, N, C), its part of other, and the same of grads."""
+    """Yields for each bucket its queries (R, H T, C), tokens (R, N, C), part of other, and parts of grads."""
     num_heads = len(images.slots) // max(1, len(images.buckets.row))
     image = place = 0
     for rows, length in images.buckets.shapes:

@@ -68,7 +68,7 @@ class Buckets:
         )
 
     def slots(self, num_heads: int) -> tuple[Tensor, Tensor]:
-        """Of vectors (S * H, d) and buckets (P * H, d), each bucket (R, H, T, d) flattened.
+        """Places of vectors (S * H, d) in buckets (P * H, d), each bucket a flattened (R, H, T, d).
 
         (S * H,): where each vector stands in the buckets; (P * H,): which vector stands there, -1 where none does.
         """
@@ -178,7 +178,7 @@ class _PackedCrossAttention(torch.autograd.Function):
 
 
 def _parts(buckets: Buckets, num_heads: int, num_kv_heads: int) -> list[tuple[slice, slice]]:
-    """Of each bucket: its queries' and its keys' slices of the flattened buckets."""
+    """The slices that the queries and the keys of each bucket take in the flattened buckets."""
     parts, start = [], 0
     for rows, length in buckets.shapes:
         stop = start + rows * length
@@ -224,7 +224,7 @@ def _gather_with_zeros(vectors: Tensor, sources: Tensor) -> Tensor:
 
 
 def _biases(buckets: Buckets, hidden: Tensor | None, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
-    """Of each bucket, (R or 1, T, T): 0 where a position sees another, -inf elsewhere."""
+    """Yields for each bucket (R or 1, T, T): 0 where a position sees another, -inf elsewhere."""
     # Padding is not hidden: behind every word, it is seen by padding alone.
     hides = None if hidden is None else hidden[buckets.slots(1)[1].clamp(min=0)] & (buckets.slots(1)[1] >= 0)
     start = 0

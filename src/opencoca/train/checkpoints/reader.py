@@ -52,7 +52,7 @@ class CheckpointReader:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def random_state(self, rank: int) -> dict[str, Tensor]:
-        """Of that process; empty if there was none of this number."""
+        """The random states of that process; empty if there was none of this number."""
         if rank >= len(self.index.files):
             return {}
         file, prefix = self._file(rank), f"random/{rank}/"
