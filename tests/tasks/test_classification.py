@@ -133,6 +133,16 @@ def test_mistakes_are_sentences(pairs: Pairs, labels: Path, tmp_path: Path) -> N
         Trainer(load_recipe(values))
 
 
+def test_it_can_be_planned(pairs: Pairs, labels: Path, tmp_path: Path, capsys: Any) -> None:
+    """From a pretrained model too, whose vocabulary is the run's."""
+    recipe = recipe_of(pairs, labels, tmp_path / "run").to_dict()
+    for name, start in (("scratch", {}), ("finetuned", {"init_from": "coca-flickr8k", "model": {}, "tokenizer": {}})):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(json.loads(json.dumps(recipe)) | start), encoding="utf-8")
+        assert main(["plan", str(path), "--device", "cpu"]) == 0
+        assert "task head" in capsys.readouterr().out
+
+
 def test_finetuning_takes_the_whole_model(run: Path, pairs: Pairs, tmp_path: Path) -> None:
     """Captions from a classifier's run: its weights are taken, its head is left, and captions can be trained."""
     values = tiny_values(pairs, tmp_path / "captions") | {"init_from": str(run), "max_steps": 1}

@@ -58,6 +58,8 @@ def vocabulary_size(recipe: Recipe) -> int:
     source = recipe.tokenizer.source
     if source == "clip":
         return _CLIP_VOCABULARY
+    if source == "init_from":
+        return recipe.model.text.vocab_size  # the start model's, as `load_recipe` filled it in
     return recipe.tokenizer.vocab_size if source == "train" else Tokenizer.load(source).vocab_size
 
 

@@ -162,7 +162,7 @@ def _view_batches(source, views: CacheViews, start: int) -> Iterator[tuple[np.nd
 
 
 def _fingerprint(encoder, stages: int, source: SampleSource, views: CacheViews, precision: str) -> str:
-    """A digest of all that the features depend on: weights and settings of the stages, the images, and how views are made."""
+    """A digest of what the features depend on: weights and settings of the stages, images, and how views are made."""
     digest = hashlib.sha256()
     for name, tensor in encoder.stages[:stages].state_dict().items():
         digest.update(name.encode())

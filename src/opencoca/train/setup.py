@@ -71,7 +71,9 @@ def set_up(recipe: Recipe, folder: Path, continues: bool, world: World) -> RunSe
     folder.mkdir(parents=True, exist_ok=True)
     world.on_main(lambda: remember_recipe(folder, recipe, continues=continues))
     tokenizer = make_tokenizer(recipe, start, train_source, folder / "tokenizer.json", continues, world)
-    vocabulary = replace(recipe.model.text, vocab_size=tokenizer.vocab_size)
+    # A start model may have more ids than its tokenizer; its embeddings are taken whole.
+    least = recipe.model.text.vocab_size if recipe.tokenizer.source == "init_from" else 0
+    vocabulary = replace(recipe.model.text, vocab_size=max(least, tokenizer.vocab_size))
     config = task.configure(replace(recipe.model, text=vocabulary))
     preprocess = make_preprocess(recipe, start)
     torch.manual_seed(recipe.seed)
