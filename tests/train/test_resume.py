@@ -198,7 +198,7 @@ HARMFUL: dict[str, Any] = {
     "data__flip_probability": 0.0,
     "validate_every_epochs": 2,
     "tokenizer__vocab_size": 300,
-    "loss__caption_weight": 1.0,
+    "task__caption_weight": 1.0,
     "safety__spike_deviations": 6.0,
 }
 
@@ -226,6 +226,25 @@ def test_another_recipe_is_refused_by_key(key: str, begun: tuple[Path, Callable[
     assert repr(HARMFUL[key]) in message
     assert "--output" in message
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_a_recipe_stored_by_an_earlier_version_is_the_same(begun: tuple[Path, Callable[..., Recipe]]) -> None:
+    """With the objective in a section of its own; and a difference in it is still found."""
+    folder, recipe = begun
+    path = folder / "recipe.json"
+    today = path.read_text(encoding="utf-8")
+    stored = json.loads(today)
+    task = stored.pop("task")
+    stored |= {"select_by": task.pop("select_by"), "val_max_new_tokens": task.pop("max_new_tokens")}
+    del task["name"], stored["init_from"]
+    try:
+        path.write_text(json.dumps(stored | {"loss": task | {"caption_weight": 7.0}}), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"task\.caption_weight: 7\.0 then, 2\.0 now"):
+            Trainer(recipe())
+        path.write_text(json.dumps(stored | {"loss": task}), encoding="utf-8")
+        assert Trainer(recipe()).checkpoints.exist()
+    finally:
+        path.write_text(today, encoding="utf-8")
 
 
 def test_settings_that_the_weights_do_not_depend_on_may_change(begun: tuple[Path, Callable[..., Recipe]]) -> None:
