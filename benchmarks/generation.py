@@ -31,7 +31,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from opencoca.generation import GeneratedCaption, GenerationOptions, generate
-from opencoca.generation import loop as generation_loop
 from opencoca.generation.decoding.session import DecodingSession
 from opencoca.model.coca import CoCa
 from opencoca.model.kernels import linear
@@ -165,13 +164,13 @@ def _device_matmul_rate(like: torch.Tensor, size: int = 8192) -> float:
 
 def equal_ids(session: DecodingSession, images: torch.Tensor, options: GenerationOptions, theirs: torch.Tensor) -> int:
     """How many captions have open_clip's ids, the last token apart; ours ranks by raw logits here, as it does."""
-    log_probs = generation_loop.next_log_probs
+    log_softmax = torch.log_softmax
     if options.num_beams > 1:
-        generation_loop.next_log_probs = lambda logits: logits.float()
+        torch.log_softmax = lambda logits, *_, **__: logits.float()
     try:
         ours = caption(session, images, options)
     finally:
-        generation_loop.next_log_probs = log_probs
+        torch.log_softmax = log_softmax
     last = options.max_new_tokens
     pairs = zip(ours, theirs.tolist(), strict=True)
     return sum(list(best.token_ids[:last]) == ids[:last] for (best, *_), ids in pairs)

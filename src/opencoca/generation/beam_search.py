@@ -177,6 +177,7 @@ class BeamSearch:
             index = order.view(*order.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
             kept[:, group] = x.gather(1, index)
 
+    @property
     def done(self) -> Tensor:
         return self.group_done.all(dim=1)
 

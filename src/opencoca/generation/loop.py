@@ -71,86 +71,84 @@ def generate(
     session = session or DecodingSession(model)
     if session.model is not model:
         raise ValueError("the session was made for another model; make one with DecodingSession(model)")
-    job = _Job(session, options, limits, prompt, filters, with_text_embed)
+    job = _Job(session, tokenizer, options, limits, prompt, filters, with_text_embed)
     seeds = torch.arange(num_images) if image_seeds is None else torch.tensor(image_seeds, dtype=torch.int64)
     at_a_time = max(1, num_images)
     if image_tokens.device.type == "cpu":
         at_a_time = max(1, _TEXTS_AT_A_TIME_ON_CPU // options.texts_in_work)
-    captions: list[tuple[GeneratedCaption, ...]] = []
-    for start in range(0, num_images, at_a_time):
-        found = _search(job, image_tokens[start : start + at_a_time], seeds[start : start + at_a_time])
-        captions += [tuple(_as_caption(text, tokenizer, len(prompt)) for text in of_image) for of_image in found]
-    return captions
+    parts = [slice(start, start + at_a_time) for start in range(0, num_images, at_a_time)]
+    return [captions for part in parts for captions in _search(job, image_tokens[part], seeds[part])]
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What is to be done with images, whichever they are."""
+    """What is done with images, whichever they are."""
 
     session: DecodingSession
+    tokenizer: Tokenizer
     options: GenerationOptions
     limits: Limits
     prompt: list[int]
     filters: list[LogitFilter]
     with_text_embed: bool
 
-    @property
-    def room(self) -> Room:
-        """What an image needs."""
-        shared = self.options.num_beams > 1
-        return Room(self.limits.max_length, self.options.texts_in_work, shared, self.limits.prompt_length)
 
-    def new_search(self, image_seeds: Tensor, device: torch.device) -> Search:
-        """The search over images with these seeds (I,)."""
-        token_ids = torch.tensor(self.prompt, device=device).repeat(image_seeds.shape[0], 1)
-        if self.options.num_beams > 1:
-            return BeamSearch(self.options, self.limits, token_ids, self.room.entries)
-        return SingleTexts(self.options, self.limits, token_ids, image_seeds)
-
-
-def _search(job: _Job, image_tokens: Tensor, image_seeds: Tensor) -> list[list["_Finished"]]:
-    """What is found for each image; a function of its own, so that its caches are gone when the next ones are made."""
-    finished: dict[int, list[_Finished]] = {}
-    search = job.new_search(image_seeds, image_tokens.device)
-    with job.session.search(image_tokens, job.room) as state:
-        work = _Work(job, state, search, torch.arange(image_tokens.shape[0], device=image_tokens.device))
-        while work.images.numel():
-            finished.update(work.advance())
-    return [found for _, found in sorted(finished.items())]
-
-
-@dataclass(frozen=True)
-class _Finished:
-    candidate: Candidate
-    text_embed: Tensor | None
+def _search(job: _Job, image_tokens: Tensor, image_seeds: Tensor) -> list[tuple[GeneratedCaption, ...]]:
+    """The captions of each image; a function of its own, so that its caches are gone when the next ones are made."""
+    options, limits, device = job.options, job.limits, image_tokens.device
+    prompts = torch.tensor(job.prompt, device=device).repeat(image_tokens.shape[0], 1)
+    room = Room(limits.max_length, options.texts_in_work, options.num_beams > 1, limits.prompt_length)
+    if options.num_beams > 1:
+        search = BeamSearch(options, limits, prompts, room.entries)
+    else:
+        search = SingleTexts(options, limits, prompts, image_seeds)
+    with job.session.search(image_tokens, room) as state:
+        work = _Work(job, state, search, torch.arange(image_tokens.shape[0], device=device), {})
+        work.run()
+    return [captions for _, captions in sorted(work.finished.items())]
 
 
 @dataclass
 class _Work:
-    """The images in work (I,), by their numbers, the search over their texts and the caches it reads."""
+    """The images in work (I,), by their numbers; the search over their texts; the caches that it reads.
+
+    finished: the captions of each image that has left the work.
+    """
 
     job: _Job
     state: DecodingState
     search: Search
     images: Tensor
+    finished: dict[int, tuple[GeneratedCaption, ...]]
 
-    def advance(self) -> dict[int, list[_Finished]]:
-        """Makes every text one token longer; returns the texts of images that leave the work, by image."""
+    def run(self) -> None:
+        """Makes every text one token longer, again and again, until no image is left."""
         job, search, state = self.job, self.search, self.state
-        starts = state.num_words == 0
-        token_ids = search.token_ids if starts else search.token_ids[:, -1:]
-        log_probs = next_log_probs(job.session.step(token_ids, state))
-        allowed = log_probs if all(one.only_forbids for one in job.filters) else log_probs.clone()
-        for logit_filter in job.filters:
-            logit_filter.apply(allowed, search.token_ids)
-        parents = search.extend(allowed, log_probs, state.entries_of_texts() if search.shares_cache else None)
-        if starts:
-            self._take_up(parents)
-        elif search.shares_cache:
-            state.reorder(parents)
-        return self._drop_finished(is_last=search.token_ids.shape[1] >= job.limits.max_length)
+        only_forbids = all(logit_filter.only_forbids for logit_filter in job.filters)
+        next_ids = search.token_ids
+        while self.images.numel():
+            starts = state.num_words == 0
+            logits = job.session.step(next_ids, state)
+            # In float32 at least: half precision would round a caption's sum. On a CPU in place: getting memory of this
+            # size anew in every step takes longer than the softmax.
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            wide = logits.to(dtype) if logits.is_cpu else None
+            log_probs = torch.log_softmax(logits if wide is None else wide, -1, dtype, out=wide)
+            allowed = log_probs if only_forbids else log_probs.clone()
+            for logit_filter in job.filters:
+                logit_filter.apply(allowed, search.token_ids)
+            parents = search.extend(allowed, log_probs, state.entries_of_texts() if search.shares_cache else None)
+            if starts:
+                self._make_rows(parents)
+            elif search.shares_cache:
+                state.reorder(parents)
+            done = search.done | (search.token_ids.shape[1] >= job.limits.max_length)
+            share = int(done.sum()) / done.numel()
+            if share and share >= (_DROP_FROM_SHARE_OF_GRAPHS if state.recorded else _DROP_FROM_SHARE):
+                self._drop(done)
+            next_ids = search.token_ids[:, -1:]
 
-    def _take_up(self, parents: Tensor) -> None:
+    def _make_rows(self, parents: Tensor) -> None:
         """Makes rows for the texts (R,) that go on from the prompts."""
         if self.search.shares_cache:
             self.state.share_rows(self.search.texts_per_image)
@@ -160,59 +158,47 @@ class _Work:
         if self.state.recorded:
             self.state.share_rows(1)
 
-    def _drop_finished(self, is_last: bool) -> dict[int, list[_Finished]]:
-        done = self.search.done() | is_last
-        num_done = int(done.sum())
-        least = _DROP_FROM_SHARE_OF_GRAPHS if self.state.recorded else _DROP_FROM_SHARE
-        if num_done == 0 or num_done < least * done.numel():
-            return {}
+    def _drop(self, done: Tensor) -> None:
+        """Takes the images that are done (I,) out of the work, and makes captions of their texts."""
         leaving, staying = done.nonzero().squeeze(1), (~done).nonzero().squeeze(1)
         results = [found[: self.job.options.num_captions] for found in self.search.results(leaving)]
-        wanted = self.job.with_text_embed
-        embeds = self._embed(leaving, results) if wanted else [[None] * len(found) for found in results]
-        finished = {
-            image: [_Finished(*pair) for pair in zip(found, vectors, strict=True)]
-            for image, found, vectors in zip(self.images[leaving].tolist(), results, embeds, strict=True)
-        }
+        embeds = self._embed(leaving, results) if self.job.with_text_embed else [[None] * len(one) for one in results]
+        for image, found, vectors in zip(self.images[leaving].tolist(), results, embeds, strict=True):
+            pairs = zip(found, vectors, strict=True)
+            self.finished[image] = tuple(self._as_caption(text, vector) for text, vector in pairs)
         self.images = self.images[staying]
         if staying.numel():
             self.search.keep(staying)
             per_image = self.state.rows_per_image
             rows = (staying[:, None] * per_image + torch.arange(per_image, device=staying.device)).flatten()
             self.state.select(rows, staying)
-        return finished
 
     def _embed(self, leaving: Tensor, results: list[list[Candidate]]) -> list[list[Tensor]]:
         """The text embedding (E,) of each candidate of the images that leave."""
-        if not self.search.shares_cache:
-            rows = torch.tensor([candidate.row for found in results for candidate in found], device=leaving.device)
-            texts = [candidate for found in results for candidate in found]
-            per_row = 1
-        else:
+        if self.search.shares_cache:
             rows, per_row = leaving, max(map(len, results))
             # Every row must have as many texts; some are embedded twice.
             texts = [(found * per_row)[index] for found in results for index in range(per_row)]
+        else:
+            per_row, texts = 1, [candidate for found in results for candidate in found]
+            rows = torch.tensor([candidate.row for candidate in texts], device=leaving.device)
         seen = torch.stack([text.visible for text in texts]).unflatten(0, (-1, per_row))
         ids = [text.token_ids for text in texts]
-        model, eos_id = self.job.session.model, self.job.limits.eos_id
-        vectors = embed_decoded(model, self.state, rows, seen, ids, eos_id).flatten(0, 1)
-        vectors = iter(vectors.float().cpu())
+        vectors = embed_decoded(self.job.session.model, self.state, rows, seen, ids, self.job.limits.eos_id)
+        vectors = iter(vectors.flatten(0, 1).float().cpu())
         if not self.search.shares_cache:
             return [[next(vectors) for _ in found] for found in results]
         return [[next(vectors) for _ in range(per_row)][: len(found)] for found in results]
 
-
-def next_log_probs(logits: Tensor) -> Tensor:
-    """logits (R, V) -> log-probabilities (R, V), in float32 at least: half precision would round a caption's sum.
-
-    The logits may be overwritten.
-    """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    if not logits.is_cpu:
-        return logits.log_softmax(dim=-1, dtype=dtype)
-    # In place: getting memory of this size anew in every step takes longer than the softmax.
-    wide = logits.to(dtype)
-    return torch.log_softmax(wide, -1, out=wide)
+    def _as_caption(self, text: Candidate, text_embed: Tensor | None) -> GeneratedCaption:
+        return GeneratedCaption(
+            text=self.job.tokenizer.decode(text.token_ids),
+            token_ids=tuple(text.token_ids),
+            log_probability=text.log_probability,
+            length=len(text.token_ids) - self.job.limits.prompt_length,
+            score=text.score,
+            text_embed=text_embed,
+        )
 
 
 def _encode_prompt(tokenizer: Tokenizer, prefix: str, context_length: int) -> list[int]:
@@ -223,16 +209,3 @@ def _encode_prompt(tokenizer: Tokenizer, prefix: str, context_length: int) -> li
             "hold, which leaves none for a caption; use a shorter one"
         )
     return prompt
-
-
-def _as_caption(found: _Finished, tokenizer: Tokenizer, prompt_length: int) -> GeneratedCaption:
-    text = found.candidate
-    ids = text.token_ids
-    return GeneratedCaption(
-        text=tokenizer.decode(ids),
-        token_ids=tuple(ids),
-        log_probability=text.log_probability,
-        length=len(ids) - prompt_length,
-        score=text.score,
-        text_embed=found.text_embed,
-    )

@@ -41,12 +41,15 @@ class Search(Protocol):
 
     texts_per_image: how many are in work, from the first extension on (before it: one, the prompt).
     shares_cache: they are read from one cache row, each seeing its own ancestors there; else each has its row.
-    token_ids (R, T): the texts in work.
+    token_ids (R, T): the texts in work. done (I,): whether nothing can change an image's result any more.
     """
 
     texts_per_image: int
     shares_cache: bool
     token_ids: Tensor
+
+    @property
+    def done(self) -> Tensor: ...
 
     def extend(self, allowed: Tensor, log_probs: Tensor, visible: Tensor | None) -> Tensor:
         """Makes the texts in work one token longer; returns which of the present texts each comes from: (R,).
@@ -55,10 +58,6 @@ class Search(Protocol):
         where that is not -inf unless a filter does more than forbid; visible (R, N): the cache entries of each text,
         where they share rows.
         """
-        ...
-
-    def done(self) -> Tensor:
-        """(I,) whether nothing can change an image's result any more."""
         ...
 
     def results(self, images: Tensor) -> list[list[Candidate]]:
@@ -85,6 +84,7 @@ class SingleTexts:
         self.token_ids = prompt
         self.totals = torch.zeros(num_texts, device=prompt.device)
         self.ended = torch.zeros(num_texts, dtype=torch.bool, device=prompt.device)
+        self.done = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
         self.draws = options.samples
         self.uniforms = torch.empty(num_texts, 0, device=prompt.device)
         if self.draws:
@@ -100,6 +100,7 @@ class SingleTexts:
         next_ids = next_ids.where(~self.ended, self.limits.eos_id)
         self.totals += log_probs[rows, next_ids].to(self.totals.dtype).where(~self.ended, 0)
         self.ended |= next_ids == self.limits.eos_id
+        self.done = self.ended.view(-1, self.texts_per_image).all(dim=1)
         self.token_ids = torch.cat((self.token_ids[rows], next_ids[:, None]), dim=1)
         return rows
 
@@ -109,9 +110,6 @@ class SingleTexts:
         if draws.token_ids.shape[0] != rows.shape[0]:
             draws = type(draws)(draws.log_probs[rows], draws.token_ids[rows])
         return draw(draws, self.uniforms[:, position])
-
-    def done(self) -> Tensor:
-        return self.ended.view(-1, self.texts_per_image).all(dim=1)
 
     def results(self, images: Tensor) -> list[list[Candidate]]:
         per_image, start = self.texts_per_image, self.limits.prompt_length
@@ -130,6 +128,7 @@ class SingleTexts:
         return ids[: ids.index(self.limits.eos_id, start) + 1] if self.limits.eos_id in ids[start:] else ids
 
     def keep(self, images: Tensor) -> None:
+        self.done = self.done[images]
         self.token_ids, self.totals, self.ended, self.uniforms = (
             x.unflatten(0, (-1, self.texts_per_image))[images].flatten(0, 1)
             for x in (self.token_ids, self.totals, self.ended, self.uniforms)
