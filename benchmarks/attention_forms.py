@@ -24,7 +24,7 @@ from opencoca.model.kernels.image_attention import SharedImages, attend_to_image
 from opencoca.model.kernels.linear import Linear, activate_and_project, pack_weights
 from opencoca.model.kernels.packed_attention import packed_cross_attention, packed_self_attention
 from opencoca.model.layers.layout import TextLayout
-from opencoca.plan.lengths import likely_lengths
+from opencoca.plan.planner import likely_lengths
 
 Run = Callable[[], object]
 

@@ -115,8 +115,7 @@ def _measure(case: Case) -> dict:
 
     from opencoca.data import Batch
     from opencoca.model.coca import CoCa
-    from opencoca.plan.lengths import batch_of, likely_lengths
-    from opencoca.plan.planner import vocabulary_size
+    from opencoca.plan.planner import batch_of, likely_lengths, vocabulary_size
     from opencoca.system.allocator import keep_freed_memory
     from opencoca.system.memory_use import peak_bytes, resident_bytes
     from opencoca.train.compute import prepare_compute

@@ -23,10 +23,11 @@ USABLE_SHARE = 1 - GAP_SHARE
 class Plan:
     """What a recipe needs.
 
-    parameters: by part. flops: of a step, all devices together; recomputed_flops: done twice to save memory, besides.
-    memory: of one device, by strategy and by what is recomputed; chosen: as the recipe says. remedy: what would make it
-    fit, or None if it does. step_seconds: (all communication hidden behind work, none hidden). steps: None if neither
-    the recipe nor the number of images says.
+    parameters: their number in each part. flops: the operations of a step on all devices together; recomputed_flops:
+    those that are done a second time to save memory. memory: what one device needs with each strategy, with nothing
+    and with all blocks recomputed; chosen: what it needs as the recipe says. remedy: what would make it fit, None if it
+    fits. step_seconds: with all communication hidden behind work, and with none. steps: None if neither the recipe nor
+    the number of images says.
     """
 
     model_name: str
@@ -56,14 +57,14 @@ class Plan:
 
     @property
     def days(self) -> tuple[float, float] | None:
-        """(at best, at worst)."""
+        """How long all steps take: at best, and at worst."""
         if self.steps is None:
             return None
         low, high = (self.steps * seconds / 86_400 for seconds in self.step_seconds)
         return low, high
 
     def to_dict(self) -> dict[str, Any]:
-        """In JSON's types."""
+        """Returns the plan in JSON's types."""
         values = asdict(self)
         values["flops"] = self.flops._asdict() | {"total": self.flops.total}
         return values | {"fits": self.fits, "days": self.days}
@@ -77,7 +78,10 @@ def make_plan(
     num_images: int | None = None,
     lengths: Tensor | None = None,
 ) -> Plan:
-    """mean_words: of a text, special ids included; lengths: of one device's texts, exactly. num_images: of an epoch.
+    """Works out what the recipe needs on these devices.
+
+    mean_words: the mean number of token ids in a text; lengths: instead, the lengths of one device's texts.
+    num_images: the number of images in an epoch.
 
     Raises ValueError for a device that is not known, and for sizes that do not fit one another.
     """
@@ -93,7 +97,7 @@ def make_plan(
     ]
     flops = planner.flops()
     again = planner.recomputed_flops(flops)
-    messages = _exchanges(planner, spec, recipe, cluster, strategy)
+    messages = exchanges(planner, strategy, cluster.link_bytes_per_sec or link_bytes_per_sec(spec))
     compute = (flops.total + again) / (cluster.devices * spec.peak(recipe.precision) * cluster.utilisation)
     talk = sum(message.seconds for message in messages)
     usable = int(spec.memory_bytes * USABLE_SHARE)
@@ -119,22 +123,6 @@ def make_plan(
         steps=_steps(recipe, num_images),
         problems=[] if fits else [_too_large(chosen, usable, spec)],
         remedy=None if fits else planner.remedy(usable),
-    )
-
-
-def _exchanges(
-    planner: Planner, spec: DeviceSpec, recipe: Recipe, cluster: Cluster, strategy: Strategy
-) -> list[Exchange]:
-    return exchanges(
-        planner.model,
-        planner.shape(recipe),
-        recipe,
-        strategy,
-        cluster.devices,
-        planner.shard_size,
-        cluster.link_bytes_per_sec or link_bytes_per_sec(spec),
-        cluster.network_bytes_per_sec,
-        cluster.devices_per_node,
     )
 
 

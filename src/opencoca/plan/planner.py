@@ -1,6 +1,7 @@
 """One recipe's model without values, and what it needs, also with some of the recipe's keys changed."""
 
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -10,14 +11,13 @@ from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
 from opencoca.model.init import without_values
 from opencoca.model.structure import PARTS
-from opencoca.plan.lengths import batch_of, likely_lengths
 from opencoca.plan.memory import (
     STRATEGIES,
+    Forecast,
     Memory,
     ModelBytes,
     StepShape,
     Strategy,
-    forecast_memory,
     model_bytes,
     with_recompute,
 )
@@ -34,15 +34,18 @@ from opencoca.train.recipe.recipe import Recipe
 # Of a process on a CPU: kernels made for the shapes it meets, threads, gaps between tensors (results/plan_memory.md).
 _KERNEL_BYTES = 160 << 20
 _CLIP_VOCABULARY = 49_408
-_MOST_SUB_BATCHES = 1024
+# Standard deviation over mean of Flickr8k's captions, in words of the CLIP vocabulary.
+_SPREAD = 0.3
+_LEAST_WORDS = 3
 
 
 @dataclass(frozen=True)
 class Cluster:
     """Where a recipe is to run.
 
-    device: name of a known one (`devices.DEVICES`), or cpu: this machine's. utilisation: of the peak rate, that steps
-    are expected to reach. network_bytes_per_sec: of one device to those of other machines, in one direction.
+    device: the name of a device in `opencoca.system.devices.DEVICES`, or cpu for this machine's. utilisation: the
+    share of the peak rate that steps are expected to reach. network_bytes_per_sec: the rate from one device to those of
+    other machines, in one direction; link_bytes_per_sec: to those of its own, if it is not the device's usual one.
     """
 
     devices: int = 1
@@ -54,7 +57,7 @@ class Cluster:
 
 
 def vocabulary_size(recipe: Recipe) -> int:
-    """The vocabulary size of the recipe's tokenizer; for one that is to be trained, the most it may have."""
+    """The vocabulary size of the recipe's tokenizer; the largest possible one, if the tokenizer is yet to be trained."""
     source = recipe.tokenizer.source
     if source == "clip":
         return _CLIP_VOCABULARY
@@ -64,10 +67,30 @@ def vocabulary_size(recipe: Recipe) -> int:
 
 
 def strategies_of(recipe: Recipe, cluster: Cluster) -> tuple[Strategy, ...]:
-    """Those that the recipe could have on so many devices."""
+    """The strategies that the recipe could use on these devices."""
     if cluster.devices == 1:
         return ("none",)
     return STRATEGIES if recipe.optimizer.name in SHARDABLE else STRATEGIES[:2]
+
+
+def likely_lengths(num_texts: int, mean_words: float, context_length: int) -> Tensor:
+    """Lengths (B,) with this mean, spread like those of captions: evenly spaced quantiles of a normal distribution.
+
+    Raises ValueError if the mean is not between 3 and context_length.
+    """
+    if not _LEAST_WORDS <= mean_words <= context_length:
+        raise ValueError(
+            f"--words {mean_words:g} must be from {_LEAST_WORDS} to the model's context_length, {context_length}"
+        )
+    normal = NormalDist(mean_words, _SPREAD * mean_words)
+    quantiles = [normal.inv_cdf((i + 0.5) / num_texts) for i in range(num_texts)]
+    return torch.tensor(quantiles).round().long().clamp(_LEAST_WORDS, context_length)
+
+
+def batch_of(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Makes token_ids (B, T) and token_mask (B, T) of texts with these lengths; the ids mean nothing."""
+    mask = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+    return torch.zeros(mask.shape, dtype=torch.int64), mask
 
 
 class Planner:
@@ -114,20 +137,15 @@ class Planner:
 
     def memory(self, recipe: Recipe, strategy: Strategy) -> Memory:
         shape = self.shape(recipe)
-        return forecast_memory(
-            self._trace(shape.sub_images, shape.sub_texts),
-            self.model,
-            shape,
-            recipe,
-            strategy,
-            self.shard_size,
-            self.device_type,
-            self.process_bytes,
-        )
+        trace = self._trace(shape.sub_images, shape.sub_texts)
+        shards = self.shard_size if strategy == "fsdp" else 1
+        return Forecast(
+            trace, self.model, shape, recipe, strategy, shards, self.device_type, self.process_bytes
+        ).memory()
 
     def _trace(self, images: int, texts: int) -> Trace:
         if images not in self._traces:
-            # Of a part of the batch, texts that are spread as all are.
+            # A part of the batch has texts whose lengths are spread like those of all.
             every = torch.linspace(0, len(self.lengths) - 1, texts).round().long()
             ids, mask = batch_of(self.lengths[every])
             if not self.task.reads_texts:
@@ -174,7 +192,7 @@ class Planner:
         return count
 
     def remedy(self, usable: int) -> str:
-        """The least change that fits, from cheap to dear."""
+        """The cheapest change of the recipe that makes it fit, in words."""
         several = self.cluster.devices > 1
         own: Strategy = self.recipe.distributed.strategy if several else "none"
         others = strategies_of(self.recipe, self.cluster)

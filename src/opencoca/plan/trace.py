@@ -32,10 +32,10 @@ _FACTORIES = {"empty", "zeros", "ones", "full", "rand", "randn"}
 
 @dataclass
 class Kept:
-    """Bytes that one unit (a block, a stage, a pooler) keeps for its gradient.
+    """The bytes that one unit (a block, a stage, a pooler) keeps for its gradient.
 
-    input_bytes: of its input, which is all that stays if its inside is computed again. largest_bytes: of its largest
-    tensor. recomputable: the tower that it is a block of, if it is one; the inside of others cannot be computed again.
+    input_bytes: its input, which is all that stays if its inside is computed again. largest_bytes: its largest tensor.
+    recomputable: the tower that it is a block of; None if it is no block, and so cannot be computed again.
     """
 
     part: str
@@ -49,8 +49,8 @@ class Kept:
 class Trace:
     """What a forward pass keeps, unit by unit in the order of execution.
 
-    weight_copy_bytes: of weights in low precision, which autocast makes once a pass. words: of which the loss is
-    taken. hidden_dtype: of the states that go into the vocabulary head.
+    weight_copy_bytes: the weights in low precision, which autocast makes once in each pass. words: the number of words
+    that the captioning loss is taken of. hidden_dtype: the type of the states that go into the vocabulary head.
     """
 
     units: dict[str, Kept] = field(default_factory=dict)
@@ -58,23 +58,11 @@ class Trace:
     words: int = 0
     hidden_dtype: torch.dtype = torch.float32
 
-    @property
-    def activation_bytes(self) -> int:
-        return sum(unit.kept_bytes for unit in self.units.values())
-
-    def by_part(self, recomputed: bool = False) -> dict[str, int]:
-        """Bytes by part; recomputed: with the inside of every block computed again for the gradient."""
-        bytes_of: dict[str, int] = {}
-        for unit in self.units.values():
-            kept = min(unit.input_bytes, unit.kept_bytes) if recomputed and unit.recomputable else unit.kept_bytes
-            bytes_of[unit.part] = bytes_of.get(unit.part, 0) + kept
-        return bytes_of
-
 
 def trace_forward(model: CoCa, task: Task, batch: Batch, *, device_type: str, precision: str) -> Trace:
     """Runs a task's forward pass on ``model``, whose parameters are on the meta device, and a batch without images.
 
-    Its texts are real; in place of its images, tensors without values go in at the stage that it names.
+    The batch's texts are real; in place of images, tensors without values go in at the stage that the batch names.
     device_type: cpu or cuda, whose kernels the network may choose.
     """
     inputs = _inputs(model, batch.num_samples, batch.from_stage)
@@ -103,7 +91,7 @@ def _inputs(model: CoCa, num_images: int, from_stage: int) -> Tensor:
 
 
 class _on_device:
-    """Autocast's own state, which the network asks for: whether there is any, and of which type."""
+    """Sets autocast's own state, which the network asks for: whether it is on, and its type."""
 
     def __init__(self, device_type: str, low: torch.dtype | None):
         self.device_type, self.low = device_type, low

@@ -1,13 +1,15 @@
-"""What both vocabularies share: special tokens, and how a text is framed by them.
+"""What both vocabularies share: the texts that they take, special tokens, and how a text is framed by them.
 
 `Tokenizer` checks the form when it reads a file.
 """
+
+import re
 
 import tokenizers
 from tokenizers import processors
 
 SPECIAL_TOKENS = ("<pad>", "<start>", "<end>")
-CLIP_SPECIAL_TOKENS = ("!", "<start_of_text>", "<end_of_text>")  # its padding is id 0, which is also a word
+_SURROGATE_PAIR, _SURROGATE = re.compile("[\ud800-\udbff][\udc00-\udfff]"), re.compile("[\ud800-\udfff]")
 
 
 def assemble(parts: tokenizers.Tokenizer, special_tokens: tuple[str, str, str]) -> tokenizers.Tokenizer:
@@ -23,3 +25,20 @@ def assemble(parts: tokenizers.Tokenizer, special_tokens: tuple[str, str, str]) 
     )
     backend.enable_padding(pad_id=ids[pad], pad_token=pad)
     return backend
+
+
+def require_text(text: object, position: int) -> str:
+    """Returns `text` as a string that can be written as UTF-8."""
+    if not isinstance(text, str):
+        raise ValueError(f"text number {position} is {text!r}, not a string; remove it or fill it in")
+    return without_surrogates(text)
+
+
+def without_surrogates(text: str) -> str:
+    """Replaces surrogates, which JSON may hold: pairs by the characters that they encode, others by U+FFFD."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        paired = _SURROGATE_PAIR.sub(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
+        return _SURROGATE.sub("\ufffd", paired)

@@ -7,10 +7,10 @@ import importlib.resources
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-from opencoca.tokenizer.backend import CLIP_SPECIAL_TOKENS, assemble
-from opencoca.tokenizer.texts import without_surrogates
+from opencoca.tokenizer.backend import assemble, without_surrogates
 
 CLIP_WORD_END = "</w>"
+_SPECIAL_TOKENS = ("!", "<start_of_text>", "<end_of_text>")  # its padding is id 0, which is also a word
 _CLIP_NUM_MERGES = 48_894
 # CLIP's pattern ignores case: a long s counts as an s after an apostrophe, and an iota below (U+0345), no letter itself
 # but the lower case of one, as nothing.
@@ -43,7 +43,7 @@ def build_clip_backend() -> tokenizers.Tokenizer:
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = [chr(code) for code in [*visible, *range(0x100, 0x200 - len(visible))]]
     tokens = [*alphabet, *(char + CLIP_WORD_END for char in alphabet), *(left + right for left, right in merges)]
-    vocab = {token: token_id for token_id, token in enumerate([*tokens, *CLIP_SPECIAL_TOKENS[1:]])}
+    vocab = {token: token_id for token_id, token in enumerate([*tokens, *_SPECIAL_TOKENS[1:]])}
 
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix=CLIP_WORD_END))
     backend.normalizer = normalizers.Sequence(
@@ -64,4 +64,4 @@ def build_clip_backend() -> tokenizers.Tokenizer:
     # Byte-level decoding reads U+0120 as a space; a plain space represents no byte.
     word_ends = decoders.Replace(CLIP_WORD_END, "\u0120")
     backend.decoder = decoders.Sequence([word_ends, decoders.ByteLevel()])
-    return assemble(backend, CLIP_SPECIAL_TOKENS)
+    return assemble(backend, _SPECIAL_TOKENS)

@@ -14,8 +14,8 @@ from tokenizers import normalizers
 from torch import Tensor
 
 from opencoca.system.files import atomic_write
+from opencoca.tokenizer.backend import require_text
 from opencoca.tokenizer.clip import CLIP_WORD_END, build_clip_backend, clean_as_clip
-from opencoca.tokenizer.texts import require_text
 
 FILE_NAME = "tokenizer.json"
 

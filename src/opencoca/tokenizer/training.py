@@ -5,8 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from opencoca.tokenizer.backend import SPECIAL_TOKENS, assemble
-from opencoca.tokenizer.texts import require_text
+from opencoca.tokenizer.backend import SPECIAL_TOKENS, assemble, require_text
 from opencoca.tokenizer.tokenizer import Tokenizer
 
 MAX_VOCAB_SIZE = 65_536
