@@ -65,7 +65,7 @@ def test_everything_is_found(source, num_workers, capsys):
     assert (report.height.min, report.height.max) == (32, 64)
     assert report.megapixels == (("under 0.01 MP", 5),)
     assert (report.caption_words.max, report.caption_words.median) == (5, 2)
-    assert report.has_errors
+    assert report.errors
 
 
 def test_as_json_and_as_text(source):
@@ -84,7 +84,7 @@ def test_sound_data_has_no_errors(tmp_path):
     for seed in range(6):
         (tmp_path / f"{seed}.png").write_bytes(encode(noise(seed, 80 * (seed + 1)), "PNG"))
     report = check_source(open_source(tmp_path), progress=False)
-    assert not report.has_errors
+    assert not report.errors
     assert report.near_duplicate_images == report.duplicate_images == ()
     assert report.megapixels == (("under 0.01 MP", 1), ("0.01 to 0.1 MP", 2), ("0.1 to 0.5 MP", 3))
     assert report.caption_words.max == 0

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from opencoca.data import (
     EpochOrder,
     PreprocessConfig,
+    Sample,
     SampleSource,
     TokenizedCaptions,
     TrainingLoader,
@@ -36,8 +37,8 @@ class MemorySource(SampleSource):
     def key(self, index):
         return f"{index}.jpg"
 
-    def captions(self, index):
-        return self.all[index]
+    def read(self, index, *, images=True, texts=True, target=True):
+        return Sample((self.open_bytes(index),) if images else (), tuple(self.all[index]))
 
     def open_bytes(self, index):
         if index in self.broken and index % 2:
@@ -237,7 +238,7 @@ def test_images_to_skip_and_images_without_captions():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         batch = loader.batch(0, 0)
-    wanted = EpochOrder(20, 0).indices(0).tolist()
+    wanted = EpochOrder(20, 0).take(0, np.arange(20)).tolist()
     assert batch.sample_ids.tolist() == [5 if index in (3, 4) else index for index in wanted]
     with pytest.raises(ValueError, match="none of the 5 images has a caption"):
         make(MemorySource([[]] * 5))

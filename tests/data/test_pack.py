@@ -77,21 +77,21 @@ def test_a_stopped_run_continues(source, tmp_path, monkeypatch):
         (source.root / name).write_bytes(b"rubbish")
     pack_shards(source, tmp_path / "whole", samples_per_shard=2, progress=False)
     out = tmp_path / "out"
-    read = source.open_images
+    read = source.read
 
-    def fails_at(index, stop):
-        if index == stop:
+    def fails_at(index, stop, *, images=True):
+        if index == stop and images:
             raise KeyboardInterrupt
-        return read(index)
+        return read(index, images=images)
 
     for stop in (0, 2, 3, 4):
-        monkeypatch.setattr(source, "open_images", lambda index, stop=stop: fails_at(index, stop))
+        monkeypatch.setattr(source, "read", lambda index, stop=stop, **parts: fails_at(index, stop, **parts))
         with pytest.raises(KeyboardInterrupt):
             pack_shards(source, out, samples_per_shard=2, num_workers=0, progress=False)
         assert {path.name for path in out.glob("*.tar")} == {f"{n:05d}.tar" for n in range(stop // 2)}
         assert not list(out.glob(".*"))
     finished = (out / "00000.tar").stat().st_mtime_ns
-    monkeypatch.setattr(source, "open_images", read)
+    monkeypatch.setattr(source, "read", read)
     summary = pack_shards(source, out, samples_per_shard=2, progress=False)
     assert (summary.num_shards_written, summary.num_samples, summary.num_errors) == (1, 3, 2)
     assert (out / "00000.tar").stat().st_mtime_ns == finished

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from opencoca.data import ImageFolder, Subset, open_source, read_table
+from opencoca.data import ImageError, ImageFolder, Subset, open_source, read_table
 
 from .helpers import write_images
 
@@ -171,5 +171,5 @@ def test_table_by_itself(tmp_path):
 
 def test_image_folder_reports_a_vanished_file(folder):
     source = ImageFolder(folder, ["gone.jpg"])
-    with pytest.raises(OSError, match=r"gone\.jpg"):
+    with pytest.raises(ImageError, match=r"gone\.jpg': there is no such file"):
         source.open_bytes(0)

@@ -357,7 +357,7 @@ def test_check_counts_targets(labelled):
     assert report.classes == (("house cat", 1),)
     assert report.answers == (("yes", 1), ("nö", 1))
     assert report.images_without_target == ("dog/0.jpg",)
-    assert report.has_errors
+    assert report.errors
     assert report.errors["images without label"] == ("dog/0.jpg",)
     json.dumps(report.to_dict())
 
@@ -367,7 +367,7 @@ def test_the_printed_report_names_the_most_frequent_and_the_rarest(tmp_path):
     write_images(tmp_path, [f"{name}/{number}.jpg" for name, count in counts.items() for number in range(count)])
     report = check_source(open_source(tmp_path, labels="folders"), progress=False)
     assert report.classes == tuple(counts.items())
-    assert not report.has_errors
+    assert not report.errors
     text = format_report(report)
     assert "images with a label" in text
     assert "4; most frequent: a (4), b (3), c (2); rarest: d (1), c (2), b (3)" in text
@@ -387,7 +387,7 @@ def test_check_goes_on_after_an_unusable_label(tmp_path):
     report = check_source(open_source(path), progress=False)
     assert [key for key, _ in report.unusable_targets] == ["00000"]
     assert "has a label that is neither text nor a whole number" in format_report(report)
-    assert report.has_errors
+    assert report.errors
 
 
 # batches

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opencoca.data.prompts import fill_templates
+from opencoca.data.labels import fill_templates
 from opencoca.evaluation.prompts import (
     SIMPLE_TEMPLATES,
     classification_scores,

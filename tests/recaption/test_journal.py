@@ -32,7 +32,7 @@ def write_journal(path: Path, sizes: list[int]) -> list[dict]:
 
 
 def read_rows(journal: Journal) -> list[dict]:
-    return [row for block in journal.blocks() for row in block.rows]
+    return list(journal.rows())
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
@@ -41,7 +41,6 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         assert journal.header == HEADER
         assert (journal.num_done, journal.last_batch_size) == (8, 4)
         assert read_rows(journal) == written
-        assert [block.start for block in journal.blocks()] == [0, 3, 4]
 
 
 def test_a_cut_at_any_byte_keeps_all_whole_blocks(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from cli_helpers import save_tiny_model, text_as_jpeg
-from opencoca.data import SampleSource
+from opencoca.data import Sample, SampleSource
 from opencoca.inference.loading import load
 from opencoca.inference.pipeline import Pipeline
 from opencoca.recaption import Captioner, Destination, FlagThresholds, RunReport, caption_to_files, open_inputs
-from opencoca.recaption.engine import caption_source
+from opencoca.recaption.captioner import caption_source
 
 from .helpers import make_captioner, write_images, write_shard
 
@@ -270,12 +270,9 @@ def test_decoding_is_ahead_of_the_model_and_bounded(captioner: Captioner, images
         def key(self, index: int) -> str:
             return f"{index}"
 
-        def captions(self, index: int) -> tuple[str, ...]:
-            return ()
-
-        def open_bytes(self, index: int) -> bytes:
+        def read(self, index: int, **parts: bool) -> Sample:
             read.append(index)
-            return Path(images[index % 7]).read_bytes()
+            return Sample((Path(images[index % 7]).read_bytes(),))
 
     batches = caption_source(captioner, Watched(), 4, num_workers=1)
     assert len(next(batches)) == 4

@@ -123,8 +123,8 @@ def run_check(arguments: argparse.Namespace) -> int:
     print(format_report(report))
     if arguments.json:
         write_json(arguments.json, report.to_dict())
-    if report.has_errors:
-        found = ", ".join(f"{len(those):,} {name}" for name, those in report.errors.items() if those)
+    if report.errors:
+        found = ", ".join(f"{len(those):,} {name}" for name, those in report.errors.items())
         raise CommandError(f"found {found}")
     return 0
 

@@ -1,24 +1,24 @@
 """Where samples come from, in which order, and how they become batches."""
 
 from opencoca.data.batch import Batch
-from opencoca.data.captions import CaptionTokenizer, TokenizedCaptions, collate_captions
-from opencoca.data.check import CheckReport, check_source, format_report
-from opencoca.data.images import MAX_PIXELS, ImageError, ImageHeader, decode_image, read_header, to_rgb
+from opencoca.data.captions import TokenizedCaptions, collate_captions
+from opencoca.data.check import check_source, format_report
+from opencoca.data.images import ImageError, decode_image, read_header, to_rgb
 from opencoca.data.iterate import ImageBatch, iterate_images
 from opencoca.data.labels import LabelSource
 from opencoca.data.loader import TrainingLoader
 from opencoca.data.mixture import MixedOrder, MixedSource, make_order
 from opencoca.data.opening import find_shards, list_images, open_labelled, open_source
 from opencoca.data.order import BlockOrder, EpochOrder, SampleOrder
-from opencoca.data.pack import PackSummary, pack_shards
-from opencoca.data.quarantine import BadSample, Quarantine, read_quarantine
+from opencoca.data.pack import pack_shards
+from opencoca.data.quarantine import Quarantine, read_quarantine
 from opencoca.data.remote import RemoteReadError, RetryPolicy
 from opencoca.data.shard_index import index_shards, load_index
-from opencoca.data.source import Place, Sample, SampleSource
+from opencoca.data.source import BadSample, Sample, SampleSource
 from opencoca.data.sources import ImageFolder, JoinedSource, Subset
-from opencoca.data.tables import SampleTable, TableColumns, read_table
+from opencoca.data.tables import read_table
 from opencoca.data.tar_source import ShardStorage, TarShards
-from opencoca.data.targets import Target, target_names
+from opencoca.data.targets import Target
 from opencoca.data.transforms import (
     CLIP_MEAN,
     CLIP_STD,
@@ -32,24 +32,18 @@ from opencoca.data.transforms import (
 __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
-    "MAX_PIXELS",
     "BadSample",
     "Batch",
     "BlockOrder",
-    "CaptionTokenizer",
-    "CheckReport",
     "EpochOrder",
     "EvalTransform",
     "ImageBatch",
     "ImageError",
     "ImageFolder",
-    "ImageHeader",
     "JoinedSource",
     "LabelSource",
     "MixedOrder",
     "MixedSource",
-    "PackSummary",
-    "Place",
     "PreprocessConfig",
     "Quarantine",
     "RemoteReadError",
@@ -57,10 +51,8 @@ __all__ = [
     "Sample",
     "SampleOrder",
     "SampleSource",
-    "SampleTable",
     "ShardStorage",
     "Subset",
-    "TableColumns",
     "TarShards",
     "Target",
     "TokenizedCaptions",
@@ -84,6 +76,5 @@ __all__ = [
     "read_header",
     "read_quarantine",
     "read_table",
-    "target_names",
     "to_rgb",
 ]

@@ -22,8 +22,9 @@ def rand_augment(
     The direction of an operation that has one is random. Areas that open up at the border take the colour `fill`.
     Returns an RGB image of the same size.
     """
+    operations = list(OPERATIONS.values())
     for _ in range(num_operations):
-        operation = OPERATIONS[int(rng.integers(len(OPERATIONS)))]
+        operation = operations[int(rng.integers(len(operations)))]
         sign = 1.0 if rng.random() < 0.5 else -1.0
         image = operation(image, sign * magnitude / MAX_MAGNITUDE, fill)
     return image
@@ -35,77 +36,23 @@ def _affine(image: Image.Image, coefficients: tuple[float, ...], fill: Color) ->
     )
 
 
-def _shear_x(image: Image.Image, strength: float, fill: Color) -> Image.Image:
-    slope = 0.3 * strength
-    return _affine(image, (1, slope, -slope * image.height / 2, 0, 1, 0), fill)
+def _enhanced(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
+    return lambda image, strength, fill: kind(image).enhance(1.0 + 0.9 * strength)
 
 
-def _shear_y(image: Image.Image, strength: float, fill: Color) -> Image.Image:
-    slope = 0.3 * strength
-    return _affine(image, (1, 0, 0, slope, 1, -slope * image.width / 2), fill)
-
-
-def _translate_x(image: Image.Image, strength: float, fill: Color) -> Image.Image:
-    return _affine(image, (1, 0, 0.45 * strength * image.width, 0, 1, 0), fill)
-
-
-def _translate_y(image: Image.Image, strength: float, fill: Color) -> Image.Image:
-    return _affine(image, (1, 0, 0, 0, 1, 0.45 * strength * image.height), fill)
-
-
-def _rotate(image: Image.Image, strength: float, fill: Color) -> Image.Image:
-    return image.rotate(30.0 * strength, resample=Image.Resampling.BILINEAR, fillcolor=fill)
-
-
-def _identity(image: Image.Image, strength: float, fill: Color) -> Image.Image:
-    return image
-
-
-def _auto_contrast(image: Image.Image, strength: float, fill: Color) -> Image.Image:
-    return ImageOps.autocontrast(image)
-
-
-def _equalize(image: Image.Image, strength: float, fill: Color) -> Image.Image:
-    return ImageOps.equalize(image)
-
-
-def _solarize(image: Image.Image, strength: float, fill: Color) -> Image.Image:
-    return ImageOps.solarize(image, round(256 * (1.0 - abs(strength))))
-
-
-def _posterize(image: Image.Image, strength: float, fill: Color) -> Image.Image:
-    return ImageOps.posterize(image, 8 - round(4 * abs(strength)))
-
-
-def _color(image: Image.Image, strength: float, fill: Color) -> Image.Image:
-    return ImageEnhance.Color(image).enhance(1.0 + 0.9 * strength)
-
-
-def _contrast(image: Image.Image, strength: float, fill: Color) -> Image.Image:
-    return ImageEnhance.Contrast(image).enhance(1.0 + 0.9 * strength)
-
-
-def _brightness(image: Image.Image, strength: float, fill: Color) -> Image.Image:
-    return ImageEnhance.Brightness(image).enhance(1.0 + 0.9 * strength)
-
-
-def _sharpness(image: Image.Image, strength: float, fill: Color) -> Image.Image:
-    return ImageEnhance.Sharpness(image).enhance(1.0 + 0.9 * strength)
-
-
-OPERATIONS: tuple[Operation, ...] = (
-    _identity,
-    _auto_contrast,
-    _equalize,
-    _rotate,
-    _solarize,
-    _color,
-    _posterize,
-    _contrast,
-    _brightness,
-    _sharpness,
-    _shear_x,
-    _shear_y,
-    _translate_x,
-    _translate_y,
-)
+OPERATIONS: dict[str, Operation] = {
+    "identity": lambda image, strength, fill: image,
+    "auto_contrast": lambda image, strength, fill: ImageOps.autocontrast(image),
+    "equalize": lambda image, strength, fill: ImageOps.equalize(image),
+    "rotate": lambda image, strength, fill: image.rotate(30.0 * strength, Image.Resampling.BILINEAR, fillcolor=fill),
+    "solarize": lambda image, strength, fill: ImageOps.solarize(image, round(256 * (1.0 - abs(strength)))),
+    "color": _enhanced(ImageEnhance.Color),
+    "posterize": lambda image, strength, fill: ImageOps.posterize(image, 8 - round(4 * abs(strength))),
+    "contrast": _enhanced(ImageEnhance.Contrast),
+    "brightness": _enhanced(ImageEnhance.Brightness),
+    "sharpness": _enhanced(ImageEnhance.Sharpness),
+    "shear_x": lambda image, s, fill: _affine(image, (1, 0.3 * s, -0.3 * s * image.height / 2, 0, 1, 0), fill),
+    "shear_y": lambda image, s, fill: _affine(image, (1, 0, 0, 0.3 * s, 1, -0.3 * s * image.width / 2), fill),
+    "translate_x": lambda image, s, fill: _affine(image, (1, 0, 0.45 * s * image.width, 0, 1, 0), fill),
+    "translate_y": lambda image, s, fill: _affine(image, (1, 0, 0, 0, 1, 0.45 * s * image.height), fill),
+}

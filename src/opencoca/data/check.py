@@ -16,7 +16,7 @@ from tqdm import tqdm
 from opencoca.data.images import MAX_PIXELS, ImageError, decode_image, read_header
 from opencoca.data.read_ahead import parallel_map
 from opencoca.data.source import SampleSource
-from opencoca.data.targets import target_names
+from opencoca.data.targets import Target
 
 _MEGAPIXEL_EDGES = (0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 # Two thumbnails of 8 x 8 pixels count as the same picture up to this mean difference, out of 255.
@@ -27,19 +27,23 @@ _NEAR_DUPLICATE_DIFFERENCE = 4.0
 class Spread:
     """Statistics of a set of numbers; all zero if it is empty."""
 
-    min: float
-    mean: float
-    median: float
-    p99: float
-    max: float
+    min: float = 0.0
+    mean: float = 0.0
+    median: float = 0.0
+    p99: float = 0.0
+    max: float = 0.0
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
         array = np.asarray(list(values), dtype=np.float64)
         if not array.size:
-            return cls(0.0, 0.0, 0.0, 0.0, 0.0)
+            return cls()
         median, p99 = np.percentile(array, [50, 99])
         return cls(float(array.min()), float(array.mean()), float(median), float(p99), float(array.max()))
+
+    def describe(self, digits: int = 0) -> str:
+        """All of them in one line, with so many digits after the point."""
+        return ", ".join(f"{name} {value:,.{digits}f}" for name, value in asdict(self).items())
 
 
 @dataclass(frozen=True)
@@ -91,14 +95,9 @@ class CheckReport:
     unusable_targets: tuple[tuple[str, str], ...]
 
     @property
-    def has_errors(self) -> bool:
-        """Whether something is broken or missing; see `errors`."""
-        return any(self.errors.values())
-
-    @property
     def errors(self) -> dict[str, tuple[Any, ...]]:
         """What is broken or missing, by kind. Duplicates are no error, nor is a source without any caption or label."""
-        return {
+        kinds = {
             "broken images": self.broken_images,
             "missing images": self.missing_images,
             "images without captions": self.images_without_captions if self.num_captions else (),
@@ -106,6 +105,7 @@ class CheckReport:
             "images without label": self.images_without_target if self.num_targets else (),
             "unusable labels": self.unusable_targets,
         }
+        return {name: found for name, found in kinds.items() if found}
 
     def to_dict(self) -> dict[str, Any]:
         """A dict that JSON can hold."""
@@ -113,6 +113,7 @@ class CheckReport:
 
 
 class _ImageFacts(NamedTuple):
+    key: str
     error: str | None
     digest: bytes = b""
     width: int = 0
@@ -120,6 +121,14 @@ class _ImageFacts(NamedTuple):
     format: str = ""
     mode: str = ""
     thumbnail: np.ndarray | None = None  # (64,) uint8
+
+
+class _SampleFacts(NamedTuple):
+    key: str
+    images: list[_ImageFacts]
+    captions: tuple[str, ...]
+    target: Target | None
+    target_error: str | None
 
 
 def check_source(
@@ -134,84 +143,66 @@ def check_source(
         progress: whether to show a progress bar.
     """
 
-    def examine(index: int) -> list[_ImageFacts]:
+    def examine(index: int) -> _SampleFacts:
         return _examine(source, index, max_pixels)
 
     results = parallel_map(examine, range(len(source)), num_workers, window=4 * max(1, num_workers))
-    bar = tqdm(results, total=len(source), desc="checking images", unit="image", disable=not progress)
-    names = [source.key(index) for index in range(len(source))]
-    images = [(key, fact) for key, facts in zip(names, bar, strict=True) for fact in facts]
-    keys, facts = [key for key, _ in images], [fact for _, fact in images]
-    captions = [source.captions(index) for index in range(len(source))]
-    texts = [caption for own in captions for caption in own]
-    targets = _Targets(source)
-    good = [index for index, fact in enumerate(facts) if fact.error is None]
+    samples = list(tqdm(results, total=len(source), desc="checking images", unit="image", disable=not progress))
+    images = [image for sample in samples for image in sample.images]
+    good = [image for image in images if image.error is None]
+    texts = [caption for sample in samples for caption in sample.captions]
     repeated = Counter(" ".join(text.casefold().split()) for text in texts)
+    targets = [sample.target for sample in samples if sample.target is not None]
     return CheckReport(
         num_images=len(source),
         num_captions=len(texts),
-        captions_per_image=Spread.of(map(len, captions)),
-        width=Spread.of(facts[index].width for index in good),
-        height=Spread.of(facts[index].height for index in good),
-        megapixels=_histogram([facts[index].width * facts[index].height / 1e6 for index in good]),
-        formats=dict(Counter(facts[index].format for index in good).most_common()),
-        modes=dict(Counter(facts[index].mode for index in good).most_common()),
-        broken_images=tuple((key, fact.error) for key, fact in zip(keys, facts, strict=True) if fact.error is not None),
+        captions_per_image=Spread.of(len(sample.captions) for sample in samples),
+        width=Spread.of(image.width for image in good),
+        height=Spread.of(image.height for image in good),
+        megapixels=_histogram([image.width * image.height / 1e6 for image in good]),
+        formats=dict(Counter(image.format for image in good).most_common()),
+        modes=dict(Counter(image.mode for image in good).most_common()),
+        broken_images=tuple((image.key, image.error) for image in images if image.error is not None),
         missing_images=source.missing_images,
-        images_without_captions=tuple(key for key, own in zip(names, captions, strict=True) if not own),
+        images_without_captions=tuple(sample.key for sample in samples if not sample.captions),
         blank_captions=source.blank_captions,
-        duplicate_images=_groups((facts[index].digest, keys[index]) for index in good),
-        near_duplicate_images=_near_duplicates([(keys[index], facts[index]) for index in good]),
+        duplicate_images=_groups((image.digest, image.key) for image in good),
+        near_duplicate_images=_near_duplicates(good),
         duplicate_captions=tuple((text, count) for text, count in repeated.most_common() if count > 1),
         caption_words=Spread.of(len(text.split()) for text in texts),
-        num_targets=targets.count,
-        classes=tuple(targets.classes.most_common()),
-        answers=tuple(targets.answers.most_common()),
-        images_without_target=tuple(targets.absent),
-        unusable_targets=tuple(targets.unusable),
+        num_targets=len(targets),
+        classes=tuple(Counter(target for target in targets if isinstance(target, str)).most_common()),
+        answers=tuple(Counter(name for t in targets if not isinstance(t, str) for name in t).most_common()),
+        images_without_target=tuple(s.key for s in samples if s.target is None and s.target_error is None),
+        unusable_targets=tuple((s.key, s.target_error) for s in samples if s.target_error is not None),
     )
 
 
-class _Targets:
-    """The classes and answers of a source, counted, and which samples have none."""
-
-    def __init__(self, source: SampleSource):
-        self.classes: Counter[str] = Counter()
-        self.answers: Counter[str] = Counter()
-        self.absent: list[str] = []
-        self.unusable: list[tuple[str, str]] = []
-        for index in range(len(source)):
-            try:
-                target = source.target(index)
-            except ValueError as error:
-                self.unusable.append((source.key(index), str(error)))
-                continue
-            if target is None:
-                self.absent.append(source.key(index))
-            else:
-                (self.classes if isinstance(target, str) else self.answers).update(target_names(target))
-        self.count = len(source) - len(self.absent) - len(self.unusable)
-
-
-def _examine(source: SampleSource, index: int, max_pixels: int) -> list[_ImageFacts]:
+def _examine(source: SampleSource, index: int, max_pixels: int) -> _SampleFacts:
+    key, target, target_error = source.key(index), None, None
     try:
-        images = source.open_images(index)
+        data = source.read(index, texts=False, target=False).images
+        images = [_facts_of(image, key, max_pixels) for image in data]
     except ImageError as error:
-        return [_ImageFacts(error.reason)]
+        images = [_ImageFacts(key, error.reason)]
     except OSError as error:
-        return [_ImageFacts(error.strerror or str(error))]
-    return [_facts_of(data, source.key(index), max_pixels) for data in images]
-
-
-def _facts_of(data: bytes, name: str, max_pixels: int) -> _ImageFacts:
+        images = [_ImageFacts(key, error.strerror or str(error))]
     try:
-        header = read_header(data, max_pixels=max_pixels, name=name)
-        image = decode_image(data, max_pixels=max_pixels, name=name)
+        target = source.target(index)
+    except ValueError as error:
+        target_error = str(error)
+    return _SampleFacts(key, images, source.captions(index), target, target_error)
+
+
+def _facts_of(data: bytes, key: str, max_pixels: int) -> _ImageFacts:
+    try:
+        header = read_header(data, max_pixels=max_pixels, name=key)
+        image = decode_image(data, max_pixels=max_pixels, name=key)
     except ImageError as error:
-        return _ImageFacts(error.reason)
+        return _ImageFacts(key, error.reason)
     digest = hashlib.blake2b(data, digest_size=16).digest()
     thumbnail = np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX)).reshape(64)
-    return _ImageFacts(None, digest, header.width, header.height, header.format, header.mode, thumbnail)
+    return _ImageFacts(key, None, digest, header.width, header.height, header.format, header.mode, thumbnail)
 
 
 def _groups(items: Iterable[tuple[Hashable, str]]) -> tuple[tuple[str, ...], ...]:
@@ -222,14 +213,14 @@ def _groups(items: Iterable[tuple[Hashable, str]]) -> tuple[tuple[str, ...], ...
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 
-def _near_duplicates(images: list[tuple[str, _ImageFacts]]) -> tuple[tuple[str, ...], ...]:
+def _near_duplicates(images: list[_ImageFacts]) -> tuple[tuple[str, ...], ...]:
     """Images with equal average hash (which of 8 x 8 pixels are above the mean), whose pixels agree closely too."""
-    distinct = {fact.digest: (key, fact) for key, fact in reversed(images)}
+    distinct = {image.digest: image for image in reversed(images)}
     buckets: dict[bytes, list[tuple[str, np.ndarray]]] = defaultdict(list)
-    for key, fact in reversed(distinct.values()):
-        assert fact.thumbnail is not None
-        average_hash = np.packbits(fact.thumbnail > fact.thumbnail.mean()).tobytes()
-        buckets[average_hash].append((key, fact.thumbnail))
+    for image in reversed(distinct.values()):
+        assert image.thumbnail is not None
+        average_hash = np.packbits(image.thumbnail > image.thumbnail.mean()).tobytes()
+        buckets[average_hash].append((image.key, image.thumbnail))
     groups: list[tuple[str, ...]] = []
     for bucket in buckets.values():
         while len(bucket) > 1:
@@ -252,26 +243,36 @@ def _histogram(megapixels: list[float]) -> tuple[tuple[str, int], ...]:
 def format_report(report: CheckReport, *, examples: int = 5) -> str:
     """The report as a table to print; of everything that is wrong, the first `examples`."""
 
-    def spread(value: Spread, digits: int = 0) -> str:
-        parts = (f"{name} {getattr(value, name):,.{digits}f}" for name in ("min", "mean", "median", "p99", "max"))
-        return ", ".join(parts)
-
     def counts(items: Iterable[tuple[str, int]]) -> str:
         return ", ".join(f"{name}: {count:,}" for name, count in items) or "-"
 
     rows = [
         ("images", f"{report.num_images:,}"),
         ("captions", f"{report.num_captions:,}"),
-        ("captions per image", spread(report.captions_per_image, 1)),
-        ("words per caption", spread(report.caption_words, 1)),
-        ("width (pixels)", spread(report.width)),
-        ("height (pixels)", spread(report.height)),
+        ("captions per image", report.captions_per_image.describe(1)),
+        ("words per caption", report.caption_words.describe(1)),
+        ("width (pixels)", report.width.describe()),
+        ("height (pixels)", report.height.describe()),
         ("sizes", counts(report.megapixels)),
         ("formats", counts(report.formats.items())),
         ("modes", counts(report.modes.items())),
         *_target_rows(report),
     ]
-    findings: list[tuple[str, list[str]]] = [
+    findings = _findings(report)
+    rows += [(name, f"{len(found):,}") for name, found in findings]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    for name, found in findings:
+        if found:
+            lines += ["", f"{name}:"] + [f"  {item}" for item in found[:examples]]
+            if len(found) > examples:
+                lines.append(f"  ... and {len(found) - examples:,} more")
+    return "\n".join(lines)
+
+
+def _findings(report: CheckReport) -> list[tuple[str, list[str]]]:
+    """What is wrong or remarkable, by kind."""
+    findings = [
         ("broken images", [f"{key}: {reason}" for key, reason in report.broken_images]),
         ("missing images", list(report.missing_images)),
         ("images without captions", list(report.images_without_captions)),
@@ -283,15 +284,7 @@ def format_report(report: CheckReport, *, examples: int = 5) -> str:
     if report.num_targets or report.unusable_targets:
         findings.append(("images without label", list(report.images_without_target)))
         findings.append(("unusable labels", [reason for _, reason in report.unusable_targets]))
-    rows += [(name, f"{len(found):,}") for name, found in findings]
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name:<{width}}  {value}" for name, value in rows]
-    for name, found in findings:
-        if found:
-            lines += ["", f"{name}:"] + [f"  {item}" for item in found[:examples]]
-            if len(found) > examples:
-                lines.append(f"  ... and {len(found) - examples:,} more")
-    return "\n".join(lines)
+    return findings
 
 
 def _target_rows(report: CheckReport, examples: int = 3) -> list[tuple[str, str]]:

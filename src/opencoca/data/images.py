@@ -1,7 +1,7 @@
-"""Decoding: the bytes of a file become an upright 8-bit RGB image, or an `ImageError` that says why they can't.
+"""Decoding: the bytes of a file become an upright 8-bit RGB image, or an `ImageError` says why they can't.
 
-Whatever a camera, a scanner or a web server left behind is accepted: EXIF rotation, grey, palettes, transparency, CMYK,
-16 bits, animations. What can't be trusted is refused from the header, before any memory is taken for its pixels.
+Files of cameras, scanners and web servers are accepted: EXIF rotation, grey, palettes, transparency, CMYK, 16 bits,
+animations. Images that are too large are refused from the header, before any memory is taken for their pixels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -43,7 +42,7 @@ _TRANSPOSE = {
 _EXIF_ORIENTATION = 0x0112
 
 ImageData = bytes | str | os.PathLike[str]
-# (width, height), or what gives it for an upright image of that (width, height)
+# (width, height), or a function that gives it for an upright image of this (width, height)
 DraftSize = tuple[int, int] | Callable[[int, int], tuple[int, int]]
 
 
@@ -202,11 +201,8 @@ def _is_sideways(image: Image.Image) -> bool:
 
 
 def _why_unidentified(data: ImageData) -> str:
-    if isinstance(data, bytes):
-        head = data[:512]
-    else:
-        with open(Path(data), "rb") as file:
-            head = file.read(512)
+    with io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as file:
+        head = file.read(512)
     if not head:
         return "the file is empty"
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"):

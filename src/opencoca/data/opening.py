@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from opencoca.data.images import IMAGE_SUFFIXES
 from opencoca.data.remote import find_remote, is_remote
-from opencoca.data.shards import expand_braces, expand_shards
 from opencoca.data.source import SampleSource
 from opencoca.data.sources import ImageFolder
-from opencoca.data.tables import SampleTable, TableColumns, column_names, read_table
+from opencoca.data.tables import SampleTable, Table, TableColumns, read_table
 from opencoca.data.tar_source import ShardStorage, TarShards
 from opencoca.data.targets import class_folder
 
@@ -56,20 +56,25 @@ def open_source(
         FileNotFoundError: a folder, table, shard, or image named by a table doesn't exist.
         ValueError: an empty folder, an unusable table, no captions or no labels at all in a table.
     """
-    shards = _shards_of(images, captions, labels)
     by_folder = labels == FOLDERS
-    if shards:
+    given = [table for table in (captions, labels) if table is not None and table != FOLDERS]
+    if shards := _shards_of(images, given):
         field = None if by_folder else label_column
         return TarShards(shards, caption_field=caption_column, label_field=field, storage=storage)
-    columns = TableColumns(image_column, caption_column, label_column)
-    folder, tables = Path(images), _tables_of(Path(images), captions, labels, columns)
+    folder, columns = Path(images), TableColumns(image_column, caption_column, label_column)
+    if len(given) == 2 and captions != labels:
+        tables = [(Path(given[0]), columns._replace(label=None)), (Path(given[1]), columns._replace(caption=None))]
+    elif given:
+        own = {} if captions == labels else {"label": None} if captions is not None else {"caption": None}
+        tables = [(Path(given[0]), columns._replace(**own))]
+    else:
+        tables = [] if by_folder else _metadata_of(folder, columns)
     if not tables:
         keys = list_images(folder)
         if by_folder and not any(map(class_folder, keys)):
             raise ValueError(f"no image of {str(images)!r} lies in a sub-folder named after its class")
         return ImageFolder(folder, keys, targets=FOLDERS if by_folder else None)
-    named = " and ".join(repr(str(path)) for path, _ in tables)
-    return _folder_of(folder, _read_tables(folder, tables, strict), by_folder, strict, named)
+    return _folder_of(folder, tables, by_folder, strict)
 
 
 def open_labelled(
@@ -81,62 +86,43 @@ def open_labelled(
         FileNotFoundError: a folder, the table, or an image that it names does not exist.
         ValueError: no images, or an image that has no class or several labels.
     """
-    chosen = labels
-    if labels is None and not _shards_of(images, None, None):
-        chosen = FOLDERS
-    source = open_source(images, labels=chosen, image_column=image_column, label_column=label_column)
+    by_folder = labels is None and not _shards_of(images, [])
+    source = open_source(
+        images, labels=FOLDERS if by_folder else labels, image_column=image_column, label_column=label_column
+    )
+    where = repr(str(labels or images))
     for index in range(len(source)):
         target, key = source.target(index), source.key(index)
         if isinstance(target, str):
             continue
-        if target is not None:
-            found = f"{len(target)} labels ({', '.join(target)})"
-            raise ValueError(f"the image {key!r} has {found} in {str(labels or images)!r}; give each image one")
-        if chosen == FOLDERS:
+        if target is None and by_folder:
             raise ValueError(
-                f"the image {key!r} lies in {str(images)!r} itself, not in a sub-folder named after its class; "
+                f"the image {key!r} lies in {where} itself, not in a sub-folder named after its class; "
                 "move it there, or give a table of labels"
             )
-        raise ValueError(f"the image {key!r} has no label in {str(labels or images)!r}; give each image one")
+        found = "no label" if target is None else f"{len(target)} labels ({', '.join(target)})"
+        raise ValueError(f"the image {key!r} has {found} in {where}; give each image one")
     return source
 
 
-def _shards_of(images: str | Path, captions: str | Path | None, labels: str | Path | None) -> list[str] | list[Path]:
+def _shards_of(images: str | Path, tables: list[str | Path]) -> list[str]:
     """The shards that `images` names; none if it is a folder of images."""
-    folder = Path(images)
-    tables = [table for table in (captions, labels) if table is not None and table != FOLDERS]
-    if not is_remote(images) and folder.is_dir():
-        return [] if tables else sorted(path for path in folder.glob("*.tar") if path.is_file())
+    if not is_remote(images) and Path(images).is_dir():
+        return [] if tables else [str(path) for path in sorted(Path(images).glob("*.tar")) if path.is_file()]
     if is_remote(images) or str(images).endswith(".tar"):
-        shards = find_shards(str(images)) if is_remote(images) else expand_shards(str(images))
+        shards = find_shards(str(images))
         if tables:
             raise ValueError(f"tar shards carry their captions and labels themselves; leave {str(tables[0])!r} out")
         return shards
-    if folder.is_file():
+    if Path(images).is_file():
         raise ValueError(f"{str(images)!r} is neither a folder of images nor a .tar shard")
     raise FileNotFoundError(f"there is no folder of images {str(images)!r}")
-
-
-def _tables_of(
-    folder: Path, captions: str | Path | None, labels: str | Path | None, columns: TableColumns
-) -> list[tuple[Path, TableColumns]]:
-    """Which tables to read, and what their columns are called."""
-    if captions is None and labels is None:
-        return _metadata_of(folder, columns)
-    if captions is not None and captions == labels:
-        return [(Path(captions), columns)]
-    tables: list[tuple[Path, TableColumns]] = []
-    if captions is not None:
-        tables.append((Path(captions), columns._replace(label=None)))
-    if labels is not None and labels != FOLDERS:
-        tables.append((Path(labels), columns._replace(caption=None)))
-    return tables
 
 
 def _metadata_of(folder: Path, columns: TableColumns) -> list[tuple[Path, TableColumns]]:
     """Hugging Face's table of a folder of images, if it has one with a column that is of use."""
     for path in (folder / name for name in _METADATA_FILES):
-        names = column_names(path) if path.is_file() else ()
+        names = Table(path).columns if path.is_file() else ()
         caption = next((name for name in (columns.caption, "text") if name in names), None)
         label = columns.label if columns.label in names else None
         if "file_name" in names and (caption or label):
@@ -144,41 +130,31 @@ def _metadata_of(folder: Path, columns: TableColumns) -> list[tuple[Path, TableC
     return []
 
 
-def _read_tables(folder: Path, tables: Sequence[tuple[Path, TableColumns]], strict: bool) -> SampleTable:
-    """One table out of that of captions and that of labels. Raises ValueError for one that holds none."""
-    captions: dict[str, tuple[str, ...]] = {}
-    whole = SampleTable(captions, {}, {}, ())
+def _folder_of(folder: Path, tables: list[tuple[Path, TableColumns]], by_folder: bool, strict: bool) -> ImageFolder:
+    """The samples of tables whose images are there. Raises ValueError for a table without captions and labels."""
+    whole = SampleTable()
     for path, columns in tables:
         table = read_table(path, columns, images_root=folder)
         if not table.targets and not any(table.captions.values()) and (strict or not table.captions):
             raise ValueError(f"the table {str(path)!r} holds no {'captions' if columns.caption else 'labels'}")
-        for key, texts in table.captions.items():
-            captions[key] = captions.get(key, ()) + texts
-        whole = SampleTable(
-            captions, whole.targets | table.targets, whole.images | table.images, whole.blank + table.blank
-        )
-    return whole
-
-
-def _folder_of(folder: Path, table: SampleTable, by_folder: bool, strict: bool, named: str) -> ImageFolder:
-    """The samples of a table whose images are there; named: what to call the table in messages."""
-    files = {key: table.images.get(key, (key,)) for key in table.captions}
+        whole.join(table)
+    files = {key: whole.images.get(key, (key,)) for key in whole.captions}
     missing = [name for names in files.values() for name in names if not (folder / name).is_file()]
     if missing and strict:
         raise FileNotFoundError(
-            f"{len(missing)} of the {len(files)} images that {named} names are not in {str(folder)!r}: "
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; remove their rows or add the images"
+            f"{len(missing)} of the {len(files)} images that {' and '.join(repr(str(path)) for path, _ in tables)} "
+            f"names are not in {str(folder)!r}: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; "
+            "remove their rows or add the images"
         )
     absent = set(missing)
-    keys = [key for key, names in files.items() if absent.isdisjoint(names)]
     return ImageFolder(
         folder,
-        keys,
-        {key: table.captions[key] for key in keys},
-        FOLDERS if by_folder else table.targets,
-        images=table.images,
+        [key for key, names in files.items() if absent.isdisjoint(names)],
+        whole.captions,
+        FOLDERS if by_folder else whole.targets,
+        images=whole.images,
         missing_images=missing,
-        blank_captions=table.blank,
+        blank_captions=whole.blank,
     )
 
 
@@ -189,28 +165,43 @@ def find_shards(pattern: str) -> list[str]:
     (http, https) list nothing, so there names must be spelled out, with braces.
 
     Raises:
-        FileNotFoundError: nothing matches.
+        FileNotFoundError: nothing matches a part of the pattern.
         ValueError: a wildcard or folder on a web server.
     """
-    if not is_remote(pattern):
-        if Path(pattern).is_dir():
-            pattern = str(Path(glob.escape(pattern), "*.tar"))
-        return list(map(str, expand_shards(pattern)))
+    if os.path.isdir(pattern):
+        pattern = str(Path(glob.escape(pattern), "*.tar"))
+    elif os.path.exists(pattern):
+        return [pattern]
     shards: list[str] = []
-    for name in expand_braces(pattern):
-        if not name.endswith(".tar"):
+    for name in _expand_braces(pattern):
+        if is_remote(name) and not name.endswith(".tar"):
             name = f"{name.rstrip('/')}/*.tar"
         if not glob.has_magic(name):
-            shards.append(name)
-            continue
-        if name.startswith(("http://", "https://")):
+            found = [name] if is_remote(name) or os.path.exists(name) else []
+        elif name.startswith(("http://", "https://")):
             example = f"{pattern.rpartition('/')[0]}/{{00000..00099}}.tar"
             raise ValueError(f"a web server lists no files, so {name!r} cannot be found; spell them out: {example!r}")
-        found = find_remote(name)
+        else:
+            found = find_remote(name) if is_remote(name) else sorted(glob.glob(name))
         if not found:
             raise FileNotFoundError(f"there are no tar shards {name!r}")
         shards += found
     return shards
+
+
+def _expand_braces(pattern: str) -> Iterator[str]:
+    """`{a,b}/{0..2}.tar` -> `a/0.tar`, `a/1.tar`, `a/2.tar`, `b/0.tar`, ..."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        yield pattern
+        return
+    choices = match[1].split(",")
+    if span := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
+        first, last = span.groups()
+        width = len(first) if len(first) == len(last) or first.startswith("0") else 0
+        choices = [str(number).zfill(width) for number in range(int(first), int(last) + 1)]
+    for choice in choices:
+        yield from _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
 
 
 def list_images(folder: str | Path) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Visits(NamedTuple):
-    """Which samples are seen, and the how-manieth time (from 0) each is: (B,) int64 both."""
+    """Which samples are seen, and how often each was seen before: (B,) int64 both."""
 
     indices: np.ndarray
     passes: np.ndarray
@@ -28,10 +28,10 @@ class SampleOrder(ABC):
     Args:
         num_samples: number of samples, 1 or more.
         seed: 0 or more.
-        drop_last: whether an epoch ends before the last batch where that would be incomplete. The few samples left out
-            then differ from epoch to epoch. Otherwise the last batch is smaller.
-        micro_batches: into how many parts, as even as possible, a batch is cut. Processes share out every part, so
-            that what one part holds does not depend on how many processes there are.
+        drop_last: whether an incomplete last batch of an epoch is left out; which samples that concerns differs from
+            epoch to epoch. Otherwise the last batch is smaller.
+        micro_batches: the number of parts, as even as possible, that a batch is cut into. Each process gets a share of
+            every part, so that what one part holds does not depend on the number of processes.
     """
 
     def __init__(self, num_samples: int, seed: int, *, drop_last: bool = True, micro_batches: int = 1):
@@ -113,29 +113,21 @@ class SampleOrder(ABC):
 class EpochOrder(SampleOrder):
     """A new permutation of all samples for every epoch. Memory: 8 bytes a sample."""
 
-    def __init__(self, num_samples: int, seed: int, *, drop_last: bool = True, micro_batches: int = 1):
-        super().__init__(num_samples, seed, drop_last=drop_last, micro_batches=micro_batches)
-        # Only saves repeating the sort; one tuple, so that threads see both parts or neither.
-        self._latest: tuple[int, np.ndarray] | None = None
-
-    def indices(self, epoch: int) -> np.ndarray:
-        """The whole epoch's order: (num_samples,) int64, every sample once, read-only."""
-        latest = self._latest
-        if latest is None or latest[0] != epoch:
-            permutation = random_permutation(self.num_samples, self.seed, epoch)
-            permutation.flags.writeable = False
-            latest = self._latest = (epoch, permutation)
-        return latest[1]
+    # The latest epoch and its order; one tuple, so that threads see both parts or neither.
+    _latest: tuple[int, np.ndarray] | None = None
 
     def take(self, epoch: int, positions: np.ndarray) -> np.ndarray:
-        return self.indices(epoch)[positions]
+        latest = self._latest
+        if latest is None or latest[0] != epoch:
+            latest = self._latest = (epoch, random_permutation(self.num_samples, self.seed, epoch))
+        return latest[1][positions]
 
 
 class BlockOrder(SampleOrder):
     """A shuffle of blocks, and of the samples within windows of them, so that remote data are read block by block.
 
     The blocks of all shards are permuted anew for every epoch; `window_blocks` of them in a row make a window, whose
-    samples are permuted among themselves. At any time the samples of one window are wanted, at its border of two.
+    samples are permuted among themselves. At any time samples of one window are read, at its border those of two.
     Memory: 16 bytes a block.
 
     Args:

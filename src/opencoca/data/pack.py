@@ -8,14 +8,14 @@ import json
 import tarfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
 
 from opencoca.data.images import ImageError, decode_image, read_header
 from opencoca.data.read_ahead import parallel_map
-from opencoca.data.source import SampleSource
+from opencoca.data.source import Sample, SampleSource
 from opencoca.system.files import atomic_write
 
 # Pillow's format names whose files go into a shard as they are; others are stored as PNG.
@@ -26,22 +26,26 @@ _ERRORS_FILE = "errors.jsonl"
 
 @dataclass(frozen=True)
 class PackSummary:
-    """What `pack_shards` left in the folder."""
+    """What `pack_shards` left in the folder; shards that were there already are not counted as written."""
 
     num_shards: int
-    num_shards_written: int  # the others were there already
+    num_shards_written: int
     num_samples: int
     num_errors: int
     size_bytes: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """A dict that JSON can hold."""
-        return asdict(self)
 
+@dataclass(frozen=True)
+class _Settings:
+    samples_per_shard: int
+    resize: int | None
+    quality: int | None  # None for images that are not resized
 
-class _Packed(NamedTuple):
-    error: str | None
-    members: tuple[tuple[str, bytes], ...] = ()
+    def __post_init__(self) -> None:
+        if self.samples_per_shard < 1:
+            raise ValueError(f"samples_per_shard must be 1 or more, got {self.samples_per_shard}")
+        if self.resize is not None and self.resize < 1:
+            raise ValueError(f"resize must be 1 or more pixels, got {self.resize}")
 
 
 def pack_shards(
@@ -76,109 +80,101 @@ def pack_shards(
             can't be used, or samples of several images, which shards don't hold.
         OSError: a shard can't be written; those before it are complete.
     """
-    if samples_per_shard < 1:
-        raise ValueError(f"samples_per_shard must be 1 or more, got {samples_per_shard}")
-    if resize is not None and resize < 1:
-        raise ValueError(f"resize must be 1 or more pixels, got {resize}")
     if not 1 <= quality <= 100:
         raise ValueError(f"quality must be in 1..100, got {quality}")
+    settings = _Settings(samples_per_shard, resize, quality if resize else None)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    settings = {"samples_per_shard": samples_per_shard, "resize": resize, "quality": quality if resize else None}
-    _claim_folder(out_dir, {**settings, "source": _fingerprint(source)})
-
+    _claim_folder(out_dir, {**asdict(settings), "source": _fingerprint(source)})
     starts = range(0, len(source), samples_per_shard)
-    shards = [(out_dir / f"{number:05d}.tar", start) for number, start in enumerate(starts)]
+    paths = [out_dir / f"{number:05d}.tar" for number in range(len(starts))]
     errors = _errors_of_finished_shards(out_dir)
     written = 0
     with tqdm(total=len(source), desc="packing", unit="image", disable=not progress) as bar:
-        for path, start in shards:
+        for path, start in zip(paths, starts, strict=True):
             indices = range(start, min(start + samples_per_shard, len(source)))
             if not path.exists():
-                errors += _write_shard(path, source, indices, resize, quality, num_workers, bar, errors)
+                errors += _write_shard(path, source, indices, settings, num_workers, errors, bar)
                 written += 1
             else:
                 bar.update(len(indices))
-    return PackSummary(
-        num_shards=len(shards),
-        num_shards_written=written,
-        num_samples=len(source) - len(errors),
-        num_errors=len(errors),
-        size_bytes=sum(path.stat().st_size for path, _ in shards),
-    )
+    size_bytes = sum(path.stat().st_size for path in paths)
+    return PackSummary(len(paths), written, len(source) - len(errors), len(errors), size_bytes)
 
 
 def _write_shard(
     path: Path,
     source: SampleSource,
     indices: range,
-    resize: int | None,
-    quality: int,
+    settings: _Settings,
     num_workers: int,
-    bar: tqdm,
     earlier_errors: list[dict[str, str]],
+    bar: tqdm,
 ) -> list[dict[str, str]]:
     """Write one shard and, before it appears, the list of errors with its own at the end; return its own."""
     errors: list[dict[str, str]] = []
 
-    def pack(index: int) -> _Packed:
-        return _pack_sample(source, index, resize, quality)
+    def pack(index: int) -> list[tuple[str, bytes]] | str:
+        try:
+            return _members_of(source.key(index), source.read(index), settings)
+        except ImageError as error:
+            return error.reason
+        except OSError as error:
+            return error.strerror or str(error)
 
     with atomic_write(path) as partial:
         with tarfile.open(partial, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             results = parallel_map(pack, indices, num_workers, window=4 * max(1, num_workers))
             for index, packed in zip(indices, results, strict=True):
-                if packed.error is not None:
-                    errors.append({"shard": path.name, "key": source.key(index), "reason": packed.error})
-                for suffix, data in packed.members:
+                bar.update()
+                if isinstance(packed, str):
+                    errors.append({"shard": path.name, "key": source.key(index), "reason": packed})
+                    continue
+                for suffix, data in packed:
                     # TarInfo's defaults (time 0, no owner) are what makes the bytes repeatable.
                     member = tarfile.TarInfo(f"{index:09d}.{suffix}")
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
-                bar.update()
         _write_errors(path.parent, earlier_errors + errors)
     return errors
 
 
-def _pack_sample(source: SampleSource, index: int, resize: int | None, quality: int) -> _Packed:
-    key, captions, target = source.key(index), source.captions(index), source.target(index)
-    try:
-        images = source.open_images(index)
-        if len(images) != 1:
-            raise ValueError(f"the sample {key!r} has {len(images)} images; tar shards hold one a sample")
-        data = images[0]
-        header = read_header(data, name=key)
-        if resize is None:
-            image = decode_image(data, name=key)
-            suffix = _SUFFIXES.get(header.format, "png")
-            if header.format not in _SUFFIXES:
-                data = _encode(image, "PNG")
-        else:
-            shrink = min(1.0, resize / min(header.width, header.height))
-            size = max(1, round(header.width * shrink)), max(1, round(header.height * shrink))
-            image = decode_image(data, name=key, draft_size=size)
-            if image.size != size:
-                image = image.resize(size, Image.Resampling.BICUBIC)
-            suffix, data = "jpg", _encode(image, "JPEG", quality=quality)
-    except ImageError as error:
-        return _Packed(error.reason)
-    except OSError as error:
-        return _Packed(error.strerror or str(error))
-    details = {
+def _members_of(key: str, sample: Sample, settings: _Settings) -> list[tuple[str, bytes]]:
+    """The files of a sample in a shard: (suffix, content). Raises ImageError for an image that can't be decoded."""
+    images, captions, target = sample
+    if len(images) != 1:
+        raise ValueError(f"the sample {key!r} has {len(images)} images; tar shards hold one a sample")
+    image, suffix, data = _stored_image(images[0], key, settings)
+    details: dict[str, Any] = {
         "key": key,
         "caption": captions[0] if captions else None,
         "captions": captions,
         "width": image.width,
         "height": image.height,
-        **({} if target is None or isinstance(target, str) else {"label": target}),
     }
     members = [(suffix, data)]
     if isinstance(target, str):
         members.append(("cls", target.encode()))
+    elif target is not None:
+        details["label"] = target
     if captions:
         members.append(("txt", captions[0].encode()))
-    members.append(("json", json.dumps(details, ensure_ascii=False).encode()))
-    return _Packed(None, tuple(members))
+    return [*members, ("json", json.dumps(details, ensure_ascii=False).encode())]
+
+
+def _stored_image(data: bytes, key: str, settings: _Settings) -> tuple[Image.Image, str, bytes]:
+    """The decoded image, and the suffix and content of its file in a shard."""
+    header = read_header(data, name=key)
+    if settings.resize is None:
+        image = decode_image(data, name=key)
+        suffix = _SUFFIXES.get(header.format)
+        return (image, suffix, data) if suffix else (image, "png", _encode(image, "PNG"))
+    shrink = min(1.0, settings.resize / min(header.width, header.height))
+    size = max(1, round(header.width * shrink)), max(1, round(header.height * shrink))
+    image = decode_image(data, name=key, draft_size=size)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    return image, "jpg", _encode(image, "JPEG", quality=settings.quality)
 
 
 def _encode(image: Image.Image, format: str, **options: Any) -> bytes:
@@ -190,8 +186,8 @@ def _encode(image: Image.Image, format: str, **options: Any) -> bytes:
 def _fingerprint(source: SampleSource) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for index in range(len(source)):
-        target = source.target(index)
-        known = [source.key(index), source.captions(index), *([] if target is None else [target])]
+        _, captions, target = source.read(index, images=False)
+        known = [source.key(index), captions, *([] if target is None else [target])]
         digest.update(json.dumps(known).encode())
     return digest.hexdigest()
 

@@ -7,9 +7,8 @@ import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
-from opencoca.data.source import SampleSource
+from opencoca.data.source import BadSample, SampleSource
 
 MAX_BAD_SHARE = 0.1
 """The default for how many of the samples read may be bad before a run stops."""
@@ -20,17 +19,8 @@ _MAX_WARNINGS = 20
 _REASONS_SHOWN = 3
 
 
-class BadSample(NamedTuple):
-    """A sample's name, the file (path or URL) and byte where it begins, and why it can't be used."""
-
-    key: str
-    file: str
-    offset: int
-    reason: str
-
-
 class Quarantine:
-    """Collects bad samples, and raises ValueError once they are too many.
+    """Collects bad samples, lists them in a file, and raises ValueError once they are too many.
 
     Args:
         num_samples: of the source.
@@ -47,16 +37,15 @@ class Quarantine:
         self._written = {(bad.file, bad.offset, bad.key) for bad in read_quarantine(path)} if path else set()
 
     def note_lost(self, source: SampleSource, *, write: bool = True) -> None:
-        """Take down what the source's files have lost already. Raises ValueError if that is too much."""
-        bad = [BadSample(sample.key, file, sample.offset, sample.reason) for file, sample in source.lost]
+        """Note what the source's files have lost already. Raises ValueError if that is too much."""
         if write:
-            self._write(bad)
-        named = [sample for sample in bad if sample.key]  # how many samples a damage took is unknown
+            self._write(source.lost)
+        named = [sample for sample in source.lost if sample.key]  # how many samples a damage took is unknown
         if len(named) > self.max_share * (self.num_samples + len(named)):
             self._stop(named, self.num_samples + len(named))
 
     def add(self, found: Iterable[tuple[int, BadSample]]) -> None:
-        """Take down samples met while reading, by index, and warn of those that are new."""
+        """Note samples met while reading, by index, and warn of those that are new."""
         new = {index: bad for index, bad in found if index not in self.by_index}
         for bad in new.values():
             self._warn(bad)

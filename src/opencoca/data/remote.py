@@ -25,7 +25,7 @@ class RemoteReadError(OSError):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How patient a remote read is.
+    """The number of attempts of a remote read, and the pauses between them.
 
     Args:
         attempts: tries before giving up.
@@ -40,7 +40,7 @@ class RetryPolicy:
     timeout_s: float = 60.0
 
     def pause_s(self, failures: int) -> float:
-        """How long to wait after so many failures: up to a half less at random, lest many readers return at once."""
+        """The time to wait after so many failures: up to half less at random, lest many readers return at once."""
         longest = min(self.longest_pause_s, self.first_pause_s * 2 ** (failures - 1))
         return longest * random.uniform(0.5, 1.0)
 
@@ -65,7 +65,7 @@ def read_range(url: str, offset: int, size: int, retries: RetryPolicy = DEFAULT_
     """`size` bytes from `offset` on, in one request. Raises RemoteReadError, also where the file is shorter."""
 
     def fetch() -> bytes:
-        data = _call(url, "_cat_file", "cat_file", retries.timeout_s, start=offset, end=offset + size)
+        data = _call(url, "cat_file", retries.timeout_s, start=offset, end=offset + size)
         if len(data) != size:
             raise OSError(f"{len(data):,} bytes came instead of {size:,}")
         return data
@@ -75,19 +75,19 @@ def read_range(url: str, offset: int, size: int, retries: RetryPolicy = DEFAULT_
 
 def read_file(url: str, retries: RetryPolicy = DEFAULT_RETRIES) -> bytes:
     """A whole (small) file. Raises FileNotFoundError, RemoteReadError."""
-    return _retried(lambda: _call(url, "_cat_file", "cat_file", retries.timeout_s), url, "it", retries, missing=True)
+    return _retried(lambda: _call(url, "cat_file", retries.timeout_s), url, "it", retries, missing=True)
 
 
 def write_file(url: str, data: bytes, retries: RetryPolicy = DEFAULT_RETRIES) -> None:
     """Store a file; object stores show it once it is whole. Raises RemoteReadError if it can't be written."""
-    _retried(lambda: _call(url, "_pipe_file", "pipe_file", retries.timeout_s, data), url, "it", retries)
+    _retried(lambda: _call(url, "pipe_file", retries.timeout_s, data), url, "it", retries)
 
 
 def remote_status(url: str, retries: RetryPolicy = DEFAULT_RETRIES) -> RemoteStatus:
     """Size and tag of a file. Raises FileNotFoundError, RemoteReadError."""
 
     def ask() -> RemoteStatus:
-        info = _call(url, "_info", "info", retries.timeout_s)
+        info = _call(url, "info", retries.timeout_s)
         if info.get("size") is None:
             raise OSError("its server does not tell its size")
         tag = info.get("ETag") or info.get("etag") or info.get("md5Hash") or ""
@@ -159,7 +159,7 @@ def _filesystem(url: str) -> Any:
     return _filesystems[place]
 
 
-def _call(url: str, coroutine: str, function: str, timeout_s: float, *args: Any, **options: Any) -> Any:
+def _call(url: str, function: str, timeout_s: float, *args: Any, **options: Any) -> Any:
     """Runs an operation of the file system, with a time limit where its kind allows one."""
     filesystem = _filesystem(url)
     if not getattr(filesystem, "async_impl", False):
@@ -168,6 +168,6 @@ def _call(url: str, coroutine: str, function: str, timeout_s: float, *args: Any,
 
     async def limited() -> Any:
         path = filesystem._strip_protocol(url)
-        return await asyncio.wait_for(getattr(filesystem, coroutine)(path, *args, **options), timeout_s)
+        return await asyncio.wait_for(getattr(filesystem, f"_{function}")(path, *args, **options), timeout_s)
 
     return sync(filesystem.loop, limited)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from opencoca.data.read_ahead import parallel_map
-from opencoca.data.remote import RemoteStatus, is_remote, read_file, read_range, remote_status, write_file
+from opencoca.data.remote import RemoteReadError, is_remote, read_file, read_range, remote_status, write_file
 from opencoca.data.shards import LostSample, ShardIndex, index_shard, scan_shard
 from opencoca.system.files import atomic_write
 
@@ -50,13 +50,13 @@ def load_index(path: str | Path, index_dir: str | Path | None = None) -> ShardIn
         ValueError: a remote shard has no sidecar, or one of an earlier state of the shard.
     """
     if not is_remote(path):
-        return _load_or_scan(Path(path), index_dir)[0]
-    url, status = str(path), remote_status(str(path))
+        return _index_one(path, index_dir).index
+    url, now = str(path), _stamp_of(path)
     remedy = f"make one with `opencoca data index {url}{f' --index-dir {index_dir}' if index_dir else ''}`"
-    stored = _read_remote_sidecar(url, index_dir, allow_old=True)
+    stored = _read_sidecar(sidecar_place(url, index_dir), allow_old=True)
     if stored is None:
         raise ValueError(f"the remote shard {url!r} has no index; {remedy}")
-    if not _is_of(stored[0], status):
+    if not _is_of(stored[0], now):
         raise ValueError(f"the remote shard {url!r} has changed since its index was made; {remedy}")
     return stored[1]
 
@@ -82,10 +82,7 @@ def index_shards(
             raise ValueError(f"nothing can be written beside {str(path)!r}; add --index-dir FOLDER for the index")
 
     def work(path: str | Path) -> IndexedShard:
-        if not is_remote(path):
-            index, is_new = _load_or_scan(Path(path), index_dir, force=force, must_write=True)
-            return IndexedShard(str(path), index, is_new)
-        return _index_remote(str(path), index_dir, force)
+        return _index_one(path, index_dir, force=force, must_write=True)
 
     return parallel_map(work, paths, num_workers, 2 * max(1, num_workers))
 
@@ -99,59 +96,58 @@ def sidecar_place(path: str | Path, index_dir: str | Path | None) -> str:
     return str(Path(index_dir, *parts)) + INDEX_SUFFIX
 
 
-def _load_or_scan(
-    path: Path, index_dir: str | Path | None, *, force: bool = False, must_write: bool = False
-) -> tuple[ShardIndex, bool]:
-    """The index, and whether the shard was scanned. A folder that can't be written to is an error if `must_write`."""
-    status = path.stat()
-    sidecar = Path(sidecar_place(path, index_dir))
-    stored = None
-    with contextlib.suppress(OSError):
-        stored = _unpack(sidecar.read_bytes())
-    if stored and not force and (stored[0]["size"], stored[0]["mtime_ns"]) == (status.st_size, status.st_mtime_ns):
-        return stored[1], False
-    index = scan_shard(path)
-    with contextlib.nullcontext() if must_write else contextlib.suppress(OSError), atomic_write(sidecar) as partial:
-        partial.write_bytes(_pack(index, mtime_ns=status.st_mtime_ns))
-    return index, True
-
-
-def _index_remote(url: str, index_dir: str | Path | None, force: bool) -> IndexedShard:
-    status = remote_status(url)
-    stored = None if force else _read_remote_sidecar(url, index_dir)
-    if stored is not None and _is_of(stored[0], status):
-        return IndexedShard(url, stored[1], False)
-    index = index_shard(_Stream(url, status.size).read_at, status.size, url)
-    data, place = _pack(index, etag=status.etag), sidecar_place(url, index_dir)
-    if is_remote(place):
-        write_file(place, data)
+def _index_one(
+    path: str | Path, index_dir: str | Path | None, *, force: bool = False, must_write: bool = False
+) -> IndexedShard:
+    """The stored index or a new one, which is stored. A place that can't be written to is an error if `must_write`."""
+    now, place = _stamp_of(path), sidecar_place(path, index_dir)
+    stored = None if force else _read_sidecar(place)
+    if stored is not None and _is_of(stored[0], now):
+        return IndexedShard(str(path), stored[1], False)
+    if is_remote(path):
+        index = index_shard(_Stream(str(path), now["size"]).read_at, now["size"], str(path))
     else:
-        with atomic_write(place) as partial:
-            partial.write_bytes(data)
-    return IndexedShard(url, index, True)
+        index = scan_shard(path)
+    with contextlib.nullcontext() if must_write else contextlib.suppress(OSError):
+        if is_remote(place):
+            write_file(place, _pack(index, now))
+        else:
+            with atomic_write(place) as partial:
+                partial.write_bytes(_pack(index, now))
+    return IndexedShard(str(path), index, True)
 
 
-def _read_remote_sidecar(
-    url: str, index_dir: str | Path | None, *, allow_old: bool = False
-) -> tuple[dict[str, Any], ShardIndex] | None:
-    place = sidecar_place(url, index_dir)
+def _read_sidecar(place: str, *, allow_old: bool = False) -> tuple[dict[str, Any], ShardIndex] | None:
+    """The stamp and the index in a sidecar; see `_unpack`. None if it isn't there or can't be read."""
     try:
-        return _unpack(read_file(place) if is_remote(place) else Path(place).read_bytes(), allow_old=allow_old)
-    except FileNotFoundError:
+        data = read_file(place) if is_remote(place) else Path(place).read_bytes()
+    except RemoteReadError:
+        raise
+    except OSError:
         return None
+    return _unpack(data, allow_old=allow_old)
 
 
-def _is_of(stamp: dict[str, Any], status: RemoteStatus) -> bool:
+def _stamp_of(path: str | Path) -> dict[str, Any]:
+    """What tells whether a shard has changed: its size, and its time or its store's tag."""
+    if is_remote(path):
+        status = remote_status(str(path))
+        return {"size": status.size, "mtime_ns": 0, "etag": status.etag}
+    status = Path(path).stat()
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "etag": ""}
+
+
+def _is_of(stored: dict[str, Any], now: dict[str, Any]) -> bool:
+    if now["mtime_ns"]:
+        return (stored["size"], stored["mtime_ns"]) == (now["size"], now["mtime_ns"])
     # A sidecar made before its shard was uploaded knows no tag; its size must do.
-    return stamp["size"] == status.size and (not stamp["etag"] or not status.etag or stamp["etag"] == status.etag)
+    return stored["size"] == now["size"] and (not stored["etag"] or not now["etag"] or stored["etag"] == now["etag"])
 
 
-def _pack(index: ShardIndex, *, mtime_ns: int = 0, etag: str = "") -> bytes:
+def _pack(index: ShardIndex, stamp: dict[str, Any]) -> bytes:
     facts = {
         "version": _VERSION,
-        "size": index.size,
-        "mtime_ns": mtime_ns,
-        "etag": etag,
+        **stamp,
         "digest": index.digest,
         "lost": index.lost,
         "damage": index.damage,

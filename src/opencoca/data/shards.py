@@ -6,13 +6,10 @@ Letters: S samples of a shard.
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -202,37 +199,3 @@ class SampleParts(NamedTuple):
         except ValueError:
             return {}
         return values if isinstance(values, dict) else {}
-
-
-def expand_shards(pattern: str) -> list[Path]:
-    """Shards named by a path, a glob, or braces: `data/{00000..00099}.tar`, `{cc3m,cc12m}/*.tar`.
-
-    Raises FileNotFoundError naming the first part of the pattern that matches nothing.
-    """
-    if os.path.exists(pattern):
-        return [Path(pattern)]
-    paths: list[Path] = []
-    for name in expand_braces(pattern):
-        found = sorted(glob.glob(name)) if glob.has_magic(name) else [name] * os.path.exists(name)
-        if not found:
-            raise FileNotFoundError(f"there are no tar shards {name!r}")
-        paths.extend(map(Path, found))
-    return paths
-
-
-def expand_braces(pattern: str) -> Iterator[str]:
-    """`{a,b}/{0..2}.tar` -> `a/0.tar`, `a/1.tar`, `a/2.tar`, `b/0.tar`, ..."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        yield pattern
-        return
-    inner = match.group(1)
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", inner)
-    if span:
-        first, last = span.groups()
-        width = len(first) if len(first) == len(last) or first.startswith("0") else 0
-        choices = [str(number).zfill(width) for number in range(int(first), int(last) + 1)]
-    else:
-        choices = inner.split(",")
-    for choice in choices:
-        yield from expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])

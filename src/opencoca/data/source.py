@@ -1,4 +1,7 @@
-"""The interface of all sources of samples."""
+"""What a sample is, and the interface of all sources of samples.
+
+A new kind of data (another table, another archive) is one more `SampleSource`: a length, a key and `read`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from opencoca.data.shards import LostSample
 from opencoca.data.targets import Target
 
 
@@ -16,7 +18,7 @@ class Sample(NamedTuple):
 
     Attributes:
         images: encoded; one, or several (a pair, the frames of a clip in order).
-        texts: captions; or the question, hypothesis or sentence.
+        texts: captions; or the question, hypothesis or sentence. Stripped, none of them blank.
         target: the name of a class, or answers with weights.
     """
 
@@ -32,6 +34,18 @@ class Place(NamedTuple):
     offset: int
 
 
+class BadSample(NamedTuple):
+    """A sample that can't be used: its key, the file (path or URL) and byte where it begins, and the reason.
+
+    A key "" stands for damage of the file that isn't known to concern a certain sample.
+    """
+
+    key: str
+    file: str
+    offset: int
+    reason: str
+
+
 class SampleSource(ABC):
     """Samples in a fixed order, with random access: images, any number of captions, and a target where there is one.
 
@@ -39,16 +53,16 @@ class SampleSource(ABC):
 
     Attributes:
         missing_images: keys of images that were named but don't exist; they have no index.
-        blank_captions: the key of an image once per blank caption it had; `captions` leaves blank ones out.
+        blank_captions: the key of an image once for each blank caption it had; `read` leaves blank ones out.
         captions_in_memory: whether `captions` costs nothing; else `read` gives them with the image.
         is_remote: whether reading takes long enough to do it in many threads.
-        lost: (file, sample) of samples that files name but can't give; they have no index.
+        lost: samples that files name but can't give; they have no index.
         block_starts: indices at which runs of samples begin that are read best together; None if it doesn't matter.
     """
 
     missing_images: tuple[str, ...] = ()
     blank_captions: tuple[str, ...] = ()
-    lost: tuple[tuple[str, LostSample], ...] = ()
+    lost: tuple[BadSample, ...] = ()
     captions_in_memory: bool = True
     is_remote: bool = False
     block_starts: np.ndarray | None = None
@@ -62,31 +76,24 @@ class SampleSource(ABC):
         """The unique name of a sample: its image's path relative to the folder, or its key in the shards."""
 
     @abstractmethod
+    def read(self, index: int, *, images: bool = True, texts: bool = True, target: bool = True) -> Sample:
+        """The parts of a sample that are asked for; it may hold others too.
+
+        Raises OSError or ImageError for images that can't be read, and ValueError for captions that aren't text and
+        targets that can't be used.
+        """
+
     def captions(self, index: int) -> tuple[str, ...]:
-        """The captions of a sample, stripped, none of them blank; empty if it has none."""
-
-    @abstractmethod
-    def open_bytes(self, index: int) -> bytes:
-        """The encoded bytes of a sample's image, the first of several. Raises OSError if they can't be read."""
-
-    def open_images(self, index: int) -> tuple[bytes, ...]:
-        """The encoded bytes of all images of a sample. Raises OSError if they can't be read."""
-        return (self.open_bytes(index),)
+        """The captions of a sample; empty if it has none."""
+        return self.read(index, images=False, target=False).texts
 
     def target(self, index: int) -> Target | None:
-        """The target of a sample; None if it has none. Raises ValueError for one that can't be used."""
-        return None
+        """The target of a sample; None if it has none."""
+        return self.read(index, images=False, texts=False).target
 
-    def read(self, index: int, *, images: bool = True, texts: bool = True, target: bool = True) -> Sample:
-        """The parts of a sample that are asked for, at once; it may hold others too.
-
-        Raises as `open_bytes` does, and ValueError for captions that aren't text and targets that can't be used.
-        """
-        return Sample(
-            self.open_images(index) if images else (),
-            self.captions(index) if texts else (),
-            self.target(index) if target else None,
-        )
+    def open_bytes(self, index: int) -> bytes:
+        """The encoded bytes of a sample's image, the first of several."""
+        return self.read(index, texts=False, target=False).images[0]
 
     def place(self, index: int) -> Place:
         """Where an image lies, for messages."""
@@ -98,3 +105,27 @@ class SampleSource(ABC):
         None where the captions themselves are shown.
         """
         return None
+
+
+class SourceView(SampleSource):
+    """Samples of other sources, under indices of its own."""
+
+    @abstractmethod
+    def locate(self, index: int) -> tuple[SampleSource, int]:
+        """The source that a sample belongs to, and its index there."""
+
+    def key(self, index: int) -> str:
+        source, inner = self.locate(index)
+        return source.key(inner)
+
+    def read(self, index: int, *, images: bool = True, texts: bool = True, target: bool = True) -> Sample:
+        source, inner = self.locate(index)
+        return source.read(inner, images=images, texts=texts, target=target)
+
+    def place(self, index: int) -> Place:
+        source, inner = self.locate(index)
+        return source.place(inner)
+
+    def draw_texts(self, index: int, sample: Sample, wanted: int, bits: np.random.PCG64) -> list[str] | None:
+        source, inner = self.locate(index)
+        return source.draw_texts(inner, sample, wanted, bits)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
-from opencoca.data.source import Place, Sample, SampleSource
+from opencoca.data.images import ImageError
+from opencoca.data.source import Place, Sample, SampleSource, SourceView
 from opencoca.data.targets import Target, class_folder
+
+_MAX_FILE_BYTES = 1 << 30
 
 
 class ImageFolder(SampleSource):
     """Image files below one folder, with captions and targets by key: an image's path relative to the folder.
+
+    A file that can't be read raises ImageError with the reason.
 
     Args:
         root: the folder.
@@ -29,7 +33,7 @@ class ImageFolder(SampleSource):
         self,
         root: str | Path,
         keys: Iterable[str],
-        captions: dict[str, tuple[str, ...]] | None = None,
+        captions: Mapping[str, tuple[str, ...]] | None = None,
         targets: Mapping[str, Target] | Literal["folders"] | None = None,
         *,
         images: Mapping[str, tuple[str, ...]] | None = None,
@@ -50,18 +54,11 @@ class ImageFolder(SampleSource):
     def key(self, index: int) -> str:
         return self._keys[index]
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        return self._captions.get(self._keys[index], ())
-
-    def target(self, index: int) -> Target | None:
+    def read(self, index: int, *, images: bool = True, texts: bool = True, target: bool = True) -> Sample:
         key = self._keys[index]
-        return class_folder(key) if self._targets == "folders" else self._targets.get(key)
-
-    def open_bytes(self, index: int) -> bytes:
-        return (self.root / self._files(index)[0]).read_bytes()
-
-    def open_images(self, index: int) -> tuple[bytes, ...]:
-        return tuple((self.root / name).read_bytes() for name in self._files(index))
+        own = class_folder(key) if self._targets == "folders" else self._targets.get(key)
+        data = tuple(_read_file(self.root / name) for name in self._files(index)) if images else ()
+        return Sample(data, self._captions.get(key, ()), own)
 
     def place(self, index: int) -> Place:
         return Place(str(self.root / self._files(index)[0]), 0)
@@ -71,8 +68,21 @@ class ImageFolder(SampleSource):
         return self._images.get(key) or (key,)
 
 
-class Subset(SampleSource):
-    """Some images of another source, in the order given."""
+def _read_file(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > _MAX_FILE_BYTES:
+                raise ImageError(str(path), f"its {size:,} bytes are more than the {_MAX_FILE_BYTES:,} allowed")
+            return file.read()
+    except FileNotFoundError:
+        raise ImageError(str(path), "there is no such file") from None
+    except OSError as error:
+        raise ImageError(str(path), error.strerror or str(error)) from error
+
+
+class Subset(SourceView):
+    """Some samples of another source, in the order given."""
 
     def __init__(self, source: SampleSource, indices: Sequence[int]):
         self.source = source
@@ -82,32 +92,11 @@ class Subset(SampleSource):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def key(self, index: int) -> str:
-        return self.source.key(self.indices[index])
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return self.source.captions(self.indices[index])
-
-    def open_bytes(self, index: int) -> bytes:
-        return self.source.open_bytes(self.indices[index])
-
-    def open_images(self, index: int) -> tuple[bytes, ...]:
-        return self.source.open_images(self.indices[index])
-
-    def target(self, index: int) -> Target | None:
-        return self.source.target(self.indices[index])
-
-    def read(self, index: int, *, images: bool = True, texts: bool = True, target: bool = True) -> Sample:
-        return self.source.read(self.indices[index], images=images, texts=texts, target=target)
-
-    def place(self, index: int) -> Place:
-        return self.source.place(self.indices[index])
-
-    def draw_texts(self, index: int, sample: Sample, wanted: int, bits: np.random.PCG64) -> list[str] | None:
-        return self.source.draw_texts(self.indices[index], sample, wanted, bits)
+    def locate(self, index: int) -> tuple[SampleSource, int]:
+        return self.source, self.indices[index]
 
 
-class JoinedSource(SampleSource):
+class JoinedSource(SourceView):
     """Several sources, one after the other. Keys are the sources' own, and may repeat."""
 
     def __init__(self, sources: Sequence[SampleSource]):
@@ -128,40 +117,7 @@ class JoinedSource(SampleSource):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def key(self, index: int) -> str:
-        source, inner = self.locate(index)
-        return source.key(inner)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        source, inner = self.locate(index)
-        return source.captions(inner)
-
-    def open_bytes(self, index: int) -> bytes:
-        source, inner = self.locate(index)
-        return source.open_bytes(inner)
-
-    def open_images(self, index: int) -> tuple[bytes, ...]:
-        source, inner = self.locate(index)
-        return source.open_images(inner)
-
-    def target(self, index: int) -> Target | None:
-        source, inner = self.locate(index)
-        return source.target(inner)
-
-    def read(self, index: int, *, images: bool = True, texts: bool = True, target: bool = True) -> Sample:
-        source, inner = self.locate(index)
-        return source.read(inner, images=images, texts=texts, target=target)
-
-    def place(self, index: int) -> Place:
-        source, inner = self.locate(index)
-        return source.place(inner)
-
-    def draw_texts(self, index: int, sample: Sample, wanted: int, bits: np.random.PCG64) -> list[str] | None:
-        source, inner = self.locate(index)
-        return source.draw_texts(inner, sample, wanted, bits)
-
     def locate(self, index: int) -> tuple[SampleSource, int]:
-        """The source that an image belongs to, and its index there. Raises IndexError."""
         if not 0 <= index < len(self):
             raise IndexError(f"there is no image {index} among {len(self)}")
         number = bisect.bisect_right(self._ends, index)

@@ -1,12 +1,12 @@
-"""Tables: CSV, TSV, JSON lines and Parquet files whose rows name an image and its captions, its label, or both."""
+"""The one reader of tables: CSV, TSV, JSON lines and Parquet files whose rows name images, captions and labels."""
 
 from __future__ import annotations
 
 import csv
 import json
 import posixpath
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,21 +29,69 @@ class TableColumns(NamedTuple):
 DEFAULT_COLUMNS = TableColumns()
 
 
-@dataclass(frozen=True)
+class Table:
+    """The columns and rows of a table; a row is (where it is, its cells by column).
+
+    Raises:
+        FileNotFoundError: there is no such table.
+        ValueError: it is unreadable, or of an unknown format.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        suffix = self.path.suffix.lower()
+        self.cells_hold_json = suffix in (".csv", ".tsv")  # a list is a JSON array there
+        if not self.path.is_file():
+            raise FileNotFoundError(f"there is no table {str(path)!r}")
+        if suffix not in TABLE_SUFFIXES:
+            known = ", ".join(TABLE_SUFFIXES[:-1]) + " or " + TABLE_SUFFIXES[-1]
+            raise ValueError(f"cannot tell the format of the table {str(path)!r}: expected {known}")
+        read = {".parquet": _read_parquet}.get(suffix, _read_csv if self.cells_hold_json else _read_jsonl)
+        try:
+            self.columns, rows = read(self.path)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"cannot read the table {str(path)!r}: it is not UTF-8 text ({error})") from error
+        except (csv.Error, OSError) as error:
+            raise ValueError(f"cannot read the table {str(path)!r}: {error}") from error
+        unit = "row" if suffix == ".parquet" else "line"
+        self.rows = ((f"{unit} {number} of {str(path)!r}", row) for number, row in rows)
+
+    def column(self, wanted: str) -> str:
+        """What the table calls a column: in the plural if that is what it has, and the name is a default one.
+
+        Raises ValueError if it has no such column.
+        """
+        if wanted in self.columns:
+            return wanted
+        if wanted in ("image", "caption", "label") and f"{wanted}s" in self.columns:
+            return f"{wanted}s"
+        have = ", ".join(repr(name) for name in self.columns) or "none"
+        raise ValueError(f"the table {str(self.path)!r} has no column {wanted!r}; its columns are: {have}")
+
+
+@dataclass
 class SampleTable:
-    """What a table says of its samples, by key; `captions` has all of them, in the order of their first row.
+    """What tables say of samples, by key; `captions` has all of them, in the order of their first row.
 
     Attributes:
         captions: all captions of a sample, blank ones left out.
         targets: of the samples that have one.
         images: the names of the images, of the samples that have several.
-        blank: the key of a sample once per blank caption.
+        blank: the key of a sample once for each blank caption.
     """
 
-    captions: dict[str, tuple[str, ...]]
-    targets: dict[str, Target]
-    images: dict[str, tuple[str, ...]]
-    blank: tuple[str, ...]
+    captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    targets: dict[str, Target] = field(default_factory=dict)
+    images: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    blank: list[str] = field(default_factory=list)
+
+    def join(self, other: SampleTable) -> None:
+        """Adds what another table says of these samples and others."""
+        for key, texts in other.captions.items():
+            self.captions[key] = self.captions.get(key, ()) + texts
+        self.targets |= other.targets
+        self.images |= other.images
+        self.blank += other.blank
 
 
 def read_table(
@@ -53,7 +101,7 @@ def read_table(
 
     A list is a list in JSON lines and Parquet, and a JSON array in CSV. A row of several images is a sample of several,
     and its key is their names with ` + ` between them. Rows of the same images are joined in order of appearance, their
-    labels as `parse_target` has it of a list. Image names are relative to `images_root`, with `/` between folders;
+    labels as `parse_target` treats a list. Image names are relative to `images_root`, with `/` between folders;
     absolute ones within it are made relative.
 
     Raises:
@@ -61,50 +109,34 @@ def read_table(
         ValueError: unreadable, of an unknown format, without the columns, or with a row that names no image, an image
             outside of `images_root`, a caption that isn't text, or a label that can't be used.
     """
-    path, root = Path(path), Path(images_root)
-    names, rows = _read_rows(path)
-    image, caption, label = (column and _own_name(names, column) for column in columns)
+    table, found, root = Table(path), SampleTable(), Path(images_root)
+    image, caption, label = (column and table.column(column) for column in columns)
     assert image
-    _check_columns(path, names, (image, caption, label))
-    parse_json = path.suffix.lower() in (".csv", ".tsv")
-    captions: dict[str, list[str]] = {}
     targets: dict[str, list[Target]] = {}
-    several: dict[str, tuple[str, ...]] = {}
-    blank: list[str] = []
     classes: dict[str, str] = {}  # one string for each class, however many samples it has
-    for row_name, row in rows:
-        where = f"{row_name} of {str(path)!r}"
-        own_images = _image_keys(row.get(image), root, where, parse_json)
-        key = " + ".join(own_images)
-        if len(own_images) > 1:
-            several[key] = own_images
-        own = captions.setdefault(key, [])
-        for text in split_captions(row.get(caption), where, parse_json=parse_json) if caption else ():
-            if text:
-                own.append(text)
-            else:
-                blank.append(key)
-        target = parse_target(row.get(label), where, parse_json=parse_json) if label else None
-        if isinstance(target, str):
-            target = classes.setdefault(target, target)
+    for where, row in table.rows:
+        written = _image_names(row.get(image), where, table.cells_hold_json)
+        names = tuple(_image_key(name, root, where) for name in written)
+        key = " + ".join(names)
+        if len(names) > 1:
+            found.images[key] = names
+        texts = split_captions(row.get(caption), where, parse_json=table.cells_hold_json) if caption else []
+        found.captions[key] = found.captions.get(key, ()) + tuple(filter(None, texts))
+        found.blank += [key] * texts.count("")
+        target = parse_target(row.get(label), where, parse_json=table.cells_hold_json) if label else None
         if target is not None:
+            target = classes.setdefault(target, target) if isinstance(target, str) else target
             targets.setdefault(key, []).append(target)
-    joined = {key: _join(key, own, path) for key, own in targets.items()}
-    return SampleTable({key: tuple(texts) for key, texts in captions.items()}, joined, several, tuple(blank))
+    found.targets |= {key: _join(key, own, path) for key, own in targets.items()}
+    return found
 
 
 def read_captions(path: str | Path, *, caption_column: str = "caption") -> list[str]:
-    """All captions of a table, in its order, blank ones left out; no column of images is needed.
-
-    Raises as `read_table` does.
-    """
-    path = Path(path)
-    columns, rows = _read_rows(path)
-    caption_column = _own_name(columns, caption_column)
-    _check_columns(path, columns, (caption_column,))
-    parse_json = path.suffix.lower() in (".csv", ".tsv")
-    own = (split_captions(r.get(caption_column), f"{w} of {str(path)!r}", parse_json=parse_json) for w, r in rows)
-    return [text for texts in own for text in texts if text]
+    """All captions of a table, in its order, blank ones left out. Raises as `read_table` does."""
+    table = Table(path)
+    column = table.column(caption_column)
+    cells = (split_captions(row.get(column), where, parse_json=table.cells_hold_json) for where, row in table.rows)
+    return [text for texts in cells for text in texts if text]
 
 
 def read_image_names(path: str | Path, *, image_column: str = "image") -> list[str]:
@@ -112,48 +144,29 @@ def read_image_names(path: str | Path, *, image_column: str = "image") -> list[s
 
     Raises as `read_table` does.
     """
-    path = Path(path)
-    columns, rows = _read_rows(path)
-    _check_columns(path, columns, (image_column,))
-    names: dict[str, None] = {}
-    for where, row in rows:
-        names[_image_name(row.get(image_column), f"{where} of {str(path)!r}")] = None
-    return list(names)
+    table = Table(path)
+    column = table.column(image_column)
+    rows = (_image_names(row.get(column), where, table.cells_hold_json) for where, row in table.rows)
+    return list(dict.fromkeys(name for names in rows for name in names))
 
 
-def column_names(path: str | Path) -> list[str]:
-    """What the columns of a table are called. Raises as `read_table` does."""
-    return _read_rows(Path(path))[0]
+def split_captions(value: Any, where: str, *, parse_json: bool = False) -> list[str]:
+    """The captions that a table cell or JSON field holds, stripped; "" stands for each blank or missing one.
+
+    Raises ValueError that begins with `where` for anything but text and lists of text.
+    """
+    if parse_json and isinstance(parsed := from_json(value), list) and all(isinstance(item, str) for item in parsed):
+        value = parsed
+    if value is None or (isinstance(value, float) and value != value):
+        return [""]
+    items: Sequence[Any] = value if isinstance(value, list | tuple) else [value]
+    for item in items:
+        if item is not None and not isinstance(item, str):
+            raise ValueError(f"{where} has a caption that is not text but {type(item).__name__} ({item!r})")
+    return [(item or "").strip() for item in items] or [""]
 
 
-def _read_rows(path: Path) -> _Rows:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no table {str(path)!r}")
-    suffix = path.suffix.lower()
-    if suffix not in TABLE_SUFFIXES:
-        raise ValueError(f"cannot tell the format of the table {str(path)!r}: expected {_any(TABLE_SUFFIXES)}")
-    try:
-        return _READERS[suffix](path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"cannot read the table {str(path)!r}: it is not UTF-8 text ({error})") from error
-    except (csv.Error, OSError) as error:
-        raise ValueError(f"cannot read the table {str(path)!r}: {error}") from error
-
-
-def _own_name(columns: list[str], wanted: str) -> str:
-    """What a table calls a column: in the plural if that is what it has, and the name was left at its default."""
-    plural = wanted in TableColumns(label="label") and wanted not in columns and f"{wanted}s" in columns
-    return f"{wanted}s" if plural else wanted
-
-
-def _check_columns(path: Path, columns: list[str], wanted: tuple[str | None, ...]) -> None:
-    for column in wanted:
-        if column and column not in columns:
-            have = ", ".join(repr(name) for name in columns) or "none"
-            raise ValueError(f"the table {str(path)!r} has no column {column!r}; its columns are: {have}")
-
-
-def _join(key: str, targets: list[Target], path: Path) -> Target:
+def _join(key: str, targets: list[Target], path: str | Path) -> Target:
     """One target out of those that the rows of a sample name."""
     if all(target == targets[0] for target in targets):
         return targets[0]
@@ -164,85 +177,48 @@ def _join(key: str, targets: list[Target], path: Path) -> Target:
     return joined
 
 
-def split_captions(value: Any, where: str, *, parse_json: bool = False) -> list[str]:
-    """The captions that a table cell or JSON field holds, stripped; "" stands for each blank or missing one.
-
-    Raises ValueError that begins with `where` for anything but text and lists of text.
-    """
-    if value is None or (isinstance(value, float) and value != value):
-        return [""]
-    if isinstance(value, str):
-        text = value.strip()
-        if parse_json and text.startswith("[") and text.endswith("]"):
-            try:
-                parsed = json.loads(text)
-            except ValueError:
-                return [text]
-            if isinstance(parsed, list) and all(isinstance(item, str) for item in parsed):
-                return [item.strip() for item in parsed] or [""]
-        return [text]
-    if isinstance(value, list | tuple):
-        if all(item is None or isinstance(item, str) for item in value):
-            return [(item or "").strip() for item in value] or [""]
-        value = next(item for item in value if item is not None and not isinstance(item, str))
-    raise ValueError(f"{where} has a caption that is not text but {type(value).__name__} ({value!r})")
-
-
-def _image_name(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where} names no image")
-    return value.strip()
-
-
-def _image_keys(value: Any, root: Path, where: str, parse_json: bool) -> tuple[str, ...]:
+def _image_names(value: Any, where: str, parse_json: bool) -> list[str]:
     found = from_json(value) if parse_json else value
-    values = found if isinstance(found, list) and found else [value]
-    return tuple(_image_key(name, root, where) for name in values)
+    names = found if isinstance(found, list) and found else [value]
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"{where} names no image")
+    return [name.strip() for name in names]
 
 
-def _image_key(value: Any, root: Path, where: str) -> str:
-    name = _image_name(value, where)
+def _image_key(written: str, root: Path, where: str) -> str:
+    """The path of an image relative to the folder of images."""
+    name = posixpath.normpath(written)
     if posixpath.isabs(name):
-        absolute_root = root.absolute().as_posix().rstrip("/") + "/"
-        name = posixpath.normpath(name)
-        if not name.startswith(absolute_root):
-            raise ValueError(f"{where} names the image {value!r}, which is outside of the images folder {str(root)!r}")
-        return name.removeprefix(absolute_root)
-    name = posixpath.normpath(name)
-    if name == ".." or name.startswith("../"):
-        raise ValueError(f"{where} names the image {value!r}, which is outside of the images folder {str(root)!r}")
+        name = name.removeprefix(root.absolute().as_posix().rstrip("/") + "/")
+    if posixpath.isabs(name) or name == ".." or name.startswith("../"):
+        raise ValueError(f"{where} names the image {written!r}, which is outside of the images folder {str(root)!r}")
     return name
 
 
-def _any(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:-1]) + " or " + names[-1]
+# What the readers return: the columns, and (number of the line or row, its cells by column).
+_Content = tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]
 
 
-# A reader returns the columns and an iterator over (where the row is, the row).
-_Rows = tuple[list[str], Iterator[tuple[str, dict[str, Any]]]]
-
-
-def _read_csv(path: Path) -> _Rows:
+def _read_csv(path: Path) -> _Content:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    rows: list[tuple[int, dict[str, Any]]] = []
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         columns = [name.strip() for name in next(reader, [])]
-        rows: list[tuple[str, dict[str, Any]]] = []
-        for fields in reader:
-            if not fields:
-                continue
+        for fields in filter(None, reader):
             if len(fields) != len(columns):
                 raise ValueError(
                     f"line {reader.line_num} of {str(path)!r} has {len(fields)} fields where the header has "
                     f"{len(columns)}; put text that contains the separator in double quotes"
                 )
-            rows.append((f"line {reader.line_num}", dict(zip(columns, fields, strict=True))))
+            rows.append((reader.line_num, dict(zip(columns, fields, strict=True))))
     return columns, iter(rows)
 
 
-def _read_jsonl(path: Path) -> _Rows:
+def _read_jsonl(path: Path) -> _Content:
     columns: dict[str, None] = {}
-    rows: list[tuple[str, dict[str, Any]]] = []
+    rows: list[tuple[int, dict[str, Any]]] = []
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -254,43 +230,28 @@ def _read_jsonl(path: Path) -> _Rows:
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} of {str(path)!r} is not a JSON object but {type(row).__name__}")
             columns.update(dict.fromkeys(row))
-            rows.append((f"line {number}", row))
+            rows.append((number, row))
     return list(columns), iter(rows)
 
 
-def _read_parquet(path: Path) -> _Rows:
+def _read_parquet(path: Path) -> _Content:
+    """Reads only columns that could be a name, captions or labels: a table may carry pixels next to them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path)
-        columns = list(file.schema_arrow.names)
-        wanted = [name for name, kind in zip(columns, file.schema_arrow.types, strict=True) if _is_text(kind)]
-        table = file.read(columns=wanted)
+        schema = file.schema_arrow
+        wanted = [name for name, kind in zip(schema.names, schema.types, strict=True) if _is_text(kind)]
+        batches = file.read(columns=wanted).to_batches(max_chunksize=8192)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"cannot read the table {str(path)!r}: {error}") from error
-    rows = ((f"row {number}", row) for number, row in enumerate(_parquet_rows(table), 1))
-    return columns, rows
+    return list(schema.names), enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
 def _is_text(kind: Any) -> bool:
-    """Only columns that could be a name, captions or labels are read; a table may carry pixels next to them."""
     import pyarrow.types as types
 
     if types.is_list(kind) or types.is_large_list(kind):
         kind = kind.value_type
     return not (types.is_binary(kind) or types.is_large_binary(kind) or types.is_struct(kind))
-
-
-def _parquet_rows(table: Any) -> Iterator[dict[str, Any]]:
-    for batch in table.to_batches(max_chunksize=8192):
-        yield from batch.to_pylist()
-
-
-_READERS = {
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".parquet": _read_parquet,
-}

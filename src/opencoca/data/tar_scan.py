@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -54,7 +54,8 @@ def scan_tar(read_at: ReadAt, size: int) -> TarScan:
     if size == 0:
         scan.damage.append(Damage(0, "the file is empty"))
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-    offset, names = 0, _Names()
+    offset = 0
+    extended: dict[bytes, bytes] = {}
     while offset < size:
         block = read_at(offset, BLOCK)
         if len(block) < BLOCK:
@@ -67,20 +68,22 @@ def scan_tar(read_at: ReadAt, size: int) -> TarScan:
                 scan.damage.append(Damage(offset, f"it is damaged at byte {offset:,}"))
             if found is None:
                 break
-            offset, names = found, _Names()
+            offset, extended = found, {}
             continue
         digest.update(block)
-        data, length = offset + BLOCK, names.size_of(header)
-        name = names.name_of(header)
+        data, name = offset + BLOCK, header.name
+        if b"path" in extended:
+            name = extended[b"path"].decode("utf-8", "surrogateescape")
+        length = 0 if header.type in _WITHOUT_DATA else int(extended.get(b"size", header.size))
         if data + length > size:
             scan.damage.append(Damage(offset, f"it is cut short within {name!r}", name))
             break
         if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME):
-            names.learn(header.type, read_at(data, min(length, _LARGEST_NAME)))
+            extended |= _extended(header.type, read_at(data, min(length, _LARGEST_NAME)))
         elif header.type not in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
             if header.isfile():
                 scan.members.append(Member(name, data, length))
-            names = _Names()
+            extended = {}
         offset = data + -(-length // BLOCK) * BLOCK
     else:
         if size:
@@ -127,39 +130,20 @@ def _next_header(read_at: ReadAt, offset: int, size: int) -> tuple[int | None, b
     return None, is_end
 
 
-class _Names:
-    """Name and size that an extended header gives the file after it, where the plain header's fields are too small."""
+def _extended(kind: bytes, data: bytes) -> dict[bytes, bytes]:
+    """The `path` and `size` that an extended header gives the file after it, if the plain header can't hold them.
 
-    def __init__(self) -> None:
-        self.name: str | None = None
-        self.size: int | None = None
-
-    def learn(self, kind: bytes, data: bytes) -> None:
-        if kind == tarfile.GNUTYPE_LONGNAME:
-            self.name = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
-            return
-        for name, value in _pax_records(data):
-            if name == b"path":
-                self.name = value.decode("utf-8", "surrogateescape")
-            elif name == b"size" and value.isdigit():
-                self.size = int(value)
-
-    def name_of(self, header: tarfile.TarInfo) -> str:
-        return header.name if self.name is None else self.name
-
-    def size_of(self, header: tarfile.TarInfo) -> int:
-        if header.type in _WITHOUT_DATA:
-            return 0
-        return header.size if self.size is None else self.size
-
-
-def _pax_records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """`LENGTH NAME=VALUE` lines (POSIX.1-2001); what isn't one ends them."""
+    Records are `LENGTH NAME=VALUE` lines (POSIX.1-2001); whatever isn't one ends them.
+    """
+    if kind == tarfile.GNUTYPE_LONGNAME:
+        return {b"path": data.rstrip(b"\0")}
+    found: dict[bytes, bytes] = {}
     while data:
         length, _, _ = data.partition(b" ")
         if not length.isdigit() or not len(length) < int(length) <= len(data):
-            return
+            break
         record, data = data[len(length) + 1 : int(length) - 1], data[int(length) :]
         name, equals, value = record.partition(b"=")
-        if equals:
-            yield name, value
+        if equals and (name == b"path" or (name == b"size" and value.isdigit())):
+            found[name] = value
+    return found

@@ -1,7 +1,6 @@
-"""Tar shards as a source: one read a sample, from a local file, a web server or an object store.
+"""Tar shards as a source: one read for each sample, from a local file, a web server or an object store.
 
-Memory holds the places and keys of as many shards as are in use; captions are read with their image.
-Letters: S samples of a shard, P positions where reads begin.
+Memory holds the places and keys of the shards in use; captions are read with their image.
 """
 
 from __future__ import annotations
@@ -18,21 +17,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from opencoca.data.block_cache import BlockCache
 from opencoca.data.images import ImageError
 from opencoca.data.read_ahead import parallel_map
 from opencoca.data.remote import DEFAULT_RETRIES, RetryPolicy, is_remote, read_range
 from opencoca.data.shard_index import load_index
-from opencoca.data.shards import CLASS, IMAGE, JSON, TEXT, LostSample, SampleParts, ShardIndex
-from opencoca.data.source import Place, Sample, SampleSource
+from opencoca.data.shards import CLASS, IMAGE, JSON, TEXT, SampleParts, ShardIndex
+from opencoca.data.source import BadSample, Place, Sample, SampleSource
 from opencoca.data.tar_scan import BLOCK, header_fits
-from opencoca.data.targets import Target, class_folder
+from opencoca.data.targets import class_folder
 
-# Parts of a sample that lie further apart than this are read one by one.
+# Parts of a sample that lie further apart than this are read one at a time.
 _MAX_GAP_BYTES = 1 << 16
-# Up to so many samples it is found out which keys two shards share; beyond it all have their shard's name in front.
+# Up to this number of samples, keys that two shards share are found; beyond it every key begins with its shard's name.
 _MAX_SAMPLES_TO_COMPARE = 5_000_000
 _SHARDS_IN_MEMORY = 512
 _OPENING_THREADS = 32
@@ -74,7 +72,6 @@ class TarShards(SampleSource):
         label_field: the field of a sample's json that holds its class or answers; where it has none, the sample's
             `.cls` is its class. None: the folder in its key is its class.
         storage: where indexes lie and what is kept of remote shards.
-        progress: whether to show a progress bar while remote shards are opened.
 
     Raises:
         FileNotFoundError: a shard doesn't exist.
@@ -90,7 +87,6 @@ class TarShards(SampleSource):
         caption_field: str = "caption",
         label_field: str | None = "label",
         storage: ShardStorage | None = None,
-        progress: bool = False,
     ):
         self.storage = storage or ShardStorage()
         self.caption_field, self.label_field = caption_field, label_field
@@ -102,42 +98,34 @@ class TarShards(SampleSource):
             self.cache = BlockCache(self.storage.cache_dir, round(self.storage.cache_gb * 1e9))
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._lock = threading.Lock()
-        counts, lost, repeated = self._open(progress)
-        self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        if not self.starts[-1]:
+        self._shared_keys: set[int] | None = set()
+        """Indices of samples whose key an earlier shard has; None for too many samples to compare."""
+        self._open()
+        if not len(self):
             names = ", ".join(map(repr, self.shards[:3]))
             raise ValueError(f"the {len(self.shards)} tar shards ({names}) hold no images")
-        self.lost: tuple[tuple[str, LostSample], ...] = tuple(lost)
-        self.missing_images = tuple(sample.key for _, sample in lost if sample.key)
-        self._shared_keys = repeated
+        self.missing_images = tuple(sample.key for sample in self.lost if sample.key)
 
-    def _open(self, progress: bool) -> tuple[list[int], list[tuple[str, LostSample]], set[int] | None]:
-        """Samples of each shard, samples lost, and indices of those whose key an earlier shard has (None: many)."""
-        counts: list[int] = []
-        lost: list[tuple[str, LostSample]] = []
-        seen: set[str] = set()
-        shared: set[int] | None = set()
-        total = 0
+    def _open(self) -> None:
+        """Read all indexes, and note how many samples the shards have, which are lost and whose keys are shared."""
+        starts, lost, seen = [0], [], set()
         threads = _OPENING_THREADS if self.is_remote else 0
         indexes = parallel_map(self._load, range(len(self.shards)), threads, 2 * _OPENING_THREADS)
-        bar = tqdm(indexes, total=len(self.shards), desc="opening shards", unit="shard", disable=not progress)
-        for shard, index in enumerate(bar):
-            path = self.shards[shard]
+        for shard, (path, index) in enumerate(zip(self.shards, indexes, strict=True)):
             for _, reason in index.damage[:1]:
                 more = f" (and {len(index.damage) - 1} more)" if len(index.damage) > 1 else ""
                 kept = f"the {len(index.keys)} whole samples in it are used"
                 warnings.warn(f"tar shard {path!r}: {reason}{more}; {kept}", stacklevel=4)
-            lost.extend((path, LostSample("", offset, reason)) for offset, reason in index.damage)
-            lost.extend((path, sample) for sample in index.lost)
-            if shared is not None and total + len(index.keys) > _MAX_SAMPLES_TO_COMPARE:
-                shared, seen = None, set()
-            if shared is not None:
-                shared.update(total + row for row, key in enumerate(index.keys) if key in seen)
+            lost.extend(BadSample("", path, offset, reason) for offset, reason in index.damage)
+            lost.extend(BadSample(sample.key, path, sample.offset, sample.reason) for sample in index.lost)
+            starts.append(starts[-1] + len(index.keys))
+            if starts[-1] > _MAX_SAMPLES_TO_COMPARE:
+                self._shared_keys, seen = None, set()
+            if self._shared_keys is not None:
+                self._shared_keys.update(starts[shard] + row for row, key in enumerate(index.keys) if key in seen)
                 seen.update(index.keys)
-            counts.append(len(index.keys))
-            total += len(index.keys)
             self._keep(shard, index)
-        return counts, lost, shared
+        self.starts, self.lost = np.array(starts, dtype=np.int64), tuple(lost)
 
     def _load(self, shard: int) -> ShardIndex:
         return load_index(self.shards[shard], self.storage.index_dir)
@@ -169,7 +157,7 @@ class TarShards(SampleSource):
     @cached_property
     def blank_captions(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Found by reading every caption."""
-        return tuple(self.key(i) for i in range(len(self)) for text in self._captions_of(i) if not text)
+        return tuple(self.key(index) for index in range(len(self)) for text in self._captions_of(index) if not text)
 
     def key(self, index: int) -> str:
         shard, row = self._row(index)
@@ -177,15 +165,6 @@ class TarShards(SampleSource):
         if self._shared_keys is not None and index not in self._shared_keys:
             return key
         return f"{os.path.basename(self.shards[shard]).removesuffix('.tar')}/{key}"
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return tuple(filter(None, self._captions_of(index)))
-
-    def target(self, index: int) -> Target | None:
-        return self.read(index, images=False, texts=False).target
-
-    def open_bytes(self, index: int) -> bytes:
-        return self._members(*self._row(index), (IMAGE,)).image or b""
 
     def read(self, index: int, *, images: bool = True, texts: bool = True, target: bool = True) -> Sample:
         shard, row = self._row(index)

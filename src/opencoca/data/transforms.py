@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageEnhance
 
 from opencoca.data.augment import MAX_MAGNITUDE, rand_augment
-from opencoca.data.images import MAX_PIXELS, ImageData, decode_image
+from opencoca.data.images import ImageData, decode_image
 
 ResizeMode = Literal["squash", "crop", "pad"]
 Decoding = Literal["upright", "as_stored"]
@@ -199,33 +199,10 @@ class TrainTransform:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator, *, flip: bool | None = None) -> torch.Tensor:
         """(3, H, W) float32. `flip` decides about mirroring; None lets the generator decide."""
-        return normalize(self.to_uint8(image, rng, flip=flip), self.config)
-
-    def to_uint8(self, image: Image.Image, rng: np.random.Generator, *, flip: bool | None = None) -> np.ndarray:
-        """As a call, without the normalisation: (H, W, 3) uint8."""
-        box = self._draw_box(image.size, rng)
-        return self._finish(image, box, rng, flip)
-
-    def decode(
-        self,
-        data: ImageData,
-        rng: np.random.Generator,
-        *,
-        flip: bool | None = None,
-        max_pixels: int = MAX_PIXELS,
-        name: str | None = None,
-    ) -> torch.Tensor:
-        """Decode and transform in one go: (3, H, W) float32; see `decode_uint8`."""
-        return normalize(self.decode_uint8(data, rng, flip=flip, max_pixels=max_pixels, name=name), self.config)
+        return normalize(self._finish(image, self._draw_box(image.size, rng), rng, flip), self.config)
 
     def decode_uint8(
-        self,
-        data: ImageData,
-        rng: np.random.Generator,
-        *,
-        flip: bool | None = None,
-        max_pixels: int = MAX_PIXELS,
-        name: str | None = None,
+        self, data: ImageData, rng: np.random.Generator, *, flip: bool | None = None, name: str | None = None
     ) -> np.ndarray:
         """Decode and transform in one go, without the normalisation: (H, W, 3) uint8.
 
@@ -243,7 +220,7 @@ class TrainTransform:
             shrink = max(width / (box[2] - box[0]), height / (box[3] - box[1]))
             return math.ceil(full_width * shrink), math.ceil(full_height * shrink)
 
-        image = decode_image(data, max_pixels=max_pixels, name=name, draft_size=draw)
+        image = decode_image(data, name=name, draft_size=draw)
         left, top, right, bottom = box
         across, down = image.width / size[0], image.height / size[1]
         box = left * across, top * down, right * across, bottom * down

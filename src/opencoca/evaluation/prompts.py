@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opencoca.data.prompts import check_templates, fill_templates
+from opencoca.data.labels import check_templates, fill_templates
 
 SIMPLE_TEMPLATES = ("a photo of a {}.",)
 NUM_CONFUSIONS = 10

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from opencoca.data.prompts import check_templates, fill_templates
+from opencoca.data.labels import check_templates, fill_templates
 
 DEFAULT_TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "{}")
 

@@ -3,9 +3,8 @@
 `open_inputs` opens the images, `caption_to_files` does a whole run, `caption_source` only yields captions.
 """
 
-from opencoca.recaption.captioner import Captioner
+from opencoca.recaption.captioner import CaptionedImage, Captioner, caption_source
 from opencoca.recaption.destination import Destination
-from opencoca.recaption.engine import CaptionedImage, caption_source
 from opencoca.recaption.finish import RunReport
 from opencoca.recaption.flags import FlagThresholds, caption_flags
 from opencoca.recaption.inputs import open_inputs

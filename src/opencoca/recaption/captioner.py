@@ -1,13 +1,15 @@
-"""A model together with the options that it captions with."""
+"""Captions the images of a source batch by batch; the next images are decoded while the model is busy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from opencoca.data import EvalTransform, ImageBatch, SampleSource, Subset, iterate_images
 from opencoca.generation import GeneratedCaption, GenerationOptions
 from opencoca.generation.rerank import check_rerank
 from opencoca.inference.pipeline import Pipeline
@@ -40,3 +42,44 @@ class Captioner:
         """Captions preprocessed images (I, 3, H, W), best first; random captions depend on the seed and the name."""
         pixels = pixels.to(self.device, self.pipeline.dtype)
         return self.pipeline.caption_pixels(pixels, self.options, names=names, rerank=self.rerank)
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """An image's name with its captions, best first, or with the reason why it cannot be read."""
+
+    image: str
+    captions: tuple[GeneratedCaption, ...] = ()
+    error: str | None = None
+
+
+def caption_source(
+    captioner: Captioner,
+    source: SampleSource,
+    batch_size: int,
+    *,
+    start: int = 0,
+    num_workers: int | None = None,
+) -> Generator[list[CaptionedImage], None, None]:
+    """Captions a source's images from number `start` on, batch_size at a time, in their order.
+
+    Threads decode the images of the next two batches, and another one assembles the next batch, while the model works
+    on the present one. Random numbers depend on the options' seed and the image's name alone.
+
+    Raises ValueError if batch_size is not positive; images that cannot be read raise nothing.
+    """
+    remaining = Subset(source, range(start, len(source))) if start else source
+    transform = EvalTransform(captioner.pipeline.preprocess.config)
+    with contextlib.closing(iterate_images(remaining, transform, batch_size, num_workers)) as batches:
+        for batch in batches:
+            yield _caption_batch(captioner, remaining, batch)
+
+
+def _caption_batch(captioner: Captioner, source: SampleSource, batch: ImageBatch) -> list[CaptionedImage]:
+    done = {index: CaptionedImage(source.key(index), error=reason) for index, reason in batch.errors}
+    indices = batch.indices.tolist()
+    if indices:
+        keys = [source.key(index) for index in indices]
+        captions = captioner(batch.pixels, keys)
+        done |= {i: CaptionedImage(k, c) for i, k, c in zip(indices, keys, captions, strict=True)}
+    return [done[index] for index in sorted(done)]

@@ -28,14 +28,6 @@ class RunReport:
     flags: dict[str, int]
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """The record of a finished run, stored beside its output: its settings and its report."""
-
-    settings: Settings
-    report: RunReport
-
-
 def make_files(
     journal: Journal, destination: Destination, settings: Settings, prefix: str, thresholds: FlagThresholds
 ) -> RunReport:
@@ -46,28 +38,30 @@ def make_files(
     for path in filter(None, (destination.out, destination.errors, destination.record)):
         remove_partial_files(path)
     common = CommonCaptions(thresholds)
-    for row in _journal_rows(journal):
+    for row in journal.rows():
         if "error" not in row:
             common.add(caption["caption"] for caption in row["captions"])
     flagged = _Flagged(journal, prefix, common)
     if destination.out is not None:
         write_rows(destination.out, flagged.rows(), _columns(journal))
     if destination.texts:
-        rows = zip(destination.texts, _journal_rows(journal), strict=True)
+        rows = zip(destination.texts, journal.rows(), strict=True)
         write_texts((path, _text_file(row)) for path, row in rows if "error" not in row)
     report = _report(journal, flagged)
-    _write_errors(destination.errors, _journal_rows(journal), report.unreadable)
+    _write_errors(destination.errors, journal.rows(), report.unreadable)
     with atomic_write(destination.record) as partial:
         content = {"settings": settings, "report": asdict(report)}
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
 
 
-def read_record(path: Path) -> RunRecord | None:
-    """Reads the record of a finished run; None if there is none or it cannot be read."""
+def finished_report(destination: Destination, settings: Settings) -> RunReport | None:
+    """Returns the report of a finished run with these settings, if its record can be read and its files exist."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return RunRecord(content["settings"], RunReport(**content["report"]))
+        content = json.loads(destination.record.read_text(encoding="utf-8"))
+        report = RunReport(**content["report"])
+        if content["settings"] == settings and (destination.out is None or destination.out.exists()):
+            return report
     return None
 
 
@@ -80,7 +74,7 @@ class _Flagged:
     common: CommonCaptions
 
     def rows(self) -> Iterator[Row]:
-        for image in _journal_rows(self.journal):
+        for image in self.journal.rows():
             for row in output_rows(image):
                 flags = caption_flags(row["caption"], self.prefix, self.common.thresholds)
                 if self.common.is_common(row["caption"]):
@@ -88,14 +82,9 @@ class _Flagged:
                 yield {**row, "flags": list(flags)}
 
 
-def _journal_rows(journal: Journal) -> Iterator[Row]:
-    for block in journal.blocks():
-        yield from block.rows
-
-
 def _columns(journal: Journal) -> tuple[str, ...]:
     """Returns the names of the fields, which are the same in every row of a run."""
-    first = next((row for image in _journal_rows(journal) for row in output_rows(image)), None)
+    first = next((row for image in journal.rows() for row in output_rows(image)), None)
     return (*(first or ("image", "caption", "log_probability", "length")), "flags")
 
 
@@ -105,7 +94,7 @@ def _text_file(row: Row) -> str:
 
 
 def _report(journal: Journal, flagged: _Flagged) -> RunReport:
-    unreadable = sum("error" in row for row in _journal_rows(journal))
+    unreadable = sum("error" in row for row in journal.rows())
     flags: Counter[str] = Counter()
     captions = 0
     for row in flagged.rows():

@@ -5,57 +5,25 @@ from __future__ import annotations
 import errno
 import glob
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-from opencoca.data import ImageError, JoinedSource, SampleSource, TarShards, list_images
+from opencoca.data import ImageFolder, JoinedSource, SampleSource, TarShards, find_shards, list_images
 from opencoca.data.images import IMAGE_SUFFIXES
-from opencoca.data.shards import expand_shards
 from opencoca.data.tables import TABLE_SUFFIXES, read_image_names
 from opencoca.recaption.parquet_images import ParquetImages, has_encoded_images
 
 _SHARD_SUFFIX = ".tar"
-_MAX_FILE_BYTES = 1 << 30
-
-
-class ImageFiles(SampleSource):
-    """Image files, named by their paths. A file that cannot be read raises ImageError with the reason."""
-
-    def __init__(self, paths: Sequence[str]):
-        self.paths = tuple(paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def key(self, index: int) -> str:
-        return self.paths[index]
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return ()
-
-    def open_bytes(self, index: int) -> bytes:
-        path = self.paths[index]
-        try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size > _MAX_FILE_BYTES:
-                    raise ImageError(path, f"its {size:,} bytes are more than the {_MAX_FILE_BYTES:,} allowed")
-                return file.read()
-        except FileNotFoundError:
-            raise ImageError(path, "there is no such file") from None
-        except OSError as error:
-            raise ImageError(path, error.strerror or str(error)) from error
 
 
 class ShardImages(TarShards):
     """The images of one tar shard, named `SHARD/KEY`."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str):
         super().__init__([path])
-        self.name = str(path)
 
     def key(self, index: int) -> str:
-        return f"{self.name}/{super().key(index)}"
+        return f"{self.shards[0]}/{super().key(index)}"
 
 
 def open_inputs(
@@ -143,9 +111,9 @@ class _Collection:
         return len(images) + len(shards)
 
     def _add_shards(self, pattern: str) -> None:
-        for path in expand_shards(pattern):
-            if str(path) not in self.seen:
-                self.seen.add(str(path))
+        for path in find_shards(pattern):
+            if path not in self.seen:
+                self.seen.add(path)
                 self._close_files()
                 self.sources.append(ShardImages(path))
 
@@ -168,7 +136,7 @@ class _Collection:
 
     def _close_files(self) -> None:
         if self.files:
-            self.sources.append(ImageFiles(self.files))
+            self.sources.append(ImageFolder("", self.files))
             self.files = []
 
 
@@ -179,11 +147,11 @@ def text_files_beside(source: SampleSource) -> list[str]:
     """
     paths: list[str] = []
     for part in source.sources if isinstance(source, JoinedSource) else (source,):
-        if not isinstance(part, ImageFiles):
+        if not isinstance(part, ImageFolder):
             raise ValueError(
                 f"{part.key(0)!r} is not a file of its own, so no text can be put beside it; write one file with --out"
             )
-        paths += [os.path.splitext(path)[0] + ".txt" for path in part.paths]
+        paths += [os.path.splitext(part.key(index))[0] + ".txt" for index in range(len(part))]
     owners: dict[str, str] = {}
     for index, path in enumerate(paths):
         if path in owners:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from opencoca.data import ImageError, SampleSource
+from opencoca.data import ImageError, Sample, SampleSource
 
 
 def has_encoded_images(path: Path, image_column: str) -> bool:
@@ -75,10 +75,10 @@ class ParquetImages(SampleSource):
     def key(self, index: int) -> str:
         return f"{self.path}#{index}"
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        return ()
+    def read(self, index: int, *, images: bool = True, texts: bool = True, target: bool = True) -> Sample:
+        return Sample((self._image(index),) if images else ())
 
-    def open_bytes(self, index: int) -> bytes:
+    def _image(self, index: int) -> bytes:
         group = int(np.searchsorted(self._ends, index, side="right"))
         start = int(self._ends[group - 1]) if group else 0
         cell = self._column(group, index)[index - start].as_py()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from opencoca.generation import GeneratedCaption
-from opencoca.recaption.engine import CaptionedImage
+from opencoca.recaption.captioner import CaptionedImage
 
 Row = dict[str, Any]
 """A row as JSON can hold it."""

@@ -13,15 +13,14 @@ import torch
 from tqdm import tqdm
 
 from opencoca.data import SampleSource
-from opencoca.recaption.captioner import Captioner
+from opencoca.recaption.captioner import Captioner, caption_source
 from opencoca.recaption.destination import Destination
-from opencoca.recaption.engine import caption_source
-from opencoca.recaption.finish import RunReport, make_files, read_record
+from opencoca.recaption.finish import RunReport, finished_report, make_files
 from opencoca.recaption.flags import FlagThresholds
 from opencoca.recaption.journal import Journal
 from opencoca.recaption.memory import choose_batch_size
 from opencoca.recaption.rows import to_journal_row
-from opencoca.recaption.settings import Settings, describe_changes, run_settings
+from opencoca.recaption.settings import describe_changes, run_settings
 
 
 def _silent(_: str) -> None:
@@ -59,12 +58,20 @@ def caption_to_files(
     thresholds = thresholds or FlagThresholds()
     settings = run_settings(captioner, source, thresholds, beside=bool(destination.texts))
     if not overwrite and not destination.journal.exists():
-        if (report := _complete_already(destination, settings)) is not None:
+        if (report := finished_report(destination, settings)) is not None:
             on_note(f"{destination.base} is complete already: {report.images:,} images")
             return report
-        _refuse_existing(destination)
+        if existing := destination.existing():
+            more = f" and {len(existing) - 1:,} other files" if len(existing) > 1 else ""
+            raise ValueError(
+                f"{existing[0]}{more} would be replaced; choose another name, or replace it with --overwrite"
+            )
     with Journal(destination.journal, settings, overwrite=overwrite) as journal:
-        _check_settings(journal, settings)
+        if changes := describe_changes(journal.header, settings):
+            raise ValueError(
+                f"{journal.path} belongs to a run with other settings: {changes}; continue with the old settings, or "
+                "start over with --overwrite"
+            )
         if journal.num_done:
             on_note(f"continuing after {journal.num_done:,} of {len(source):,} images in {journal.path}")
         if journal.num_done < len(source):
@@ -102,27 +109,3 @@ def _work(
                 f"{batch_size} images at a time do not fit into the memory of {captioner.device}; the same command "
                 f"with --batch-size {max(1, batch_size // 2)} continues from image {journal.num_done:,}"
             ) from error
-
-
-def _check_settings(journal: Journal, settings: Settings) -> None:
-    if changes := describe_changes(journal.header, settings):
-        raise ValueError(
-            f"{journal.path} belongs to a run with other settings: {changes}; continue with the old settings, or "
-            "start over with --overwrite"
-        )
-
-
-def _complete_already(destination: Destination, settings: Settings) -> RunReport | None:
-    """Returns the report of a finished run with the same settings, if its files exist."""
-    record = read_record(destination.record)
-    if record is None or record.settings != settings:
-        return None
-    is_there = destination.out is None or destination.out.exists()
-    return record.report if is_there else None
-
-
-def _refuse_existing(destination: Destination) -> None:
-    existing = destination.existing()
-    if existing:
-        more = f" and {len(existing) - 1:,} other files" if len(existing) > 1 else ""
-        raise ValueError(f"{existing[0]}{more} would be replaced; choose another name, or replace it with --overwrite")
