@@ -66,7 +66,7 @@ def assert_same(a, b):
 def test_shapes_and_which_text_belongs_to_which_image():
     source, tokenizer = MemorySource(captions_of(10)), WordTokenizer()
     loader = make(source, tokenizer=tokenizer, texts_per_sample=3)
-    assert len(loader) == loader.steps_per_epoch == 2
+    assert loader.steps_per_epoch == 2
     for batch in loader.batches(stop_epoch=1):
         assert batch.images.shape == (4, 3, 16, 16)
         assert batch.images.dtype == torch.float32
@@ -94,9 +94,9 @@ def test_from_any_position_on_equals_the_whole_run(num_workers):
 
 def test_endless_and_repeatable():
     loader = make(MemorySource(captions_of(4)))
-    first = [batch for _, batch in zip(range(5), loader, strict=False)]
+    first = [batch for _, batch in zip(range(5), loader.batches(), strict=False)]
     assert len(first) == 5
-    assert_same(first[0], next(iter(loader)))
+    assert_same(first[0], next(loader.batches()))
     assert not torch.equal(first[0].images, first[1].images)
 
 
@@ -215,7 +215,7 @@ def test_broken_images_are_reported_out_of_worker_processes():
     with pytest.warns(UserWarning, match=r"6\.jpg") as caught:
         list(loader.batches(stop_epoch=2))
     assert len(caught) == 1
-    assert list(loader.broken) == [6]
+    assert list(loader.quarantine.by_index) == [6]
 
 
 def test_too_many_broken_images_stop_the_run():

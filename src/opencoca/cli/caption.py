@@ -120,7 +120,7 @@ def _print_captions(
     from tqdm import tqdm
 
     from opencoca.recaption import Captioner, caption_source, choose_batch_size
-    from opencoca.recaption.rows import image_rows
+    from opencoca.recaption.rows import output_rows, to_journal_row
 
     captioner = Captioner(load_pipeline(arguments), options, arguments.rerank)
     batch_size = arguments.batch_size or choose_batch_size(captioner, len(source), memory_bytes)
@@ -131,7 +131,7 @@ def _print_captions(
                 if image.error is not None:
                     complain(image.error)
                     failed = True
-                for row in image_rows(image):
+                for row in output_rows(to_journal_row(image)):
                     text = " ".join(row["caption"].split())
                     print(json.dumps(row, ensure_ascii=False) if arguments.json else f"{row['image']}\t{text}")
             bar.update(len(batch))

@@ -1,4 +1,4 @@
-"""Where samples come from, in which order, and how they become batches."""
+"""Sources of samples, the order in which they are seen, and the batches made of them."""
 
 from opencoca.data.batch import Batch
 from opencoca.data.captions import TokenizedCaptions, collate_captions

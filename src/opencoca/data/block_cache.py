@@ -20,11 +20,11 @@ _FULL_TO = 0.9
 class BlockCache:
     """Files named after what they hold. Processes and machines with a shared disk may use one folder together.
 
-    A block appears whole or not at all, is fetched by one process while others that need it wait, and may be removed
-    while it is being read. A disk that can't be written to costs the cache, not the run.
+    A block appears whole or not at all. One process fetches it while others that need it wait, and it may be removed
+    while it is being read. If the disk can't be written to, nothing is kept and the run goes on.
 
     Args:
-        folder: made if need be.
+        folder: made if it doesn't exist.
         limit_bytes: of all blocks together; the one just fetched may exceed it for a moment.
     """
 
@@ -90,7 +90,7 @@ class BlockCache:
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """One process at a time for blocks of one lock; none at all where files can't be locked."""
+        """Holds a lock of a block, for one process at a time; does nothing where files can't be locked."""
         lock: IO[bytes] | None = None
         with contextlib.suppress(OSError, ImportError):
             import fcntl

@@ -1,4 +1,4 @@
-"""Look at every image, caption and label of a data set before anything is trained on it, and say what is wrong."""
+"""A check of every image, caption and label of a data set, before anything is trained on it."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class Spread:
         return cls(float(array.min()), float(array.mean()), float(median), float(p99), float(array.max()))
 
     def describe(self, digits: int = 0) -> str:
-        """All of them in one line, with so many digits after the point."""
+        """Writes all numbers in one line, with this number of digits after the point."""
         return ", ".join(f"{name} {value:,.{digits}f}" for name, value in asdict(self).items())
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check_source` found. Images are named by their keys; groups of duplicates hold 2 or more.
+    """The findings of `check_source`. Images are named by their keys; groups of duplicates hold 2 or more.
 
     Attributes:
         num_images: samples in the source, broken ones included, missing ones not.
@@ -60,7 +60,7 @@ class CheckReport:
         broken_images: (key, reason).
         missing_images: named by a table or shard, but absent.
         images_without_captions: keys.
-        blank_captions: the key of an image once per blank caption of its.
+        blank_captions: the key of an image once for each of its blank captions.
         duplicate_images: groups of images with the same bytes.
         near_duplicate_images: groups of images that look the same at 8 x 8 grey pixels, one per set of same bytes.
         duplicate_captions: (caption, how often), the repeated ones; case and spacing aside.
@@ -96,7 +96,7 @@ class CheckReport:
 
     @property
     def errors(self) -> dict[str, tuple[Any, ...]]:
-        """What is broken or missing, by kind. Duplicates are no error, nor is a source without any caption or label."""
+        """Broken and missing things by kind. Duplicates are no error, nor is a source without any caption or label."""
         kinds = {
             "broken images": self.broken_images,
             "missing images": self.missing_images,
@@ -271,7 +271,7 @@ def format_report(report: CheckReport, *, examples: int = 5) -> str:
 
 
 def _findings(report: CheckReport) -> list[tuple[str, list[str]]]:
-    """What is wrong or remarkable, by kind."""
+    """Lists everything that is wrong or remarkable, by kind."""
     findings = [
         ("broken images", [f"{key}: {reason}" for key, reason in report.broken_images]),
         ("missing images", list(report.missing_images)),

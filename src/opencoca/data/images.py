@@ -60,7 +60,7 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What an image's header says: upright width and height in pixels, Pillow's names of its format and mode."""
+    """The upright width and height of an image in pixels, and Pillow's names of its format and mode."""
 
     width: int
     height: int
@@ -196,7 +196,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _is_sideways(image: Image.Image) -> bool:
-    """Whether turning upright swaps width and height (TIFF: Pillow announces the upright size already)."""
+    """Tells whether turning upright swaps width and height (for TIFF Pillow gives the upright size already)."""
     return image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)
 
 

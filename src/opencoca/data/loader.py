@@ -1,7 +1,7 @@
 """Training batches: samples with some of their texts, from any (epoch, step) on.
 
-What a batch holds is a pure function of (source, seed, epoch, step): not of the number of workers, of earlier batches,
-or of how often the run was interrupted. Letters: C texts per sample, F images per sample.
+The content of a batch is a pure function of (source, seed, epoch, step): it depends neither on the number of workers,
+nor on earlier batches or interruptions of the run. Letters: C texts per sample, F images per sample.
 """
 
 from __future__ import annotations
@@ -126,17 +126,9 @@ class TrainingLoader:
         )
 
     @property
-    def broken(self) -> dict[int, str]:
-        """Reason by index, of the images that turned out to be broken so far."""
-        return {index: bad.reason for index, bad in self.quarantine.by_index.items()}
-
-    @property
     def steps_per_epoch(self) -> int:
         """Number of batches in an epoch."""
         return self.order.steps_per_epoch(self.batch_size)
-
-    def __len__(self) -> int:
-        return self.steps_per_epoch
 
     def batch(self, epoch: int, step: int) -> Batch:
         """The batch at one position, made in the caller's process."""
@@ -144,11 +136,10 @@ class TrainingLoader:
 
     def batches(self, epoch: int = 0, step: int = 0, *, stop_epoch: int | None = None) -> Iterator[Batch]:
         """Batches from a position on, epoch after epoch, until `stop_epoch` would begin (None: endlessly)."""
-        positions = _Positions(self.steps_per_epoch, epoch, step, stop_epoch)
         loader = DataLoader(
             self._dataset,
             batch_size=None,  # the dataset makes whole batches
-            sampler=positions,
+            sampler=_positions(self.steps_per_epoch, epoch, step, stop_epoch),  # pyright: ignore[reportArgumentType]
             num_workers=self.num_workers,
             collate_fn=_unchanged,
             # Without one of its own, the loader would draw from the global generator, and with it change whatever
@@ -159,11 +150,8 @@ class TrainingLoader:
             batch = self._account(item)
             yield batch.pin_memory() if self.pin_memory else batch
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self.batches()
-
     def _account(self, item: MadeBatch | Exception) -> Batch:
-        """Take down newly found bad samples, and stop if there are too many."""
+        """Note newly found bad samples, and raise ValueError if there are too many."""
         if isinstance(item, Exception):
             raise item
         self._served += len(item.batch.keys)
@@ -188,20 +176,11 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-class _Positions:
-    """(epoch, step) after (epoch, step); iterable again and again."""
-
-    def __init__(self, steps_per_epoch: int, epoch: int, step: int, stop_epoch: int | None):
-        if epoch < 0 or not 0 <= step <= steps_per_epoch:
-            raise ValueError(f"there is no step {step} of {steps_per_epoch} in epoch {epoch} to begin at")
-        self.steps_per_epoch = steps_per_epoch
-        self.epoch = epoch
-        self.step = step
-        self.stop_epoch = stop_epoch
-
-    def __iter__(self) -> Iterator[Position]:
-        epoch, step = self.epoch, self.step
-        while self.stop_epoch is None or epoch < self.stop_epoch:
-            for later in range(step, self.steps_per_epoch):
-                yield epoch, later
-            epoch, step = epoch + 1, 0
+def _positions(steps_per_epoch: int, epoch: int, step: int, stop_epoch: int | None) -> Iterator[Position]:
+    """(epoch, step) after (epoch, step), from one on."""
+    if epoch < 0 or not 0 <= step <= steps_per_epoch:
+        raise ValueError(f"there is no step {step} of {steps_per_epoch} in epoch {epoch} to begin at")
+    while stop_epoch is None or epoch < stop_epoch:
+        for later in range(step, steps_per_epoch):
+            yield epoch, later
+        epoch, step = epoch + 1, 0

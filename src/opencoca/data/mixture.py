@@ -42,7 +42,7 @@ class MixedSource(JoinedSource):
 
 
 class MixedOrder(SampleOrder):
-    """Which source a position belongs to follows a shuffled pattern; each source has an order and passes of its own.
+    """An order in which a shuffled pattern gives positions to sources; each source has an order and passes of its own.
 
     An epoch has as many visits as there are samples, but a source passes through all of its own samples before it
     shows one of them again, wherever epochs of the mixture end: nothing is left out at their ends.

@@ -1,4 +1,4 @@
-"""From what users name (folders, tables, tar shards) to a source of samples."""
+"""Opens folders, tables and tar shards, as users name them, as sources of samples."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def open_labelled(
 
 
 def _shards_of(images: str | Path, tables: list[str | Path]) -> list[str]:
-    """The shards that `images` names; none if it is a folder of images."""
+    """Finds the shards that `images` names; none if it is a folder of images."""
     if not is_remote(images) and Path(images).is_dir():
         return [] if tables else [str(path) for path in sorted(Path(images).glob("*.tar")) if path.is_file()]
     if is_remote(images) or str(images).endswith(".tar"):
@@ -120,7 +120,7 @@ def _shards_of(images: str | Path, tables: list[str | Path]) -> list[str]:
 
 
 def _metadata_of(folder: Path, columns: TableColumns) -> list[tuple[Path, TableColumns]]:
-    """Hugging Face's table of a folder of images, if it has one with a column that is of use."""
+    """Finds Hugging Face's table of a folder of images, if it has one with captions or labels."""
     for path in (folder / name for name in _METADATA_FILES):
         names = Table(path).columns if path.is_file() else ()
         caption = next((name for name in (columns.caption, "text") if name in names), None)
@@ -131,7 +131,7 @@ def _metadata_of(folder: Path, columns: TableColumns) -> list[tuple[Path, TableC
 
 
 def _folder_of(folder: Path, tables: list[tuple[Path, TableColumns]], by_folder: bool, strict: bool) -> ImageFolder:
-    """The samples of tables whose images are there. Raises ValueError for a table without captions and labels."""
+    """Makes a source of the samples whose images exist. Raises ValueError for a table without captions and labels."""
     whole = SampleTable()
     for path, columns in tables:
         table = read_table(path, columns, images_root=folder)

@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Visits(NamedTuple):
-    """Which samples are seen, and how often each was seen before: (B,) int64 both."""
+    """The samples that are seen, and the number of times that each was seen before: (B,) int64 both."""
 
     indices: np.ndarray
     passes: np.ndarray
@@ -79,20 +79,20 @@ class SampleOrder(ABC):
         return self.visits(epoch, step, batch_size, rank=rank, world_size=world_size).indices
 
     def visits(self, epoch: int, step: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Visits:
-        """As `batch`, with the number of the pass over its samples that each visit belongs to."""
+        """Returns the samples of `batch`, with the number of the pass over the samples that each visit belongs to."""
         parts = self._parts(step, batch_size, rank, world_size)
         positions = np.concatenate([np.arange(part.start, part.stop) for part in parts])
         return self._visit(epoch, positions, batch_size)
 
     def micro_batch_sizes(self, step: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> tuple[int, ...]:
-        """How many samples of `batch` belong to each micro-batch, in their order. Raises as `batch` does."""
+        """Counts the samples of `batch` in each micro-batch, in their order. Raises as `batch` does."""
         return tuple(part.stop - part.start for part in self._parts(step, batch_size, rank, world_size))
 
     def _visit(self, epoch: int, positions: np.ndarray, batch_size: int) -> Visits:
         return Visits(self.take(epoch, positions), np.full(len(positions), epoch))
 
     def _parts(self, step: int, batch_size: int, rank: int, world_size: int) -> list[slice]:
-        """Where the process's slice of each micro-batch stands in the epoch's order."""
+        """Returns the positions, in the epoch's order, of the process's slice of each micro-batch."""
         steps = self.steps_per_epoch(batch_size)
         if not 0 <= step < steps:
             raise ValueError(f"step must be in 0..{steps - 1}, got {step}")

@@ -1,4 +1,4 @@
-"""Pack any source into tar shards as img2dataset makes them: `key.jpg`, `key.txt`, `key.json`, `key.cls` per sample."""
+"""Packs any source into tar shards as img2dataset makes them: `key.jpg`, `key.txt`, `key.json`, `key.cls` a sample."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ERRORS_FILE = "errors.jsonl"
 
 @dataclass(frozen=True)
 class PackSummary:
-    """What `pack_shards` left in the folder; shards that were there already are not counted as written."""
+    """The content of a folder after `pack_shards`; shards that were there already are not counted as written."""
 
     num_shards: int
     num_shards_written: int

@@ -1,4 +1,4 @@
-"""Samples that can't be used: which, where they lie and why, one JSON object a line; and when there are too many."""
+"""The list of samples that can't be used, one JSON object on each line, and the limit at which a run stops."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from opencoca.data.source import BadSample, SampleSource
 
 MAX_BAD_SHARE = 0.1
-"""The default for how many of the samples read may be bad before a run stops."""
+"""The default share of the samples read that may be bad before a run stops."""
 
 # Only after this many samples is a share of bad ones taken seriously (or after all, if there are fewer).
 _MIN_SAMPLES_TO_JUDGE = 100

@@ -20,7 +20,7 @@ _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryEr
 
 
 class RemoteReadError(OSError):
-    """A remote file could not be read, however often it was tried. Its samples may be good: a run stops here."""
+    """A remote file could not be read after several attempts. Its samples may be good, so a run stops here."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class RemoteStatus:
 
 
 def is_remote(path: object) -> bool:
-    """Whether a path is a URL."""
+    """Tells whether a path is a URL."""
     return "://" in str(path)
 
 

@@ -1,7 +1,7 @@
 """The sidecar of a shard: `<shard>.index.npz`, so that a shard is scanned once and its samples are one read away.
 
-It holds keys, places and sizes, what is damaged, and what the shard was when it was scanned (size, time, the store's
-tag, digest of its headers), so that a stale one is found. Local shards get theirs at first use; for remote ones it is
+It holds keys, places, sizes and damage, and facts of the shard when it was scanned (size, time, the store's tag, digest
+of its headers), by which an outdated sidecar is found. Local shards get theirs at first use; for remote ones it is
 made by `opencoca data index`, because that reads them from front to end.
 """
 
@@ -31,7 +31,7 @@ _READ_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class IndexedShard:
-    """What `index_shards` did: `is_new` tells whether the shard was scanned, else its index was there already."""
+    """A shard with its index; `is_new` tells whether `index_shards` scanned it, else its index existed already."""
 
     path: str
     index: ShardIndex
@@ -88,7 +88,7 @@ def index_shards(
 
 
 def sidecar_place(path: str | Path, index_dir: str | Path | None) -> str:
-    """Where the sidecar of a shard lies: beside it, or below `index_dir` under the same path."""
+    """Returns the path of a shard's sidecar: beside the shard, or below `index_dir` under the same path."""
     if index_dir is None:
         return str(path) + INDEX_SUFFIX
     name = str(path) if is_remote(path) else Path(path).absolute().as_posix()
@@ -129,7 +129,7 @@ def _read_sidecar(place: str, *, allow_old: bool = False) -> tuple[dict[str, Any
 
 
 def _stamp_of(path: str | Path) -> dict[str, Any]:
-    """What tells whether a shard has changed: its size, and its time or its store's tag."""
+    """Returns the facts that tell whether a shard has changed: its size, and its time or its store's tag."""
     if is_remote(path):
         status = remote_status(str(path))
         return {"size": status.size, "mtime_ns": 0, "etag": status.etag}

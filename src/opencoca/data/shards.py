@@ -1,6 +1,6 @@
 """Tar shards as img2dataset and webdataset write them: `key.jpg` next to `key.txt`, `key.json` and/or `key.cls`.
 
-A shard is scanned once; the index says where the parts of each sample lie, so that any sample is one read away.
+A shard is scanned once; its index holds the place of every part of each sample, so that one read gets any sample.
 Letters: S samples of a shard.
 """
 
@@ -35,7 +35,7 @@ class LostSample(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What a shard holds.
+    """The content of a shard.
 
     Attributes:
         keys: of the samples, in the order of their images; a repeated one has `#2`, `#3`, ... behind it.
@@ -57,7 +57,7 @@ class ShardIndex:
 
 @dataclass
 class _Group:
-    """The members of one sample, as they are met; `suffix` is that of its image."""
+    """The members of one sample found so far; `suffix` is that of its image."""
 
     key: str
     start: int
@@ -74,7 +74,7 @@ def scan_shard(path: str | Path) -> ShardIndex:
 
 
 def index_shard(read_at: ReadAt, size: int, name: str) -> ShardIndex:
-    """As `scan_shard`, for a shard of `size` bytes that `read_at` reads; `name` is for warnings."""
+    """Indexes a shard of `size` bytes that `read_at` reads; `name` is for warnings."""
     scan = scan_tar(read_at, size)
     groups = _group(scan.members)
     broken = _broken_groups(groups, [(damage.offset, damage.reason, damage.name) for damage in scan.damage])
@@ -146,7 +146,7 @@ def _split_name(name: str) -> tuple[str, str]:
 
 
 def _own_key(read_at: ReadAt, group: _Group, name: str) -> str:
-    """The `key` that a sample's json gives it (a path, often), else the name of its members."""
+    """Returns the `key` in a sample's json (often a path), else the name of its members."""
     if JSON not in group.places:
         return group.key
     try:

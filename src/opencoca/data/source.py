@@ -1,4 +1,4 @@
-"""What a sample is, and the interface of all sources of samples.
+"""A sample, and the interface of all sources of samples.
 
 A new kind of data (another table, another archive) is one more `SampleSource`: a length, a key and `read`.
 """
@@ -14,7 +14,7 @@ from opencoca.data.targets import Target
 
 
 class Sample(NamedTuple):
-    """What a source gives of one sample.
+    """One sample as a source gives it.
 
     Attributes:
         images: encoded; one, or several (a pair, the frames of a clip in order).
@@ -96,23 +96,23 @@ class SampleSource(ABC):
         return self.read(index, texts=False, target=False).images[0]
 
     def place(self, index: int) -> Place:
-        """Where an image lies, for messages."""
+        """Returns the place of a sample's image, for messages."""
         return Place(self.key(index), 0)
 
     def draw_texts(self, index: int, sample: Sample, wanted: int, bits: np.random.PCG64) -> list[str] | None:
-        """Texts made up anew at each visit out of what `read` gave, `wanted` of them or none.
+        """Makes `wanted` texts, or none, out of a sample that `read` gave; other ones at each visit.
 
-        None where the captions themselves are shown.
+        Returns None if the sample's own captions are to be shown.
         """
         return None
 
 
 class SourceView(SampleSource):
-    """Samples of other sources, under indices of its own."""
+    """A source whose samples are those of other sources, under indices of its own."""
 
     @abstractmethod
     def locate(self, index: int) -> tuple[SampleSource, int]:
-        """The source that a sample belongs to, and its index there."""
+        """Returns the source that a sample belongs to, and its index there."""
 
     def key(self, index: int) -> str:
         source, inner = self.locate(index)

@@ -16,7 +16,7 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
 
 class TableColumns(NamedTuple):
-    """What the columns of a table are called; None for one that isn't read.
+    """The names of a table's columns; None for one that isn't read.
 
     Where a table has no `image`, `caption` or `label` but `images`, `captions` or `labels`, that is read.
     """
@@ -57,7 +57,7 @@ class Table:
         self.rows = ((f"{unit} {number} of {str(path)!r}", row) for number, row in rows)
 
     def column(self, wanted: str) -> str:
-        """What the table calls a column: in the plural if that is what it has, and the name is a default one.
+        """Returns the name of a column in this table, which may be the plural of a default name.
 
         Raises ValueError if it has no such column.
         """
@@ -71,7 +71,7 @@ class Table:
 
 @dataclass
 class SampleTable:
-    """What tables say of samples, by key; `captions` has all of them, in the order of their first row.
+    """The samples that tables describe, by key; `captions` has all of them, in the order of their first row.
 
     Attributes:
         captions: all captions of a sample, blank ones left out.
@@ -86,7 +86,7 @@ class SampleTable:
     blank: list[str] = field(default_factory=list)
 
     def join(self, other: SampleTable) -> None:
-        """Adds what another table says of these samples and others."""
+        """Adds the samples of another table, and further captions and targets of the same samples."""
         for key, texts in other.captions.items():
             self.captions[key] = self.captions.get(key, ()) + texts
         self.targets |= other.targets

@@ -1,7 +1,7 @@
-"""What lies where in a tar file, damaged or not: headers are followed one to the next, and found again after damage.
+"""Finds the files in a tar file, damaged or not: each header leads to the next one.
 
-A reader that stops at the first broken header loses everything behind it. Here the scan goes on, block by block, until
-the next header whose checksum is right.
+A reader that stops at the first broken header loses everything behind it. This scan goes on, block by block, until the
+next header whose checksum is right.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 BLOCK = tarfile.BLOCKSIZE
-# reads (offset, size); fewer bytes come back only at the end of the file
+# Reads (offset, size); fewer bytes come back only at the end of the file.
 ReadAt = Callable[[int, int], bytes]
 
 _WITHOUT_DATA = frozenset(
@@ -32,7 +32,7 @@ class Member(NamedTuple):
 
 
 class Damage(NamedTuple):
-    """From which byte on something is wrong, and what; `name` is the file that it cuts short, "" if none is known."""
+    """The byte from which on something is wrong, and the reason; `name` is the file that it cuts short, or ""."""
 
     offset: int
     reason: str
@@ -93,7 +93,7 @@ def scan_tar(read_at: ReadAt, size: int) -> TarScan:
 
 
 def header_fits(block: bytes, size: int) -> bool:
-    """Whether these 512 bytes are an undamaged header of a file of `size` bytes (asked for every sample, so fast)."""
+    """Tells whether these 512 bytes are an undamaged header of a file of `size` bytes; fast, as each sample asks it."""
     if len(block) < BLOCK:
         return False
     try:
@@ -118,7 +118,7 @@ def _parse(block: bytes) -> tarfile.TarInfo | None:
 
 
 def _next_header(read_at: ReadAt, offset: int, size: int) -> tuple[int | None, bool]:
-    """Where the next header is from a block on that is none (None: nowhere), and whether there are only zeros left."""
+    """Finds the next header after a block that is none (None: there is none), and tells whether only zeros are left."""
     is_end = True
     while offset < size:
         block = read_at(offset, BLOCK)

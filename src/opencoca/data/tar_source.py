@@ -38,7 +38,7 @@ _OPENING_THREADS = 32
 
 @dataclass(frozen=True)
 class ShardStorage:
-    """How shards are reached and kept.
+    """The places of indexes and of local copies of remote shards, and the way remote shards are read.
 
     Args:
         index_dir: folder of sidecars that don't lie beside their shards.
@@ -202,7 +202,7 @@ class TarShards(SampleSource):
         return index
 
     def _members(self, shard: int, row: int, kinds: tuple[int, ...]) -> SampleParts:
-        """The parts of a sample that are of these kinds: in one read if they lie together.
+        """Reads the parts of a sample that are of these kinds, in one read if they lie together.
 
         Raises ImageError if what lies there isn't what the index says.
         """

@@ -1,4 +1,4 @@
-"""Targets: the class of a sample, or answers with weights, as tables, shards and folders give them."""
+"""Targets: the class of a sample, or answers with weights, out of tables, shards and folders."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def parse_target(value: Any, where: str, *, parse_json: bool = False) -> Target 
 
 
 def from_json(value: Any) -> Any:
-    """What the text of a cell stands for if it is a JSON list or object; else the value as it is."""
+    """Parses the text of a cell if it is a JSON list or object; else returns the value as it is."""
     if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
         with contextlib.suppress(ValueError):
             return json.loads(value)

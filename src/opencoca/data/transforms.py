@@ -1,4 +1,4 @@
-"""From a PIL image to the array a model takes: exact and repeatable for evaluation, random but seeded for training.
+"""Turns a PIL image into the array that a model takes: exact for evaluation, random but seeded for training.
 
 Letters in shapes: H height, W width, in pixels.
 """
@@ -29,7 +29,7 @@ _MAX_COVER_RATIO = 256
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """How images become a model's input; stored with the model, since its weights depend on it.
+    """The preprocessing of images; stored with the model, since its weights depend on it.
 
     Args:
         image_size: (height, width) in pixels.
@@ -160,7 +160,7 @@ class TrainTransform:
     """Random resized crop, mirroring, colour jitter and RandAugment: a pure function of the image and the generator.
 
     Args:
-        config: size and normalisation; its resize_mode plays no part.
+        config: size and normalisation; its resize_mode is not used.
         scale: range of the crop's share of the image's area.
         ratio: range of the crop's aspect ratio relative to the target's, drawn log-uniformly.
         flip_probability: of mirroring; see `mentions_side`.
@@ -264,5 +264,5 @@ _SIDE = re.compile(r"\b(?:left|right)(?:s|most|wards?|sides?|hand|handed)?\b", r
 
 
 def mentions_side(caption: str) -> bool:
-    """Whether a caption speaks of left or right, so that it would be wrong of the mirrored image."""
+    """Tells whether a caption speaks of left or right, so that it would be wrong for the mirrored image."""
     return _SIDE.search(caption) is not None

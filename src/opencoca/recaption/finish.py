@@ -41,13 +41,12 @@ def make_files(
     for row in journal.rows():
         if "error" not in row:
             common.add(caption["caption"] for caption in row["captions"])
-    flagged = _Flagged(journal, prefix, common)
     if destination.out is not None:
-        write_rows(destination.out, flagged.rows(), _columns(journal))
+        write_rows(destination.out, _flagged_rows(journal, prefix, common), _columns(journal))
     if destination.texts:
         rows = zip(destination.texts, journal.rows(), strict=True)
         write_texts((path, _text_file(row)) for path, row in rows if "error" not in row)
-    report = _report(journal, flagged)
+    report = _report(journal, _flagged_rows(journal, prefix, common))
     _write_errors(destination.errors, journal.rows(), report.unreadable)
     with atomic_write(destination.record) as partial:
         content = {"settings": settings, "report": asdict(report)}
@@ -65,21 +64,14 @@ def finished_report(destination: Destination, settings: Settings) -> RunReport |
     return None
 
 
-@dataclass
-class _Flagged:
+def _flagged_rows(journal: Journal, prefix: str, common: CommonCaptions) -> Iterator[Row]:
     """Yields the rows of the output, with flags."""
-
-    journal: Journal
-    prefix: str
-    common: CommonCaptions
-
-    def rows(self) -> Iterator[Row]:
-        for image in self.journal.rows():
-            for row in output_rows(image):
-                flags = caption_flags(row["caption"], self.prefix, self.common.thresholds)
-                if self.common.is_common(row["caption"]):
-                    flags += (COMMON,)
-                yield {**row, "flags": list(flags)}
+    for image in journal.rows():
+        for row in output_rows(image):
+            flags = caption_flags(row["caption"], prefix, common.thresholds)
+            if common.is_common(row["caption"]):
+                flags += (COMMON,)
+            yield {**row, "flags": list(flags)}
 
 
 def _columns(journal: Journal) -> tuple[str, ...]:
@@ -93,11 +85,11 @@ def _text_file(row: Row) -> str:
     return "".join(" ".join(caption["caption"].split()) + "\n" for caption in row["captions"])
 
 
-def _report(journal: Journal, flagged: _Flagged) -> RunReport:
+def _report(journal: Journal, rows: Iterable[Row]) -> RunReport:
     unreadable = sum("error" in row for row in journal.rows())
     flags: Counter[str] = Counter()
     captions = 0
-    for row in flagged.rows():
+    for row in rows:
         captions += 1
         flags.update(row["flags"])
     return RunReport(journal.num_done, captions, unreadable, {name: flags[name] for name in ALL_FLAGS})

@@ -92,7 +92,7 @@ class CommonCaptions:
         self._counts.update({_sameness(text) for text in texts})
 
     def is_common(self, text: str) -> bool:
-        """Whether so many of the images have this caption that it says little about any of them."""
+        """Tells whether this caption belongs to so many images that it says little about any of them."""
         least = max(self.thresholds.common_images, self.thresholds.common_share * self.num_images)
         return self._counts[_sameness(text)] >= least
 

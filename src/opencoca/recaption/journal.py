@@ -141,7 +141,7 @@ class Journal:
 
 
 def _is_torn_header(data: bytes) -> bool:
-    """Whether a kill could have left this of a first line: any beginning of it."""
+    """Tells whether this is the beginning of a first line, which a kill can leave."""
     checksum, space, text = data.partition(b" ")
     if checksum.strip(b"0123456789abcdef") or len(checksum) > 8 or (space and len(checksum) < 8) or b"\n" in text:
         return False

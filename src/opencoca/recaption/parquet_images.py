@@ -12,7 +12,7 @@ from opencoca.data import ImageError, Sample, SampleSource
 
 
 def has_encoded_images(path: Path, image_column: str) -> bool:
-    """Whether this is a Parquet file whose image column holds bytes; other faults of the file are not reported here."""
+    """Tells whether this is a Parquet file whose image column holds bytes; other faults are not reported here."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
