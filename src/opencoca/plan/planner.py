@@ -57,7 +57,7 @@ class Cluster:
 
 
 def vocabulary_size(recipe: Recipe) -> int:
-    """The vocabulary size of the recipe's tokenizer; the largest possible one, if the tokenizer is yet to be trained."""
+    """The vocabulary size of the recipe's tokenizer, or the largest possible one if it is yet to be trained."""
     source = recipe.tokenizer.source
     if source == "clip":
         return _CLIP_VOCABULARY
