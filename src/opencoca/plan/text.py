@@ -61,6 +61,7 @@ def _flops(plan: Plan) -> str:
     rows = [
         (_NAMES[name], f"{value / 1e12:,.2f} TFLOP", f"{100 * value / total:.1f} %")
         for name, value in plan.flops._asdict().items()
+        if value
     ]
     rows.append(("all", f"{total / 1e12:,.2f} TFLOP", ""))
     if plan.recomputed_flops:
