@@ -20,6 +20,7 @@ from opencoca.pictures.drawing import (
     framed,
     save_sheet,
     shortened,
+    stacked,
     text_block,
 )
 
@@ -65,11 +66,14 @@ def write_contact_sheet(
         raise ValueError("a contact sheet needs at least one photograph or finding")
     cards = [_photograph_card(photograph) for photograph in photographs]
     found = [_finding_card(finding) for finding in findings]
-    sections = [_heading(title, subtitle)] if title or subtitle else []
+    inner = _WIDTH - 2 * _MARGIN
+    heading = [text_block(title, font(38, bold=True), INK, inner)] if title else []
+    heading += [text_block(subtitle, font(20), SOFT, inner)] if subtitle else []
+    sections = [stacked(heading, inner, PAPER)] if heading else []
     sections += _rows(cards)
     if found:
-        sections += [text_block("Found by text", font(26, bold=True), INK, _WIDTH - 2 * _MARGIN), *_rows(found)]
-    return save_sheet(path, sections, _WIDTH, _MARGIN, _GAP)
+        sections += [text_block("Found by text", font(26, bold=True), INK, inner), *_rows(found)]
+    return save_sheet(path, stacked(sections, _WIDTH, PAPER, _GAP, _MARGIN))
 
 
 def _rows(cards: Sequence[Image.Image]) -> list[Image.Image]:
@@ -89,26 +93,19 @@ def _photograph_card(photograph: Photograph) -> Image.Image:
     inner = _CARD - 2 * _PADDING
     caption = text_block(photograph.caption or "(no words)", font(21), INK, inner, CARD_FILL)
     bars = [_label_bar(label, inner) for label in photograph.labels]
-    return _stack(photograph.image, [caption, *bars])
+    return _card(photograph.image, [caption, *bars])
 
 
 def _finding_card(finding: Finding) -> Image.Image:
     inner = _CARD - 2 * _PADDING
     query = text_block(f"“{finding.query}”", font(21, bold=True), ACCENT, inner, CARD_FILL)
     score = text_block(f"similarity {finding.similarity:.3f}", font(17), SOFT, inner, CARD_FILL)
-    return _stack(finding.image, [query, score])
+    return _card(finding.image, [query, score])
 
 
-def _stack(image: ImageLike, parts: Sequence[Image.Image]) -> Image.Image:
-    spacing = 10
-    height = _PHOTO_HEIGHT + 2 * _PADDING + sum(part.height for part in parts) + spacing * (len(parts) - 1)
-    card = Image.new("RGB", (_CARD, height), CARD_FILL)
-    card.paste(_covering(as_pil(image), (_CARD, _PHOTO_HEIGHT)), (0, 0))
-    y = _PHOTO_HEIGHT + _PADDING
-    for part in parts:
-        card.paste(part, (_PADDING, y))
-        y += part.height + spacing
-    return card
+def _card(image: ImageLike, parts: Sequence[Image.Image]) -> Image.Image:
+    photo = _covering(as_pil(image), (_CARD, _PHOTO_HEIGHT))
+    return stacked([photo, stacked(parts, _CARD, CARD_FILL, gap=10, margin=_PADDING)], _CARD, CARD_FILL)
 
 
 def _covering(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -149,15 +146,3 @@ def _label_bar(label: LabelScore, width: int) -> Image.Image:
     if filled >= bar_height:
         draw.rounded_rectangle((0, top, filled, top + bar_height), bar_height / 2, fill=ACCENT)
     return part
-
-
-def _heading(title: str, subtitle: str) -> Image.Image:
-    width = _WIDTH - 2 * _MARGIN
-    parts = [text_block(title, font(38, bold=True), INK, width)] if title else []
-    parts += [text_block(subtitle, font(20), SOFT, width)] if subtitle else []
-    heading = Image.new("RGB", (width, sum(part.height for part in parts)), PAPER)
-    y = 0
-    for part in parts:
-        heading.paste(part, (0, y))
-        y += part.height
-    return heading

@@ -42,16 +42,19 @@ def text_block(
     return block
 
 
-def save_sheet(
-    path: str | os.PathLike[str], sections: Sequence[Image.Image], width: int, margin: int, gap: int
-) -> Path:
-    """Writes the sections below one another as a PNG and returns its path."""
-    height = 2 * margin + sum(section.height for section in sections) + gap * (len(sections) - 1)
-    sheet = Image.new("RGB", (width, height), PAPER)
+def stacked(parts: Sequence[Image.Image], width: int, fill: str, gap: int = 0, margin: int = 0) -> Image.Image:
+    """Puts pictures below one another, with a gap between them and a margin on all sides."""
+    height = 2 * margin + sum(part.height for part in parts) + gap * (len(parts) - 1)
+    whole = Image.new("RGB", (width, height), fill)
     y = margin
-    for section in sections:
-        sheet.paste(section, (margin, y))
-        y += section.height + gap
+    for part in parts:
+        whole.paste(part, (margin, y))
+        y += part.height + gap
+    return whole
+
+
+def save_sheet(path: str | os.PathLike[str], sheet: Image.Image) -> Path:
+    """Writes a picture as a PNG and returns its path."""
     with atomic_write(path) as partial:
         sheet.save(partial, "PNG", optimize=True)
     return Path(path)

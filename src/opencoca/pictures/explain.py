@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from opencoca.generation.explanation import Explanation
-from opencoca.pictures.drawing import INK, PAPER, SOFT, font, framed, save_sheet, text_block
+from opencoca.pictures.drawing import CARD_FILL, INK, PAPER, SOFT, font, framed, save_sheet, stacked, text_block
 
 _WIDTH, _MARGIN, _GAP, _CELL_GAP, _PADDING = 1600, 48, 40, 14, 14
 _COLUMNS = 5
@@ -46,7 +46,7 @@ def write_explanations(
     sections = [text_block(title, font(38, bold=True), INK, inner)] if title else []
     sections += [text_block(subtitle, font(20), SOFT, inner)] if subtitle else []
     sections += [_section(explanation, layers) for explanation in explanations]
-    return save_sheet(path, sections, _WIDTH, _MARGIN, _GAP)
+    return save_sheet(path, stacked(sections, _WIDTH, PAPER, _GAP, _MARGIN))
 
 
 def overlay(photograph: Image.Image, heat: np.ndarray) -> Image.Image:
@@ -61,15 +61,15 @@ def overlay(photograph: Image.Image, heat: np.ndarray) -> Image.Image:
 
 def _section(explanation: Explanation, layers: Sequence[int] | None) -> Image.Image:
     photograph = explanation.photograph
-    caption = text_block(explanation.caption, font(22), INK, _LEFT - 2 * _PADDING, "#ffffff")
+    caption = text_block(explanation.caption, font(22), INK, _LEFT - 2 * _PADDING, CARD_FILL)
     left = _card(_shown(photograph, _LEFT), caption, _LEFT)
     small = _shown(photograph, _CELL)
     heats = explanation.overlays(small.size, layers).numpy()
     cells = []
     for word, heat, log_prob in zip(explanation.maps.words, heats, explanation.maps.log_probs.tolist(), strict=True):
-        name = text_block(word, font(18, bold=True), INK, _CELL - 2 * _PADDING, "#ffffff")
-        chance = text_block(f"{np.exp(log_prob):.0%}", font(14), SOFT, _CELL - 2 * _PADDING, "#ffffff")
-        cells.append(_card(overlay(small, heat), _above(name, chance), _CELL))
+        name = text_block(word, font(18, bold=True), INK, _CELL - 2 * _PADDING, CARD_FILL)
+        chance = text_block(f"{np.exp(log_prob):.0%}", font(14), SOFT, _CELL - 2 * _PADDING, CARD_FILL)
+        cells.append(_card(overlay(small, heat), stacked([name, chance], name.width, CARD_FILL), _CELL))
     rows = -(-len(cells) // _COLUMNS)
     height = max(left.height, rows * (cells[0].height + _CELL_GAP) - _CELL_GAP)
     section = Image.new("RGB", (_WIDTH - 2 * _MARGIN, height), PAPER)
@@ -89,14 +89,7 @@ def _shown(photograph: Image.Image, width: int) -> Image.Image:
 
 
 def _card(picture: Image.Image, below: Image.Image, width: int) -> Image.Image:
-    card = Image.new("RGB", (width, picture.height + below.height + 2 * _PADDING), "#ffffff")
+    card = Image.new("RGB", (width, picture.height + below.height + 2 * _PADDING), CARD_FILL)
     card.paste(picture, ((width - picture.width) // 2, 0))
     card.paste(below, (_PADDING, picture.height + _PADDING))
     return card
-
-
-def _above(first: Image.Image, second: Image.Image) -> Image.Image:
-    both = Image.new("RGB", (first.width, first.height + second.height), "#ffffff")
-    both.paste(first, (0, 0))
-    both.paste(second, (0, first.height))
-    return both
