@@ -45,7 +45,7 @@ class _Candidates(NamedTuple):
 class BeamSearch:
     """`num_beams` texts of each image, in groups; see `Search` for the methods.
 
-    Of groups that no penalty keeps apart one is searched, and its texts are the result of all.
+    Groups that no penalty keeps apart would find the same texts: one of them is searched, for all.
     """
 
     shares_cache = True

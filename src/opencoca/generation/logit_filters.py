@@ -26,7 +26,7 @@ class LogitFilter(Protocol):
 
 
 class Suppress:
-    """Never these tokens."""
+    """Forbids these tokens."""
 
     only_forbids = True
 
@@ -39,7 +39,7 @@ class Suppress:
 
 
 class MinimumLength:
-    """Not the end token while a text has fewer than this many tokens."""
+    """Forbids the end token while a text has fewer than this many tokens."""
 
     only_forbids = True
 
@@ -53,10 +53,10 @@ class MinimumLength:
 
 
 class RepetitionPenalty:
-    """The log-probability of tokens that the text has is multiplied by penalty (CTRL, arXiv 1909.05858, section 4.1).
+    """Multiplies the log-probability of tokens that the text has already (CTRL, arXiv 1909.05858, section 4.1).
 
-    Of log-probabilities, not of raw logits, whose sign means nothing: a constant added to all of them changes no
-    probability, but would change what is multiplied.
+    It takes no raw logits, whose sign means nothing: a constant added to all of them changes no probability, but would
+    change the product.
     """
 
     only_forbids = False
@@ -69,7 +69,7 @@ class RepetitionPenalty:
 
 
 class NoRepeatNgram:
-    """No run of n tokens twice in a text (arXiv 1705.04304, section 2.5)."""
+    """Forbids that a run of n tokens occurs twice in a text (arXiv 1705.04304, section 2.5)."""
 
     only_forbids = True
 

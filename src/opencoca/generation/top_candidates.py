@@ -1,6 +1,6 @@
 """The best few tokens of a vocabulary.
 
-Letters: R texts, V vocabulary, k how many.
+Letters: R texts, V vocabulary, k the number of tokens wanted.
 """
 
 import torch

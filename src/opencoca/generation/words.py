@@ -69,7 +69,7 @@ def _spelling(tokenizer: Tokenizer) -> Spelling:
 
 
 class ForbidWords:
-    """Never these words or phrases, however they are split into tokens.
+    """Forbids these words or phrases, however they are split into tokens.
 
     In a trained vocabulary this also forbids longer words that would be written as the forbidden one and more tokens.
     """
@@ -101,7 +101,7 @@ class ForbidWords:
 
 
 class RequireWords:
-    """All of these words or phrases: no end token without them, and nothing but them when room is running out."""
+    """Requires all of these words or phrases: no text ends without them, and nothing else comes when room runs out."""
 
     only_forbids = True
 
@@ -126,7 +126,7 @@ class RequireWords:
         self.continuing = torch.tensor([token_id for token_id, token in tokens if self.spelling.continues_word(token)])
 
     def unmet(self, ids: list[int]) -> list[tuple[list[int], int]]:
-        """The words that a text, prompt included, does not have: their tokens, and how many of them it ends with."""
+        """The words that a text, prompt included, lacks: their tokens, and how many of these it ends with."""
         text = self.spelling.spell(ids)
         found = []
         for sequence, spelled in zip(self.sequences, self.spelled, strict=True):
@@ -138,7 +138,7 @@ class RequireWords:
 
     @staticmethod
     def missing(unmet: list[tuple[list[int], int]]) -> int:
-        """How many tokens are missing: of the words that are begun at once only one goes on."""
+        """How many tokens are missing; if several words are begun, only one of them can go on."""
         return sum(len(sequence) for sequence, _ in unmet) - max((begun for _, begun in unmet), default=0)
 
     def next_tokens(self, ids: list[int]) -> list[int]:

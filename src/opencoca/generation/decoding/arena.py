@@ -23,17 +23,17 @@ class ArenaSize:
     image_tokens: int
 
     def holds(self, other: "ArenaSize") -> bool:
-        """Whether what needs the other size fits."""
+        """Whether an arena of this size has room for one of the other."""
         return self.joined(other) == self and self.image_tokens == other.image_tokens
 
     def joined(self, other: "ArenaSize") -> "ArenaSize":
-        """What holds both, if images have as many tokens; else this one."""
+        """The least size that holds both, if their images have equally many tokens; else this one."""
         if self.image_tokens != other.image_tokens:
             return self
         return ArenaSize(*map(max, astuple(self), astuple(other)))
 
     def num_bytes(self, model: CoCa, dtype: torch.dtype) -> int:
-        """What an arena of this size takes."""
+        """The bytes that an arena of this size takes."""
         text = model.config.text
         own, cross = model.config.unimodal_block(), model.config.multimodal_block()
         per_entry = text.unimodal_depth * own.num_kv_heads * own.head_dim

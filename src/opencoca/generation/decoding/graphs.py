@@ -28,11 +28,11 @@ from opencoca.model.layers.attention import NextWords
 
 # Steps of more texts keep a GPU busy for longer than they take to start.
 _MOST_TEXTS = 1024
-# Of the device's memory, for an arena: it stays between calls.
+# The share of the device's memory that an arena may take; it stays between calls.
 _MOST_MEMORY = 1 / 8
 _FEWEST_ENTRIES = 32
 _MOST_STEPS = 64
-# Between a step recorded and not recorded, relative to the largest logit: other kernels may be chosen.
+# How much the logits of a recorded step may differ, relative to the largest: other kernels may be chosen for it.
 _TOLERANCE = 2e-2
 
 Replay = Callable[[], Tensor]
@@ -41,7 +41,7 @@ Replay = Callable[[], Tensor]
 class Recorder(Protocol):
     """Records what a function does to tensors that are there; what it returns does that again to the same tensors.
 
-    memory: of the device, in bytes.
+    memory: the device's, in bytes.
     """
 
     memory: float
@@ -50,7 +50,7 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs; those of one recorder share the memory of what is between their kernels."""
+    """Records CUDA graphs; those of one recorder share the memory of their intermediate results."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -210,7 +210,7 @@ class _Step:
         self.words = NextWords(positions, places, mask), NextWords(positions, places, mask.clone())
 
     def set(self, token_ids: Tensor, words: tuple[NextWords, NextWords]) -> None:
-        """Takes over what the next run is of; the words see entries (C, P, W) of the rows that there are."""
+        """Takes the next words for the next replay; they see entries (C, P, W) of the rows that there are."""
         self.token_ids[: token_ids.shape[0]] = token_ids
         for own, new in zip(self.words, words, strict=True):
             assert isinstance(own.places, Tensor)
@@ -238,11 +238,11 @@ def _seeing_first(words: NextWords, entries: int) -> NextWords:
 
 
 def _places_of_weights(model: CoCa) -> list[tuple[object, ...]]:
-    """Where the decoder's weights lie, and as what."""
+    """The address, type and layout of each weight of the decoder."""
     tensors = chain.from_iterable((*module.parameters(), *module.buffers()) for module in model.decoder_modules())
     return [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
 
 
 def power_of_two(number: int) -> int:
-    """The least that is not smaller than number."""
+    """The least power of two that is at least number."""
     return 1 << (number - 1).bit_length()

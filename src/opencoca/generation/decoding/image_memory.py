@@ -60,7 +60,7 @@ def words_like(memories: ImageMemories) -> Tensor:
 
 
 def num_images(memories: ImageMemories) -> int:
-    """I."""
+    """The number of images, I."""
     first = memories[0]
     return first.tokens.shape[0] if isinstance(first, FoldedImages) else first.memory.shape[1]
 

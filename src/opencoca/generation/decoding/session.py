@@ -30,8 +30,8 @@ _PACK_FOR_TEXTS = 64
 class Room:
     """What decoding needs room for.
 
-    length: the most words of a text; texts: those of an image.
-    shared: whether the texts of an image share a cache row, in which prompt_length words are those of all.
+    length: the most words that a text may have; texts: the number of texts of each image.
+    shared: whether the texts of an image share a cache row, which holds the words of the prompt, prompt_length, once.
     """
 
     length: int

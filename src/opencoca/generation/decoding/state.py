@@ -96,9 +96,9 @@ class DecodingState:
         self.last_ids = self.last_ids.index_select(0, parents)
 
     def begin(self, token_ids: Tensor, compat: Compat, width: int | None = None) -> tuple[NextWords, NextWords]:
-        """Takes up the next words (R, T) of each text; returns them as the two halves of the decoder are to take them.
+        """Adds the next words (R, T) of each text; returns them as the two halves of the decoder are to take them.
 
-        width: of how many entries masks are, where texts share rows (default: of those that are filled then).
+        width: how many entries the masks have, where texts share rows (default: as many as are filled then).
         """
         num_texts, num_words = token_ids.shape
         start, end = self.num_entries, self.num_entries + num_words * self.texts_per_row
