@@ -8,7 +8,7 @@ import torch
 from opencoca.data import EvalTransform, PreprocessConfig, decode_image, iterate_images, open_source
 from opencoca.data.read_ahead import batches_ahead, one_ahead, parallel_map
 
-from .helpers import encode, gradient, write_images
+from .helpers import gradient, write_images
 
 TRANSFORM = EvalTransform(PreprocessConfig(image_size=(8, 12)))
 
@@ -44,20 +44,20 @@ def test_broken_images_are_reported_instead(folder):
 
 
 def test_only_broken_images(folder):
-    (batch,) = iterate_images([b"", b"x"], TRANSFORM, 4, 1)
+    (folder / "0.jpg").write_bytes(b"")
+    (batch,) = iterate_images([folder / "0.jpg", folder / "none.jpg"], TRANSFORM, 4, 1)
     assert batch.pixels.shape == (0, 3, 8, 12)
     assert len(batch.errors) == 2
-    assert "'image 0': the file is empty" in batch.errors[0][1]
+    assert "0.jpg': the file is empty" in batch.errors[0][1]
+    assert "none.jpg': there is no such file" in batch.errors[1][1]
     assert list(iterate_images([], TRANSFORM, 4, 1)) == []
 
 
-def test_paths_bytes_and_images(folder):
-    grey = gradient().convert("L")
-    images = [folder / "1.jpg", str(folder / "2.jpg"), encode(gradient(seed=3)), gradient(seed=4), grey]
-    (batch,) = iterate_images(images, TRANSFORM, 8, 2)
-    assert batch.pixels.shape == (5, 3, 8, 12)
-    assert torch.equal(batch.pixels[0], TRANSFORM(decode_image(folder / "1.jpg")))
-    assert torch.equal(batch.pixels[4], TRANSFORM(grey.convert("RGB")))
+def test_paths(folder):
+    gradient().convert("L").save(folder / "grey.png")
+    paths = [folder / "1.jpg", str(folder / "2.jpg"), folder / "grey.png"]
+    (batch,) = iterate_images(paths, TRANSFORM, 8, 2)
+    assert torch.equal(batch.pixels, torch.stack([TRANSFORM(decode_image(path)) for path in paths]))
 
 
 def test_mistakes(folder):

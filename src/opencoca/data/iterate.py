@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Generator, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
-from opencoca.data.images import ImageData, ImageError, decode_image, to_rgb
+from opencoca.data.images import ImageError, decode_image
 from opencoca.data.read_ahead import batches_ahead, one_ahead
 from opencoca.data.source import SampleSource
+from opencoca.data.sources import ImageFolder
 from opencoca.data.transforms import EvalTransform, normalize
 
 
@@ -26,7 +27,7 @@ class ImageBatch(NamedTuple):
 
 
 def iterate_images(
-    images: SampleSource | Sequence[ImageData | Image.Image],
+    images: SampleSource | Sequence[str | Path],
     transform: EvalTransform,
     batch_size: int,
     num_workers: int | None = None,
@@ -34,7 +35,7 @@ def iterate_images(
     """Decode and transform all images, `batch_size` at a time, while the caller works on the batch before.
 
     Args:
-        images: a source, or a list of paths, encoded bytes and PIL images.
+        images: a source, or a list of paths; of a sample with several images the first counts.
         transform: the model's preprocessing.
         batch_size: images per batch; the last may be smaller, and one with broken images is.
         num_workers: threads; None is one per processor up to 16, 0 decodes in the caller's thread.
@@ -49,25 +50,18 @@ def iterate_images(
     if num_workers is None:
         num_workers = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
+    source = images if isinstance(images, SampleSource) else ImageFolder("", map(str, images))
     as_stored = transform.config.decoding == "as_stored"
 
     def load(index: int) -> tuple[int, np.ndarray | str]:
         try:
-            return index, transform.to_uint8(_decode(images, index, as_stored))
+            data = source.open_bytes(index)
+            return index, transform.to_uint8(decode_image(data, name=source.key(index), as_stored=as_stored))
         except (ImageError, OSError) as error:
             return index, str(error)
 
-    batches = _batches(batches_ahead(load, range(len(images)), batch_size, num_workers), transform)
-    return one_ahead(batches, math.ceil(len(images) / batch_size)) if num_workers else batches
-
-
-def _decode(images: SampleSource | Sequence[ImageData | Image.Image], index: int, as_stored: bool) -> Image.Image:
-    if isinstance(images, SampleSource):
-        return decode_image(images.open_bytes(index), name=images.key(index), as_stored=as_stored)
-    image = images[index]
-    if isinstance(image, Image.Image):
-        return image if as_stored else to_rgb(image)
-    return decode_image(image, name=f"image {index}" if isinstance(image, bytes) else None, as_stored=as_stored)
+    batches = _batches(batches_ahead(load, range(len(source)), batch_size, num_workers), transform)
+    return one_ahead(batches, math.ceil(len(source) / batch_size)) if num_workers else batches
 
 
 def _batches(

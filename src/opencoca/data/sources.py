@@ -55,8 +55,9 @@ class ImageFolder(SampleSource):
         return self._keys[index]
 
     def read(self, index: int, *, images: bool = True, texts: bool = True, target: bool = True) -> Sample:
-        key = self._keys[index]
-        own = class_folder(key) if self._targets == "folders" else self._targets.get(key)
+        key, own = self._keys[index], None
+        if target:
+            own = class_folder(key) if self._targets == "folders" else self._targets.get(key)
         data = tuple(_read_file(self.root / name) for name in self._files(index)) if images else ()
         return Sample(data, self._captions.get(key, ()), own)
 
