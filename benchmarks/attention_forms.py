@@ -18,11 +18,11 @@ from common import machine, report
 from torch import Tensor, nn
 
 from opencoca.model.kernels.choice import projects_words
-from opencoca.model.kernels.dense_attention import dense_attention
-from opencoca.model.kernels.dropout import drop_and_add
+from opencoca.model.kernels.dense_attention import DenseAttention
+from opencoca.model.kernels.dropout import Dropout
 from opencoca.model.kernels.image_attention import SharedImages, attend_to_images
 from opencoca.model.kernels.linear import Linear, activate_and_project, pack_weights
-from opencoca.model.kernels.packed_attention import packed_cross_attention, packed_self_attention
+from opencoca.model.kernels.packed_attention import PackedCrossAttention, PackedSelfAttention
 from opencoca.model.layers.layout import TextLayout
 from opencoca.plan.planner import likely_lengths
 
@@ -82,7 +82,7 @@ def dense_pairs(shapes: Shapes, dtype: torch.dtype) -> Iterator[Pair]:
             torch.randn(shapes.images, heads, length, shapes.head_dim).to(dtype).requires_grad_()
             for length in (num_queries, num_keys, num_keys)
         ]
-        return Pair(name, step(lambda: fused(*leaves), leaves), step(lambda: dense_attention(*leaves), leaves))
+        return Pair(name, step(lambda: fused(*leaves), leaves), step(lambda: DenseAttention.apply(*leaves), leaves))
 
     if shapes.image_encoder is not None:
         heads, features = shapes.image_encoder
@@ -92,7 +92,7 @@ def dense_pairs(shapes: Shapes, dtype: torch.dtype) -> Iterator[Pair]:
 
 def text_pairs(shapes: Shapes, dtype: torch.dtype) -> Iterator[Pair]:
     lengths = likely_lengths(shapes.texts, 14, shapes.context_length)
-    layout = TextLayout.from_mask(torch.arange(int(lengths.max())) < lengths[:, None])
+    layout = TextLayout.of(lengths)
     words, heads, head_dim = int(lengths.sum()), shapes.num_heads, shapes.head_dim
     queries = torch.randn(words, heads, head_dim).to(dtype).requires_grad_()
     own = torch.randn(words, 2, heads, head_dim).to(dtype).requires_grad_()
@@ -103,7 +103,7 @@ def text_pairs(shapes: Shapes, dtype: torch.dtype) -> Iterator[Pair]:
         return layout.pack_heads(fused(padded, keys, values, causal=True))
 
     def packed_self() -> Tensor:
-        return packed_self_attention(queries, own, heads, layout.buckets).flatten(1)
+        return PackedSelfAttention.apply(queries, own, layout.buckets, None).flatten(1)
 
     yield Pair("attention over packed words", step(plain_self, [queries, own]), step(packed_self, [queries, own]))
 
@@ -117,7 +117,7 @@ def text_pairs(shapes: Shapes, dtype: torch.dtype) -> Iterator[Pair]:
 
     def packed_cross() -> Tensor:
         keys, values = context.permute(2, 0, 3, 1, 4)
-        return packed_cross_attention(queries, keys, values, layout.image_buckets(group)).flatten(1)
+        return PackedCrossAttention.apply(queries, keys, values, layout.image_buckets(group)).flatten(1)
 
     yield Pair(
         "cross-attention of packed words", step(plain_cross, [queries, context]), step(packed_cross, [queries, context])
@@ -133,7 +133,7 @@ def text_pairs(shapes: Shapes, dtype: torch.dtype) -> Iterator[Pair]:
         return layout.pack_heads(fused(padded, keys, values), group)
 
     def shared_images() -> Tensor:
-        images = SharedImages.of(tokens, layout.words_per_image(group), heads, norm)
+        images = SharedImages.of(tokens, layout.lengths.view(-1, group).sum(dim=1), heads, norm)
         return attend_to_images(queries, images, kv_proj, norm, heads).flatten(1)
 
     words_per_image = words / shapes.images
@@ -151,11 +151,11 @@ def product_pairs(shapes: Shapes, dtype: torch.dtype) -> Iterator[Pair]:
         step(lambda: F.linear(F.gelu(F.linear(x, up.weight, up.bias)), down.weight, down.bias), leaves),
         step(lambda: activate_and_project(F.linear(x, up.weight, up.bias), F.gelu, down), leaves),
     )
-    residual = torch.randn(words, width).to(dtype).requires_grad_()
+    residual, dropout = torch.randn(words, width).to(dtype).requires_grad_(), Dropout(0.2)
     yield Pair(
         "dropout by bytes",
         step(lambda: residual + F.dropout(x, 0.2), [x, residual]),
-        step(lambda: drop_and_add(residual, x, 0.2), [x, residual]),
+        step(lambda: dropout(x, residual), [x, residual]),
     )
     few = torch.randn(8, width).to(dtype)
     packed_up, packed_down = Linear(width, 4 * width).to(dtype), Linear(4 * width, width).to(dtype)

@@ -49,7 +49,7 @@ def test_weights_times_values_are_the_modules_output(make_model, text, per_image
     model = make_model(**TEXT_VARIANTS[text]).double()
     attn = model.multimodal_decoder.layers[1].cross_block.attn
     mask = torch.arange(6) < torch.tensor([6, 2, 4, 1, 6, 3])[:, None]
-    layout = TextLayout.from_mask(mask)
+    layout = TextLayout.of(mask.sum(dim=1))
     x, context = torch.randn(int(mask.sum()), 16).double(), torch.randn(6 // per_image, 5, 16).double()
     with torch.inference_mode():
         keys, values = attn.project_context(context)
@@ -57,7 +57,7 @@ def test_weights_times_values_are_the_modules_output(make_model, text, per_image
         heads_per_value = attn.num_heads // attn.num_kv_heads
         values_of_text = values.repeat_interleave(per_image, 0).repeat_interleave(heads_per_value, 1)
         mixed = attn.out_proj(layout.pack((weights @ values_of_text).transpose(1, 2).flatten(2)))
-        torch.testing.assert_close(mixed, attn.cross_attend(x, SeenImages(keys, values, layout)))
+        torch.testing.assert_close(mixed, attn(x, SeenImages(keys, values, layout)))
     assert weights.shape == (6, attn.num_heads, 6, 5)
 
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from opencoca.model.coca import CoCa
 from opencoca.model.init import init_weights
-from opencoca.model.text_decoder import MultimodalLayer
 
 VARIANTS = [
     {},
@@ -107,18 +106,14 @@ def test_activations_stay_of_order_one_at_every_depth(make_config, depth: int, v
 
     for stage in model.image_encoder.stages[1:-1]:
         stage.register_forward_hook(record("image"))
-    # The text's blocks are entered by self_attend: their streams are what the next block's first norm reads.
-    for block in model.unimodal_decoder.blocks[1:]:
-        block.norm1.register_forward_pre_hook(lambda _m, inputs: streams["unimodal"].append(float(inputs[0].var())))
-    for layer in model.multimodal_decoder.layers[1:]:
-        assert isinstance(layer, MultimodalLayer)
-        layer.self_block.norm1.register_forward_pre_hook(
-            lambda _m, inputs: streams["multimodal"].append(float(inputs[0].var()))
-        )
+    for block in model.unimodal_decoder.blocks:
+        block.register_forward_hook(record("unimodal"))
+    for layer in model.multimodal_decoder.layers:
+        layer.register_forward_hook(record("multimodal"))
     with torch.no_grad():
         output = model(torch.randn(4, 3, 24, 24), torch.randint(0, 37, (4, 10)))
         logits = model.lm_head(output.hidden)
-    assert [len(values) for values in streams.values()] == [depth, depth - 1, depth - 1]
+    assert [len(values) for values in streams.values()] == [depth, depth, depth]
     for stack, values in streams.items():
         # Never vanishing, never growing with depth.
         assert max(values) < 2.5, stack

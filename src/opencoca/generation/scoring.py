@@ -97,11 +97,8 @@ class TextScorer:
         """The score (R,) of each of these texts (R,), as many for every image."""
         lengths = self.lengths[texts]
         row_of_word = torch.repeat_interleave(torch.arange(texts.shape[0], device=texts.device), lengths)
-        first = lengths.cumsum(dim=0) - lengths
-        positions = torch.arange(row_of_word.shape[0], device=texts.device) - first[row_of_word]
-        words = self._starts[texts][row_of_word] + positions
-        longest = int(lengths.max())
-        layout = TextLayout(texts.shape[0], longest, row_of_word * longest + positions, positions)
+        layout = TextLayout.of(lengths)
+        words = self._starts[texts][row_of_word] + layout.positions
         hidden = self.model.hidden_states(Words(self._states[words], layout), keys_values)
         gained = word_log_probs(self.model, hidden, self._next_ids[words])
         return gained.new_zeros(texts.shape[0]).index_add_(0, row_of_word, gained)

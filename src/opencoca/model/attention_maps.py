@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from opencoca.model.coca import CoCa
+from opencoca.model.kernels.choice import CAUSAL
 from opencoca.model.layers.attention import Attention, SeenImages
 from opencoca.model.layers.layout import TextLayout
 from opencoca.model.layers.poolers import AttentionalPooler, SharedPooler
@@ -24,17 +25,17 @@ def cross_attention(model: CoCa, token_ids: Tensor, image_tokens: Tensor) -> tup
     decoder = model.multimodal_decoder
     x, maps = words.states, []
     for layer, (keys, values) in zip(decoder.layers, decoder.project_image(image_tokens), strict=True):
-        x = layer.self_block.self_attend(x, words.layout)  # pyright: ignore
+        x = layer.self_block(x, words.layout, CAUSAL)  # pyright: ignore
         block = layer.cross_block
         maps.append(text_attention_weights(block.attn, block.norm1(x), keys, words.layout))  # pyright: ignore
-        x = block.cross_attend(x, SeenImages(keys, values, words.layout))  # pyright: ignore
+        x = block(x, SeenImages(keys, values, words.layout))  # pyright: ignore
     return torch.stack(maps), Words(decoder.norm(x), words.layout).padded()
 
 
 def text_attention_weights(attn: Attention, x: Tensor, keys: Tensor, layout: TextLayout) -> Tensor:
-    """The weights with which `Attention.cross_attend` mixes values: x (S, D), keys (I, K, Q, d) -> (B, H, T, Q)."""
+    """The weights with which cross-attention mixes values: x (S, D), keys (I, K, Q, d) -> (B, H, T, Q)."""
     group = layout.batch_size // keys.shape[0]
-    queries = layout.pad(attn.queries(x)).transpose(1, 2)
+    queries = layout.pad(attn.q_proj(x)).unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2)
     return attention_weights(queries, keys.repeat_interleave(group, dim=0))
 
 
@@ -47,7 +48,8 @@ def pooler_attention(model: CoCa, features: Tensor) -> Tensor | None:
         return None
     context = pooler.norm_context(features)
     keys, _ = pooler.attn.project_context(context)
-    queries = pooler.attn.queries(pooler.norm_query(pooler.query).to(context.dtype).unsqueeze(0)).transpose(1, 2)
+    queries = pooler.attn.q_proj(pooler.norm_query(pooler.query).to(context.dtype).unsqueeze(0))
+    queries = queries.unflatten(-1, (pooler.attn.num_heads, pooler.attn.head_dim)).transpose(1, 2)
     weights = attention_weights(queries.expand(features.shape[0], -1, -1, -1), keys)
     return weights[:, :, 1:] if shared else weights  # the shared pooler's first query is the image vector
 

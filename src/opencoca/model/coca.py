@@ -22,8 +22,8 @@ from opencoca.model.encoders.vit import VisionTransformer
 from opencoca.model.init import init_weights
 from opencoca.model.kernels.image_attention import FoldedImages
 from opencoca.model.kernels.linear import Linear
-from opencoca.model.layers.attention import Memories, NextWords, WordMemory
-from opencoca.model.layers.layout import TextLayout, take_rows
+from opencoca.model.layers.attention import CachedWords, LookedAt, Memories, NextWords, SeenImages, WordMemory
+from opencoca.model.layers.layout import TakeRows, TextLayout
 from opencoca.model.layers.poolers import ImagePooling, PooledImage, TaskHead
 from opencoca.model.structure import Part, Structure, numbered
 from opencoca.model.text_decoder import MultimodalDecoder, UnimodalDecoder, Words
@@ -210,7 +210,7 @@ class CoCa(nn.Module):
 
     def decode(self, words: Words, image_tokens: Tensor) -> Tensor:
         """words of B texts, image_tokens (I, Q, D) -> hidden (B, T, D), zeros at padding."""
-        return words.layout.pad(self.hidden_states(words, self.project_image(image_tokens)))
+        return words.layout.pad(self._decode(words, self.multimodal_decoder.look_at(words, image_tokens)))
 
     def logits(self, images: Tensor, token_ids: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Next-word logits (B, T, V) after every word, for those who want them all; training never builds them."""
@@ -227,7 +227,10 @@ class CoCa(nn.Module):
 
     def hidden_states(self, words: Words, keys_values: list[tuple[Tensor, Tensor]]) -> Tensor:
         """words of B texts over the keys and values of I images -> hidden (S, D), packed as the words are."""
-        return self.multimodal_decoder(words, keys_values)
+        return self._decode(words, [SeenImages(*pair, words.layout) for pair in keys_values])
+
+    def _decode(self, words: Words, images: Sequence[LookedAt]) -> Tensor:
+        return self.multimodal_decoder(words.states, [words.layout] * len(images), images)
 
     def decoder_modules(self) -> tuple[nn.Module, ...]:
         """What `step` passes through."""
@@ -244,7 +247,8 @@ class CoCa(nn.Module):
         """
         x = self.unimodal_decoder.embed(token_ids.flatten(), words[0].positions)
         x = self.unimodal_decoder.step(x, memories.unimodal, words[0])
-        hidden = self.multimodal_decoder.step(x, memories.multimodal, memories.images, words[1])
+        cached = [CachedWords(memory, words[1]) for memory in memories.multimodal]
+        hidden = self.multimodal_decoder(x, cached, memories.images)
         return self.lm_head(hidden.view(*token_ids.shape, -1)[:, -1])
 
     def embed_last(self, token_ids: Tensor, words: NextWords, memories: Sequence[WordMemory]) -> Tensor:
@@ -283,7 +287,7 @@ class CoCa(nn.Module):
             mask = torch.ones_like(token_ids, dtype=torch.bool) if token_mask is None else token_mask.bool()
             words, next_ids = _words_with_a_next(words, token_ids[mask])
             assert image_tokens is not None
-            hidden = self.multimodal_decoder.look_at(words, image_tokens)
+            hidden = self._decode(words, self.multimodal_decoder.look_at(words, image_tokens))
         return CoCaOutput(image_embed, text_embed, hidden, next_ids, self.logit_scale)
 
 
@@ -299,5 +303,6 @@ def _words_with_a_next(words: Words, ids: Tensor) -> tuple[Words, Tensor]:
     ends_text = torch.cat((starts_text[1:], starts_text.new_ones(1)))
     kept = (~ends_text).nonzero().squeeze(1)
     slots = kept if layout.slots is None else layout.slots[kept]
-    rest = TextLayout(layout.batch_size, layout.length, slots, layout.positions[kept])
-    return Words(take_rows(words.states, kept), rest), ids[kept + 1]
+    lengths = (layout.lengths - 1).clamp(min=0)
+    rest = TextLayout(layout.batch_size, layout.length, lengths, layout.positions[kept], slots)
+    return Words(TakeRows.apply(words.states, kept), rest), ids[kept + 1]

@@ -6,7 +6,7 @@ Letters: B batch, T text positions, S real positions of the batch, D width, V vo
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opencoca.model.config import CoCaConfig
-from opencoca.model.kernels.choice import projects_words, trains_on_cpu
+from opencoca.model.kernels.choice import CAUSAL, projects_words, trains_on_cpu
+from opencoca.model.kernels.dropout import Dropout
 from opencoca.model.kernels.image_attention import FoldedImages, SharedImages
-from opencoca.model.layers.attention import ImageMemory, LookedAt, NextWords, SeenImages, WordMemory
-from opencoca.model.layers.blocks import Dropout, TransformerBlock, make_block, make_norm
-from opencoca.model.layers.layout import TextLayout, put_rows, take_rows
-
-# Stands for [CLS] among token ids; no word has it.
-_CLS_ID = -1
+from opencoca.model.layers.attention import CachedWords, LookedAt, NextWords, SeenImages, SeenTokens, WordMemory
+from opencoca.model.layers.blocks import make_block, make_norm
+from opencoca.model.layers.foreign_texts import make_text_packer
+from opencoca.model.layers.layout import TakeRows, TextLayout, put_rows
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,9 @@ class UnimodalDecoder(nn.Module):
 
     def __init__(self, model: CoCaConfig):
         super().__init__()
-        block, config, compat = model.unimodal_block(), model.text, model.compat
+        block, config = model.unimodal_block(), model.text
         self.context_length = config.context_length
-        self.hidden_id, self.hide_next = compat.text_hidden_id, compat.text_hide_next
-        self.cls_after_padding = compat.text_cls_position == "after_padding"
+        self.pack = make_text_packer(model)
         self.token_embed = nn.Embedding(config.vocab_size, config.width)
         self.cls_embed = nn.Parameter(torch.empty(config.width))
         learned = config.positions == "learned"
@@ -69,65 +67,36 @@ class UnimodalDecoder(nn.Module):
         if token_ids.shape[1] > self.context_length:
             raise ValueError(f"texts of {token_ids.shape[1]} tokens do not fit context_length {self.context_length}")
         mask = torch.ones_like(token_ids, dtype=torch.bool) if token_mask is None else token_mask.bool()
+        texts = self.pack(token_ids, mask, with_cls)
+        layout = texts.layout
+        x = self.embed(texts.ids, layout.positions[texts.rows])
+        if with_cls:
+            cls = self.dropout(self.cls_vector().to(x.dtype).expand(layout.batch_size, -1))
+            num_rows = len(layout.positions)
+            x = put_rows(x, texts.rows, num_rows) + put_rows(cls, texts.cls_rows, num_rows)
+        for block in self.blocks:
+            x = block(x, layout, CAUSAL)
         if not with_cls:
-            layout, ids = TextLayout.from_mask(mask), token_ids[mask]
-            states = self._run(self.embed(ids, layout.positions), self._hide(layout, ids))
-            return UnimodalOutput(Words(states, layout), None)
-        if not self.hide_next:
-            return self._words_and_cls(token_ids, mask)
-        # [CLS] looks at one padding position behind the words: it is computed like a word and then left out.
-        has_room = mask.sum(dim=1, keepdim=True) < self.context_length
-        padded_ids = F.pad(token_ids, (0, 1), value=self.hidden_id)
-        padded_mask = torch.cat((mask, has_room), dim=1)
-        words, cls = self._words_and_cls(padded_ids, padded_mask)
-        kept = F.pad(torch.ones_like(mask), (0, 1))[padded_mask].nonzero().squeeze(1)
-        return UnimodalOutput(Words(take_rows(words.states, kept), TextLayout.from_mask(mask)), cls)
+            return UnimodalOutput(Words(x, texts.words), None)
+        words = Words(TakeRows.apply(x, texts.word_rows), texts.words)
+        return UnimodalOutput(words, self.norm(TakeRows.apply(x, texts.cls_rows)))
 
-    def _words_and_cls(self, token_ids: Tensor, mask: Tensor) -> UnimodalOutput:
-        layout, ids = TextLayout.from_mask(mask), token_ids[mask]
-        with_cls_layout = TextLayout.from_mask(F.pad(mask, (0, 1), value=True))
-        # Packed rows are the words of a text and then its [CLS]: the running count of lengths says where each stands.
-        cls_rows = (mask.sum(dim=1) + 1).cumsum(dim=0) - 1
-        is_word = torch.ones(ids.shape[0] + mask.shape[0], dtype=torch.bool, device=ids.device)
-        is_word[cls_rows] = False
-        if self.cls_after_padding:
-            positions = with_cls_layout.positions.masked_fill(~is_word, mask.shape[1])
-            with_cls_layout = replace(with_cls_layout, positions=positions)
-        word_rows = is_word.nonzero().squeeze(1)
-        if self.hidden_id is not None:
-            ids_and_cls = ids.new_full(is_word.shape, _CLS_ID)
-            ids_and_cls[word_rows] = ids
-            with_cls_layout = self._hide(with_cls_layout, ids_and_cls)
-        words = self.embed(ids, layout.positions)
-        cls = self.cls_embed if self.pos_embed is None else self.cls_embed + self.pos_embed[-1]
-        cls = self.dropout(cls.to(words.dtype).expand(mask.shape[0], -1))
-        x = put_rows(words, word_rows, is_word.shape[0]) + put_rows(cls, cls_rows, is_word.shape[0])
-        x = self._run(x, with_cls_layout)
-        return UnimodalOutput(Words(take_rows(x, word_rows), layout), self.norm(take_rows(x, cls_rows)))
+    def cls_vector(self) -> Tensor:
+        """(D,): what the first block takes as [CLS]."""
+        return self.cls_embed if self.pos_embed is None else self.cls_embed + self.pos_embed[-1]
 
     def step(self, x: Tensor, memories: Sequence[WordMemory], words: NextWords) -> Tensor:
         """x (R x T, D), embedded: the next words of texts -> their states (R x T, D); each block has its memory."""
         for block, memory in zip(self.blocks, memories, strict=True):
-            x = block.step(x, memory, words)  # pyright: ignore[reportCallIssue]
+            x = block(x, CachedWords(memory, words))
         return x
 
     def embed_words_and_cls(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """token_ids, positions (B, T) -> (B x T, D) for the blocks; the last of each text is [CLS], of any id."""
         positions = torch.cat((positions[:, :-1], torch.zeros_like(positions[:, -1:])), dim=1)
         words = self.embed(token_ids, positions)
-        cls = self.cls_embed if self.pos_embed is None else self.cls_embed + self.pos_embed[-1]
-        words[:, -1] = cls.to(words.dtype)
+        words[:, -1] = self.cls_vector().to(words.dtype)
         return words.flatten(0, 1)
-
-    def _hide(self, layout: TextLayout, ids: Tensor) -> TextLayout:
-        """The layout for attention over ids (S,), without what `hidden_id` hides."""
-        if self.hidden_id is None or not bool((ids == self.hidden_id).any()):
-            return layout
-        visible = layout.pad(ids) != self.hidden_id
-        if self.hide_next:
-            visible = visible.roll(1, dims=1)
-        visible[:, 0] = True
-        return replace(layout, visible=visible)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Words (S,) at these positions (S,) of their texts -> what the first block takes, (S, D)."""
@@ -135,11 +104,6 @@ class UnimodalDecoder(nn.Module):
         if self.pos_embed is not None:
             x = x + self.pos_embed[positions]
         return self.dropout(_to_compute_dtype(x))
-
-    def _run(self, x: Tensor, layout: TextLayout) -> Tensor:
-        for block in self.blocks:
-            x = block.self_attend(x, layout)  # pyright: ignore[reportCallIssue]
-        return x
 
 
 class MultimodalLayer(nn.Module):
@@ -151,9 +115,8 @@ class MultimodalLayer(nn.Module):
         self.self_block = make_block(block, has_mlp=config.compat.text_self_attn_mlp)
         self.cross_block = make_block(block, config.text.width)
 
-    def forward(self, x: Tensor, images: LookedAt, layout: TextLayout) -> Tensor:
-        x = self.self_block.self_attend(x, layout)
-        return self.cross_block.cross_attend(x, images)
+    def forward(self, x: Tensor, words: TextLayout | CachedWords, images: LookedAt) -> Tensor:
+        return self.cross_block(self.self_block(x, words, CAUSAL), images)
 
 
 class MultimodalDecoder(nn.Module):
@@ -161,19 +124,47 @@ class MultimodalDecoder(nn.Module):
 
     def __init__(self, config: CoCaConfig):
         super().__init__()
-        self.layers = nn.ModuleList(MultimodalLayer(config) for _ in range(config.text.multimodal_depth))
+        layers = nn.ModuleList(MultimodalLayer(config) for _ in range(config.text.multimodal_depth))
+        self.layers: Sequence[MultimodalLayer] = layers  # pyright: ignore[reportAttributeAccessIssue]
         self.norm = make_norm(config.multimodal_block())
+
+    def forward(self, x: Tensor, words: Sequence[TextLayout | CachedWords], images: Sequence[LookedAt]) -> Tensor:
+        """x (S, D): states of packed words -> hidden (S, D).
+
+        words, images: for each layer, where the words stand or what it keeps of those before, and what it looks at.
+        """
+        for layer, own, image in zip(self.layers, words, images, strict=True):
+            x = layer(x, own, image)
+        return self.norm(x)
+
+    def look_at(self, words: Words, image_tokens: Tensor) -> list[LookedAt]:
+        """What each layer looks at: the images in the form that is cheaper for words of B texts.
+
+        image_tokens (I, Q, D): text row r looks at image r // (B / I). Raises ValueError if B is no multiple of I.
+        """
+        layout, num_images = words.layout, max(1, image_tokens.shape[0])
+        if layout.batch_size % num_images:
+            raise ValueError(f"{layout.batch_size} texts cannot be shared out evenly among {num_images} images")
+        attn, norm = self.layers[0].cross_block.attn, self.layers[0].cross_block.norm_context
+        sizes = len(words.states) / num_images, image_tokens.shape[1], attn.num_heads, attn.head_dim
+        if not (trains_on_cpu(words.states) and projects_words(*sizes, attn.kv_proj)):
+            return [SeenImages(*pair, layout) for pair in self.project_image(image_tokens)]
+        words_per_image = layout.lengths.view(num_images, -1).sum(dim=1)
+        images = SharedImages.of(_to_compute_dtype(image_tokens), words_per_image, attn.num_heads, norm)
+        blocks = [layer.cross_block for layer in self.layers]
+        return [SeenTokens(images, block.attn.kv_proj, block.norm_context, attn.num_kv_heads) for block in blocks]
 
     def project_image(self, image_tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         """image_tokens (I, Q, D) -> keys and values of every layer."""
-        return [block.project_context(image_tokens) for block in self._cross_blocks()]
+        blocks = [layer.cross_block for layer in self.layers]
+        return [block.attn.project_context(block.norm_context(image_tokens)) for block in blocks]
 
     def fold_image(self, image_tokens: Tensor, words_per_image: int) -> list[FoldedImages] | None:
         """image_tokens (I, Q, D) -> what every layer looks at in place of keys and values, without gradient.
 
         None where keys and values are no dearer for so many words an image, and on devices other than a CPU.
         """
-        blocks, tokens = self._cross_blocks(), image_tokens
+        blocks, tokens = [layer.cross_block for layer in self.layers], image_tokens
         if not tokens.is_cpu or torch.is_autocast_enabled("cpu"):
             return None
         for attn in (block.attn for block in blocks):
@@ -188,46 +179,6 @@ class MultimodalDecoder(nn.Module):
             for block in blocks
             for attn in (block.attn,)
         ]
-
-    def _cross_blocks(self) -> list[TransformerBlock]:
-        return [layer.cross_block for layer in self.layers]  # pyright: ignore[reportReturnType]
-
-    def look_at(self, words: Words, image_tokens: Tensor) -> Tensor:
-        """words of B texts, image_tokens (I, Q, D) -> hidden (S, D): `forward` over the images, in the cheaper form."""
-        group, rest = divmod(words.layout.batch_size, max(1, image_tokens.shape[0]))
-        cross: TransformerBlock = self.layers[0].cross_block  # pyright: ignore[reportAssignmentType]
-        attn, words_per_image = cross.attn, words.states.shape[0] / max(1, image_tokens.shape[0])
-        sizes = image_tokens.shape[1], attn.num_heads, attn.head_dim
-        if rest or not trains_on_cpu(words.states) or not projects_words(words_per_image, *sizes, attn.kv_proj):
-            return self(words, self.project_image(image_tokens))
-        tokens = _to_compute_dtype(image_tokens)
-        images = SharedImages.of(tokens, words.layout.words_per_image(group), attn.num_heads, cross.norm_context)
-        x = words.states
-        for layer in self.layers:
-            x = layer(x, layer.cross_block.look_at(images), words.layout)  # pyright: ignore
-        return self.norm(x)
-
-    def forward(self, words: Words, images: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """words of B texts over I images (text row r looks at image r // (B / I)) -> hidden (S, D), packed.
-
-        Raises ValueError if B is not a multiple of I.
-        """
-        num_texts, num_images = words.layout.batch_size, images[0][0].shape[0]
-        if num_texts % num_images:
-            raise ValueError(f"{num_texts} texts cannot be shared out evenly among {num_images} images")
-        x = words.states
-        for layer, keys_values in zip(self.layers, images, strict=True):
-            x = layer(x, SeenImages(*keys_values, words.layout), words.layout)
-        return self.norm(x)
-
-    def step(
-        self, x: Tensor, memories: Sequence[WordMemory], images: Sequence[ImageMemory], words: NextWords
-    ) -> Tensor:
-        """x (R x T, D): states of the next words -> hidden (R x T, D); each layer has its two memories."""
-        for layer, memory, image in zip(self.layers, memories, images, strict=True):
-            x = layer.self_block.step(x, memory, words)  # pyright: ignore
-            x = layer.cross_block.step_across(x, image)  # pyright: ignore
-        return self.norm(x)
 
 
 def _to_compute_dtype(x: Tensor) -> Tensor:

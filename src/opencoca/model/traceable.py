@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opencoca.model.coca import CoCa
+from opencoca.model.config import Compat
 from opencoca.model.layers.attention import Attention, rotary_angles, rotate
 from opencoca.model.layers.blocks import TransformerBlock
 from opencoca.model.text_decoder import UnimodalDecoder
@@ -39,27 +40,26 @@ class TextGraph(nn.Module):
 
     def __init__(self, model: CoCa):
         super().__init__()
-        self.decoder, self.proj = model.unimodal_decoder, model.text_proj
+        self.decoder, self.proj, self.compat = model.unimodal_decoder, model.text_proj, model.config.compat
 
     def forward(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
-        decoder = self.decoder
+        decoder, compat = self.decoder, self.compat
         lengths = token_mask.sum(dim=1, keepdim=True)
         # Where [CLS] looks at a padding position behind the words, that position comes first, if there is room.
-        extra = int(decoder.hide_next)
-        padding = decoder.hidden_id or 0
+        extra = int(compat.text_hide_next)
+        padding = compat.text_hidden_id or 0
         cls_at = lengths + extra * (lengths < decoder.context_length)
         ids = F.pad(token_ids, (0, 1 + extra), value=padding)
         columns = torch.arange(ids.shape[1], device=ids.device)
         if extra:
             ids = torch.where(columns == lengths, padding, ids)
         is_cls = columns == cls_at
-        cls = decoder.cls_embed if decoder.pos_embed is None else decoder.cls_embed + decoder.pos_embed[-1]
-        x = torch.where(is_cls.unsqueeze(-1), cls, _embed(decoder, ids, columns))
+        x = torch.where(is_cls.unsqueeze(-1), decoder.cls_vector(), _embed(decoder, ids, columns))
         positions = columns.expand(ids.shape)
-        if decoder.cls_after_padding:
+        if compat.text_cls_position == "after_padding":
             positions = torch.where(is_cls, token_ids.shape[1] + extra, positions)
         mask = columns[:, None] >= columns
-        visible = _visible(decoder, torch.where(is_cls, _CLS_ID, ids))
+        visible = _visible(compat, torch.where(is_cls, _CLS_ID, ids))
         if visible is not None:
             mask = mask & visible[:, None, None, :]
         for block in decoder.blocks:
@@ -78,6 +78,7 @@ class DecoderGraph(nn.Module):
     def __init__(self, model: CoCa):
         super().__init__()
         self.unimodal, self.multimodal, self.lm_head = model.unimodal_decoder, model.multimodal_decoder, model.lm_head
+        self.compat = model.config.compat
 
     def forward(
         self, token_ids: Tensor, unimodal_cache: Tensor, multimodal_cache: Tensor, image_cache: Tensor
@@ -87,7 +88,7 @@ class DecoderGraph(nn.Module):
         ids, new = token_ids[:, past:], columns[past:]
         positions = new.expand(ids.shape)
         causal = new[:, None] >= columns
-        visible = _visible(self.unimodal, token_ids)
+        visible = _visible(self.compat, token_ids)
         mask = causal if visible is None else causal & visible[:, None, None, :]
         x = _embed(self.unimodal, ids, new)
         grown, caches = [], unimodal_cache.unbind(0)
@@ -121,13 +122,13 @@ def _embed(decoder: UnimodalDecoder, ids: Tensor, columns: Tensor) -> Tensor:
     return x + decoder.pos_embed[columns.clamp(max=decoder.context_length - 1)]
 
 
-def _visible(decoder: UnimodalDecoder, ids: Tensor) -> Tensor | None:
+def _visible(compat: Compat, ids: Tensor) -> Tensor | None:
     """Tells which of the ids (B, N) attention may see; None = all. See `Compat.text_hidden_id`."""
-    if decoder.hidden_id is None:
+    if compat.text_hidden_id is None:
         return None
-    visible = torch.ne(ids, decoder.hidden_id)
+    visible = torch.ne(ids, compat.text_hidden_id)
     first = torch.ones_like(visible[:, :1])
-    return torch.cat((first, visible[:, :-1] if decoder.hide_next else visible[:, 1:]), dim=1)
+    return torch.cat((first, visible[:, :-1] if compat.text_hide_next else visible[:, 1:]), dim=1)
 
 
 def _self_attend(

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -194,9 +194,6 @@ def _shard(whole: nn.Module, model: CoCa, device: torch.device, recipe: Recipe, 
             reshard_after_forward=options.reshard_after_forward,
             mp_policy=policy,
         )
-        for unit in units:
-            for method in getattr(unit, "forward_methods", ()):
-                register_fsdp_forward_method(unit, method)
     scalars, has_values = set(_scalars(model)), model.device.type != "meta"
     for scalar in scalars if has_values else ():
         scalar.data = scalar.data.to(device)

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from opencoca.generation.decoding.cache import WordCache
 from opencoca.model.config import BlockConfig
-from opencoca.model.layers.attention import Attention, NextWords
+from opencoca.model.kernels.choice import CAUSAL
+from opencoca.model.layers.attention import Attention, CachedWords, NextWords
 from opencoca.model.layers.layout import TextLayout
 
 ROWS = 3
@@ -24,8 +25,12 @@ def step(attn: Attention, cache: WordCache, x: Tensor, start: int) -> Tensor:
     """x (B, T, D): the words from this position on -> (B, T, D)."""
     rows, length, _ = x.shape
     words = next_words(rows, start, start + length)
-    queries, keys_values = attn.project(x.flatten(0, 1), words.positions)
-    return attn.out_proj(cache.attend(queries, keys_values, words)).view(x.shape)
+    return attn(x.flatten(0, 1), CachedWords(cache, words)).view(x.shape)
+
+
+def at_once(attn: Attention, x: Tensor) -> Tensor:
+    """x (B, T, D): all words, each with those before it -> (B, T, D)."""
+    return attn(x.flatten(0, 1), TextLayout.of(torch.full(x.shape[:1], x.shape[1])), CAUSAL).view(x.shape)
 
 
 @pytest.mark.parametrize("rotary", [False, True])
@@ -33,7 +38,7 @@ def step(attn: Attention, cache: WordCache, x: Tensor, start: int) -> Tensor:
 @torch.inference_mode()
 def test_steps_equal_the_whole(rotary: bool, lengths: list[int]):
     attn, x = Attention(block_config(rotary)).double(), torch.randn(ROWS, 6, 12, dtype=torch.float64)
-    whole = attn.self_attend(x.flatten(0, 1), TextLayout.dense(ROWS, 6, "cpu")).view(x.shape)
+    whole = at_once(attn, x)
     cache = WordCache.new(ROWS, block_config(), entries=7, like=x)
     parts, start = [], 0
     for length in lengths:
@@ -51,7 +56,7 @@ def test_rows_can_be_dropped_reordered_and_repeated():
     rows = torch.tensor([2, 0, 0, 2])
     cache.select(rows)
     last = step(attn, cache, x[rows, 3:], 3)
-    whole = attn.self_attend(x.flatten(0, 1), TextLayout.dense(ROWS, 4, "cpu")).view(x.shape)
+    whole = at_once(attn, x)
     torch.testing.assert_close(last, whole[rows, 3:])
 
 
@@ -60,7 +65,7 @@ def test_rows_can_be_dropped_reordered_and_repeated():
 def test_half_precision_attends_in_float32(dtype):
     attn, x = Attention(block_config()).to(dtype), torch.randn(ROWS, 4, 12, dtype=dtype)
     cache = WordCache.new(ROWS, block_config(), entries=4, like=x)
-    whole = attn.self_attend(x.flatten(0, 1), TextLayout.dense(ROWS, 4, "cpu")).view(x.shape)
+    whole = at_once(attn, x)
     found = torch.cat([step(attn, cache, x[:, word : word + 1], word) for word in range(4)], dim=1)
     assert cache.memory.dtype == torch.float32
     assert torch.equal(cache.memory.to(dtype).float(), cache.memory)  # the keys themselves are as they were made

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from opencoca.model.kernels.dense_attention import dense_attention
+from opencoca.model.kernels.dense_attention import DenseAttention
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
@@ -15,7 +15,7 @@ def test_equals_the_fused_kernel(heads: int, kv_heads: int, length: int, num_key
     direction = torch.randn_like(queries)
     found = []
     for function in (
-        dense_attention(queries, keys, values),
+        DenseAttention.apply(queries, keys, values),
         scaled_dot_product_attention(queries, keys, values, enable_gqa=True),
     ):
         found.append((function, *torch.autograd.grad(function, (queries, keys, values), direction)))
@@ -27,7 +27,7 @@ def test_takes_transposed_and_expanded_inputs() -> None:
     queries = torch.randn(1, 6, 2, 8, dtype=torch.float64, requires_grad=True)
     keys = torch.randn(3, 2, 5, 8, dtype=torch.float64, requires_grad=True)
     expanded = queries.transpose(1, 2).expand(3, -1, -1, -1)
-    ours, expected = dense_attention(expanded, keys, keys), scaled_dot_product_attention(expanded, keys, keys)
+    ours, expected = DenseAttention.apply(expanded, keys, keys), scaled_dot_product_attention(expanded, keys, keys)
     torch.testing.assert_close(ours, expected)
     pairs = (torch.autograd.grad(output.square().sum(), (queries, keys)) for output in (ours, expected))
     for own, other in zip(*pairs, strict=True):
@@ -38,7 +38,7 @@ def test_takes_transposed_and_expanded_inputs() -> None:
 def test_low_precision_is_near_float64(dtype: torch.dtype) -> None:
     inputs = [torch.randn(2, 3, 50, 16).to(dtype).requires_grad_() for _ in range(3)]
     exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    ours, exact = dense_attention(*inputs), dense_attention(*exact_inputs)
+    ours, exact = DenseAttention.apply(*inputs), DenseAttention.apply(*exact_inputs)
     assert ours.dtype == dtype
     torch.testing.assert_close(ours.double(), exact, rtol=0.02, atol=0.02)
     direction = torch.randn_like(ours)

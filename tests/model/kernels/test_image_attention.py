@@ -23,15 +23,14 @@ def both_forms(lengths: list[int], heads: tuple[int, int], norm: nn.Module, bias
     attn = Attention(config, context_width=10).double()
     for parameter in (*attn.parameters(), *norm.parameters()):
         nn.init.normal_(parameter, std=0.5)
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    layout = TextLayout.from_mask(mask)
+    layout = TextLayout.of(torch.tensor(lengths))
     x = torch.randn(sum(lengths), 12, dtype=torch.float64, requires_grad=True)
     tokens = torch.randn(len(lengths) // group, 7, 10, dtype=torch.float64, requires_grad=True)
-    images = SharedImages.of(tokens, layout.words_per_image(group), heads[0], norm)
+    images = SharedImages.of(tokens, layout.lengths.view(-1, group).sum(dim=1), heads[0], norm)
     inputs = (x, tokens, *attn.parameters(), *norm.parameters())
     results = []
     keys_values = SeenImages(*attn.project_context(norm(tokens)), layout)
-    outputs = attn.cross_attend(x, SeenTokens(images, attn.kv_proj, norm, heads[1])), attn.cross_attend(x, keys_values)
+    outputs = attn(x, SeenTokens(images, attn.kv_proj, norm, heads[1])), attn(x, keys_values)
     direction = torch.randn_like(outputs[0])
     for output in outputs:
         results.append((output, *torch.autograd.grad(output, inputs, direction, allow_unused=True)))

@@ -6,11 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opencoca.model.kernels.packed_attention import (
-    Buckets,
-    packed_cross_attention,
-    packed_self_attention,
-)
+from opencoca.model.kernels.packed_attention import Buckets, PackedCrossAttention, PackedSelfAttention
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=9)
 HEADS = st.sampled_from([(1, 1), (4, 4), (4, 2), (4, 1), (6, 3)])
@@ -48,7 +44,7 @@ def assert_same_values_and_gradients(ours: Tensor, reference: Tensor, inputs: tu
 def test_self_attention_equals_a_loop_over_texts(lengths: list[int], heads: tuple[int, int]):
     queries = torch.randn(sum(lengths), heads[0], 6, dtype=torch.float64, requires_grad=True)
     keys_values = torch.randn(sum(lengths), 2, heads[1], 6, dtype=torch.float64, requires_grad=True)
-    ours = packed_self_attention(queries, keys_values, heads[1], Buckets.by_length(torch.tensor(lengths)))
+    ours = PackedSelfAttention.apply(queries, keys_values, Buckets.of(torch.tensor(lengths)), None)
     texts = zip(queries.split(lengths), keys_values.split(lengths), strict=True)
     reference = torch.cat([softmax_attention(q, kv[:, 0], kv[:, 1], causal=True) for q, kv in texts])
     assert_same_values_and_gradients(ours, reference, (queries, keys_values))
@@ -62,8 +58,8 @@ def test_what_is_hidden_is_seen_by_no_position(lengths: list[int], heads: tuple[
     hidden = [torch.rand(length) < share for length in lengths]
     for text in hidden:
         text[0] = False
-    buckets = Buckets.by_length(torch.tensor(lengths))
-    ours = packed_self_attention(queries, keys_values, heads[1], buckets, torch.cat(hidden))
+    buckets = Buckets.of(torch.tensor(lengths))
+    ours = PackedSelfAttention.apply(queries, keys_values, buckets, torch.cat(hidden))
     texts = zip(queries.split(lengths), keys_values.split(lengths), hidden, strict=True)
     reference = torch.cat([softmax_attention(q, kv[:, 0], kv[:, 1], True, out) for q, kv, out in texts])
     assert_same_values_and_gradients(ours, reference, (queries, keys_values))
@@ -74,7 +70,7 @@ def test_what_is_hidden_is_seen_by_no_position(lengths: list[int], heads: tuple[
 def test_cross_attention_equals_a_loop_over_images(lengths: list[int], heads: tuple[int, int], num_tokens: int):
     queries = torch.randn(sum(lengths), heads[0], 6, dtype=torch.float64, requires_grad=True)
     keys, values = torch.randn(2, len(lengths), heads[1], num_tokens, 6, dtype=torch.float64).requires_grad_().unbind()
-    ours = packed_cross_attention(queries, keys, values, Buckets.single(torch.tensor(lengths)))
+    ours = PackedCrossAttention.apply(queries, keys, values, Buckets.of(torch.tensor(lengths), None))
     images = zip(queries.split(lengths), keys.transpose(1, 2), values.transpose(1, 2), strict=True)
     reference = torch.cat([softmax_attention(q, k, v, causal=False) for q, k, v in images])
     assert_same_values_and_gradients(ours, reference, (queries, keys, values))
@@ -82,7 +78,7 @@ def test_cross_attention_equals_a_loop_over_images(lengths: list[int], heads: tu
 
 @given(st.lists(st.integers(0, 70), min_size=1, max_size=30).filter(any))
 def test_every_position_has_a_slot_of_its_own_in_a_bucket_of_its_length(lengths: list[int]):
-    buckets = Buckets.by_length(torch.tensor(lengths))
+    buckets = Buckets.of(torch.tensor(lengths))
     assert sum(rows for rows, _ in buckets.shapes) == len(lengths)
     assert all(
         ceiling - 16 < length <= ceiling
@@ -92,16 +88,17 @@ def test_every_position_has_a_slot_of_its_own_in_a_bucket_of_its_length(lengths:
             strict=True,
         )
     )
-    slots, sources = buckets.slots(3)
-    assert len(slots) == 3 * sum(lengths)
-    assert torch.equal(sources[slots], torch.arange(len(slots)))
-    assert int((sources >= 0).sum()) == len(slots)
+    for parts in (1, 2):
+        slots, sources, padding = buckets.places(3, parts)
+        assert len(slots) == 3 * parts * sum(lengths)
+        assert torch.equal(sources[slots], torch.arange(len(slots)))
+        assert sorted([*slots.tolist(), *padding.tolist()]) == list(range(len(sources)))
 
 
 def test_empty_texts_take_part_in_nothing():
     queries, keys_values = torch.randn(5, 2, 4), torch.randn(5, 2, 2, 4)
-    with_empty = packed_self_attention(queries, keys_values, 2, Buckets.by_length(torch.tensor([0, 3, 0, 2])))
-    without = packed_self_attention(queries, keys_values, 2, Buckets.by_length(torch.tensor([3, 2])))
+    with_empty = PackedSelfAttention.apply(queries, keys_values, Buckets.of(torch.tensor([0, 3, 0, 2])), None)
+    without = PackedSelfAttention.apply(queries, keys_values, Buckets.of(torch.tensor([3, 2])), None)
     torch.testing.assert_close(with_empty, without)
 
 
@@ -109,7 +106,7 @@ def test_empty_texts_take_part_in_nothing():
 def test_low_precision_is_near_float64(dtype: torch.dtype):
     lengths = torch.tensor([9, 20, 33])
     queries, keys_values = torch.randn(62, 2, 8).to(dtype), torch.randn(62, 2, 2, 8).to(dtype)
-    ours = packed_self_attention(queries, keys_values, 2, Buckets.by_length(lengths))
-    exact = packed_self_attention(queries.double(), keys_values.double(), 2, Buckets.by_length(lengths))
+    ours = PackedSelfAttention.apply(queries, keys_values, Buckets.of(lengths), None)
+    exact = PackedSelfAttention.apply(queries.double(), keys_values.double(), Buckets.of(lengths), None)
     assert ours.dtype == dtype
     torch.testing.assert_close(ours.double(), exact, rtol=0.02, atol=0.02)

@@ -49,7 +49,7 @@ def qkv(heads: int, kv_heads: int, length: int, num_keys: int, dtype=torch.float
 
 
 def over(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -> Tensor:
-    return attend(queries, Padded(keys, values), CAUSAL if causal else EVERYTHING)
+    return attend(queries.transpose(1, 2), Padded(keys, values), CAUSAL if causal else EVERYTHING).transpose(1, 2)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -118,7 +118,7 @@ def test_words_see_of_their_text_what_the_mask_lets_them_see(name: str, trains: 
     """Against scores of padded texts in which everything else is left out; text by text, for each way to compute it."""
     mask, rule = MASKS[name]
     real = torch.arange(5) < torch.tensor([5, 2, 4, 1])[:, None]
-    layout = TextLayout.from_mask(real)
+    layout = TextLayout.of(real.sum(dim=1))
     queries = torch.randn(int(real.sum()), 4, 6, dtype=torch.float64, requires_grad=trains)
     keys_values = torch.randn(int(real.sum()), 2, 2, 6, dtype=torch.float64, requires_grad=trains)
     if mask.visible is not None:
@@ -164,12 +164,12 @@ def attention(rotary: bool = False, context_width: int | None = None) -> Attenti
 def test_texts_of_one_image_see_it_alone():
     module = attention(context_width=5)
     images, x = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(6, 3, 12, dtype=torch.float64)
-    layout = TextLayout.from_mask(torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0], [1, 0, 0]]) > 0)
+    layout = TextLayout.of(torch.tensor([3, 1, 2, 3, 0, 1]))
     packed = layout.pack(x)
-    together = layout.pad(module.cross_attend(packed, SeenImages(*module.project_context(images), layout)))
+    together = layout.pad(module(packed, SeenImages(*module.project_context(images), layout)))
     for row in range(6):
         length = [3, 1, 2, 3, 0, 1][row]
-        alone = module(x[row : row + 1, :length], images[row // 3 : row // 3 + 1])
+        alone = module(x[row : row + 1, :length], Padded(*module.project_context(images[row // 3 : row // 3 + 1])))
         torch.testing.assert_close(together[row, :length], alone[0])
 
 
@@ -177,4 +177,4 @@ def test_forward_over_itself_ignores_order():
     module, x = attention(), torch.randn(2, 5, 12, dtype=torch.float64)
     order = torch.randperm(5)
     torch.testing.assert_close(module(x)[:, order], module(x[:, order]))
-    torch.testing.assert_close(module(x), module(x, x))
+    torch.testing.assert_close(module(x), module(x, Padded(*module.project_context(x))))

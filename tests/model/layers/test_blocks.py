@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from opencoca.model.config import BlockConfig
-from opencoca.model.layers.blocks import Dropout, Mlp, ParallelBlock, TransformerBlock, make_block, make_norm
+from opencoca.model.kernels.dropout import Dropout
+from opencoca.model.layers.blocks import Mlp, ParallelBlock, TransformerBlock, make_block, make_norm
 
 
 def block_config(**changes) -> BlockConfig:
@@ -168,7 +169,7 @@ def test_dropout_added_to_a_residual_is_dropout_and_a_sum(dtype: torch.dtype):
     x = torch.randn(40, 12, dtype=torch.float64).to(dtype).requires_grad_()
     residual = torch.randn(40, 12, dtype=torch.float64).to(dtype).requires_grad_()
     torch.manual_seed(3)
-    added = dropout.add(residual, x)
+    added = dropout(x, residual)
     torch.manual_seed(3)
     dropped = dropout(x)
     tolerance = 0.02 if dtype == torch.bfloat16 else 1e-6
@@ -182,8 +183,8 @@ def test_dropout_added_to_a_residual_is_dropout_and_a_sum(dtype: torch.dtype):
 
 def test_dropout_added_in_evaluation_is_a_sum():
     x, residual = torch.randn(2, 3, 4)
-    assert torch.equal(Dropout(0.5).eval().add(residual, x), residual + x)
-    assert torch.equal(Dropout(0.0).train().add(residual, x), residual + x)
+    assert torch.equal(Dropout(0.5).eval()(x, residual), residual + x)
+    assert torch.equal(Dropout(0.0).train()(x, residual), residual + x)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu", "swiglu"])

@@ -16,7 +16,7 @@ masks = st.tuples(st.integers(1, 5), st.integers(0, 6)).flatmap(
 @given(masks)
 def test_words_keep_their_order_and_padding_is_zero(rows: list[list[bool]]):
     mask = torch.tensor(rows, dtype=torch.bool).view(len(rows), -1)
-    layout = TextLayout.from_mask(mask)
+    layout = TextLayout.of(mask.sum(dim=1))
     lengths = [sum(row) for row in rows]
     assert (layout.batch_size, layout.length) == (len(rows), max(lengths))
     assert layout.positions.tolist() == [position for length in lengths for position in range(length)]
@@ -30,19 +30,17 @@ def test_words_keep_their_order_and_padding_is_zero(rows: list[list[bool]]):
     assert torch.equal(layout.pack(padded), packed)
 
 
-@given(st.integers(1, 4), st.integers(0, 5), st.integers(0, 7))
-def test_dense_is_a_full_mask_shifted(batch_size: int, length: int, start: int):
-    dense = TextLayout.dense(batch_size, length, "cpu", start)
-    full = TextLayout.from_mask(torch.ones(batch_size, length, dtype=torch.bool))
-    assert dense.slots is None
-    assert full.slots is None
-    assert torch.equal(dense.positions, full.positions + start)
+@given(st.integers(1, 4), st.integers(0, 5))
+def test_texts_of_one_length_have_no_padding(batch_size: int, length: int):
+    layout = TextLayout.of(torch.full((batch_size,), length))
+    assert layout.slots is None
     x = torch.randn(batch_size * length, 3)
-    assert torch.equal(dense.pack(dense.pad(x)), x)
+    assert torch.equal(layout.pad(x), x.view(batch_size, length, 3))
+    assert torch.equal(layout.pack(layout.pad(x)), x)
 
 
 def test_gradients_pass_through_and_none_comes_from_padding():
-    layout = TextLayout.from_mask(torch.tensor([[True, False, True], [False, False, True]]))
+    layout = TextLayout.of(torch.tensor([2, 1]))
     packed = torch.randn(3, 2, requires_grad=True)
     weights = torch.randn(2, 2, 2)
     (layout.pad(packed) * weights).sum().backward()

@@ -36,12 +36,12 @@ class WordCache(KeysValues):
         return cls(like.new_empty(2, num_rows, block.num_kv_heads, entries, block.head_dim, dtype=dtype))
 
     def attend(self, queries: Tensor, keys_values: Tensor, words: NextWords) -> Tensor:
-        """queries (R x T, H, d), keys and values (R x T, 2, K, d) of the next words -> what they mixed (R x T, H x d).
+        """queries (R x T, H, d), keys and values (R x T, 2, K, d) of the next words -> what they mixed (R x T, H, d).
 
         The keys and values are kept.
         """
         rows, dtype = self.memory.shape[1], queries.dtype
-        queries = queries.unflatten(0, (rows, -1)).transpose(1, 2).to(self.memory.dtype)
+        queries = queries.unflatten(0, (rows, -1)).to(self.memory.dtype)
         keys_values = keys_values.unflatten(0, (rows, -1)).permute(2, 0, 3, 1, 4)
         if isinstance(words.places, slice):
             self.memory[:, :, :, words.places] = keys_values
@@ -49,8 +49,7 @@ class WordCache(KeysValues):
         else:
             keys, values = self.memory.index_copy_(3, words.places, keys_values)
         mask = Mask("causal" if words.causal else "free", visible=words.visible)
-        mixed = attend(queries, Padded(keys, values), mask).to(dtype)
-        return mixed.transpose(1, 2).flatten(0, 1).flatten(1)
+        return attend(queries, Padded(keys, values), mask).to(dtype).flatten(0, 1)
 
     def branch(self, rows: Tensor, length: int, extra: int) -> "WordCache":
         """A copy of the first entries of these rows (B',) with room for so many more."""

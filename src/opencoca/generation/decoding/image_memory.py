@@ -24,10 +24,9 @@ class ImageKeysValues(KeysValues):
     """Keys and values of the images in one layer, (2, I, K, N, d)."""
 
     def attend(self, queries: Tensor) -> Tensor:
-        """queries (R x T, H, d) of the next words -> what they mixed (R x T, H x d)."""
-        queries = queries.unflatten(0, (self.memory.shape[1], -1)).transpose(1, 2)
-        mixed = attend(queries, Padded(*self.memory))
-        return mixed.transpose(1, 2).flatten(0, 1).flatten(1)
+        """queries (R x T, H, d) of the next words -> what they mixed (R x T, H, d)."""
+        queries = queries.unflatten(0, (self.memory.shape[1], -1))
+        return attend(queries, Padded(*self.memory)).flatten(0, 1)
 
 
 ImageMemories = list[ImageKeysValues] | list[FoldedImages]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opencoca.model.config import CoCaConfig
-from opencoca.model.layers.blocks import Dropout
+from opencoca.model.kernels.dropout import Dropout
 
 
 class NormedPatchEmbed(nn.Module):

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from opencoca.model.config import CoCaConfig
 from opencoca.model.encoders.normed_patches import NormedPatchEmbed
-from opencoca.model.layers.blocks import Dropout, TransformerBlock
+from opencoca.model.kernels.dropout import Dropout
+from opencoca.model.layers.blocks import TransformerBlock
 
 
 class PatchEmbed(nn.Module):

@@ -1,9 +1,8 @@
-"""What may see what in attention, and which way to compute it takes least time.
+"""What may see what in attention, and when which way to compute it takes less time.
 
 Letters: B batch, T query positions, N key positions, H heads, d head width.
 """
 
-from enum import Enum
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,8 +10,6 @@ from torch import Tensor, nn
 
 from opencoca.model.kernels.linear import Linear
 
-# In float32 the fused kernel is as fast from this many query-key pairs a head on, and keeps no weights.
-_MOST_PAIRS = 1 << 14
 # Projecting the words and not the image must need so much fewer products: they are smaller ones, too.
 _LEAST_GAIN = 1.3
 # Words of an image that padding adds to them, about.
@@ -44,29 +41,6 @@ class Mask(NamedTuple):
 
 
 EVERYTHING, CAUSAL = Mask("bidirectional"), Mask("causal")
-
-
-class Form(Enum):
-    """A way to compute attention."""
-
-    FUSED = "PyTorch's kernel, over padded rows"
-    WRITTEN_OUT = "two products and a softmax, over padded rows"
-    PACKED = "products and softmax over words that are padded to their like alone"
-
-
-def choose_form(queries: Tensor, num_keys: int, mask: Mask, packed: str | None = None) -> Form:
-    """The form for queries (B, H, T, d) over so many keys each, or for packed ones (S, H, d).
-
-    packed: the kind of mask that the packed form knows; None = the queries are not packed.
-    results/attention_forms.md has what the others gain over the fused kernel: on a CPU, in training alone.
-    """
-    if not trains_on_cpu(queries):
-        return Form.FUSED
-    if packed is not None:
-        return Form.PACKED if mask.kind == packed and mask.visible is None else Form.FUSED
-    sees_all = mask.kind == "bidirectional" and mask.visible is None
-    is_short = queries.element_size() < 4 or queries.shape[2] * num_keys <= _MOST_PAIRS
-    return Form.WRITTEN_OUT if sees_all and is_short else Form.FUSED
 
 
 def projects_words(words_per_image: float, num_tokens: int, num_heads: int, head_dim: int, kv_proj: nn.Linear) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from opencoca.model.kernels.dense_attention import mix
-from opencoca.model.kernels.packed_attention import Buckets
+from opencoca.model.kernels.packed_attention import Buckets, Places
 
 # Numbers of words of an image are rounded up to this; more kinds of length are more and smaller products.
 _ROUNDING = 4
@@ -30,26 +30,25 @@ class SharedImages:
     """Image tokens as all layers look at them in training.
 
     tokens (I, N, C): images with similar numbers of words side by side.
-    slots (H S,): where each head's word stands in the padded words; sources: which stands at each place, or -1.
+    places: where the words (H S, C), one head's after another's, stand in the padded words.
     """
 
     tokens: Tensor
     buckets: Buckets
-    slots: Tensor
-    sources: Tensor
+    places: Places
 
     @staticmethod
     def of(image_tokens: Tensor, words_per_image: Tensor, num_heads: int, norm: nn.Module) -> "SharedImages":
         """image_tokens (I, N, C), words_per_image (I,); norm: one layer's norm of the tokens, if they have one."""
-        buckets = Buckets.by_length(words_per_image, _ROUNDING)
+        buckets = Buckets.of(words_per_image, _ROUNDING)
         tokens = image_tokens.index_select(0, buckets.order)
         if isinstance(norm, nn.LayerNorm):
             tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=norm.eps)
         num_words = len(buckets.row)
-        slots, sources = buckets.slots(num_heads)
-        by_head = sources % num_heads * num_words + sources.div(num_heads, rounding_mode="floor")
-        heads_first = slots.view(num_words, num_heads).T.flatten()
-        return SharedImages(tokens, buckets, heads_first, by_head.masked_fill_(sources < 0, -1))
+        places = buckets.places(num_heads)
+        slots = places.slots.view(num_words, num_heads).T.flatten()
+        sources = places.sources % num_heads * num_words + places.sources.div(num_heads, rounding_mode="floor")
+        return SharedImages(tokens, buckets, places._replace(slots=slots, sources=sources))
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class FoldedImages:
         return FoldedImages(tokens, key_weight, value_weight, constant)
 
     def attend(self, queries: Tensor) -> Tensor:
-        """queries (R, H, d), as many of each image -> what they mixed (R, H x d)."""
+        """queries (R, H, d), as many of each image -> what they mixed (R, H, d)."""
         images, kv_heads, head_dim = self.tokens.shape[0], *self.key_weight.shape[:2]
         queries = queries.unflatten(0, (images, -1)).transpose(1, 2)
         by_head = queries.unflatten(1, (kv_heads, -1)).transpose(0, 1).reshape(kv_heads, -1, head_dim)
@@ -86,7 +85,7 @@ class FoldedImages:
         values = torch.bmm(mixed, self.value_weight.transpose(1, 2)).unflatten(1, (images, -1))
         values = values.transpose(0, 1).reshape(queries.shape)
         values = values if self.constant is None else values + self.constant
-        return values.transpose(1, 2).flatten(0, 1).flatten(1)
+        return values.transpose(1, 2).flatten(0, 1)
 
 
 def attend_to_images(
@@ -128,22 +127,22 @@ class _MixTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, tokens: Tensor, images: SharedImages) -> Tensor:
-        padded = queries.index_select(0, images.sources.clamp(min=0))
+        padded = queries.index_select(0, images.places.sources)
         mixed = torch.empty_like(padded)
         weights = []
         for query, token, out in _by_bucket(images, tokens, padded, mixed):
             weights.append(mix(query, token, token, out, None))
         ctx.save_for_backward(padded, tokens, *weights)
         ctx.images = images
-        return mixed.index_select(0, images.slots)
+        return mixed.index_select(0, images.places.slots)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         padded, tokens, *weights = ctx.saved_tensors
         images = ctx.images
-        grad_mixed = grad_outputs[0].index_select(0, images.sources.clamp(min=0))
-        grad_mixed.index_fill_(0, (images.sources < 0).nonzero().squeeze(1), 0)
+        grad_mixed = grad_outputs[0].index_select(0, images.places.sources)
+        grad_mixed.index_fill_(0, images.places.padding, 0)
         grad_queries, grad_tokens = torch.empty_like(padded), torch.empty_like(tokens)
         buckets = _by_bucket(images, tokens, padded, grad_mixed, grad_queries, grad_tokens)
         for weight, (query, token, grad_out, grad_query, grad_token) in zip(weights, buckets, strict=True):
@@ -152,12 +151,12 @@ class _MixTokens(torch.autograd.Function):
             grad_score = torch.ops.aten._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
             torch.bmm(grad_score, token, out=grad_query)
             grad_token.baddbmm_(grad_score.transpose(1, 2), query)
-        return grad_queries.index_select(0, images.slots), grad_tokens, None
+        return grad_queries.index_select(0, images.places.slots), grad_tokens, None
 
 
 def _by_bucket(images: SharedImages, tokens: Tensor, padded: Tensor, other: Tensor, *grads: Tensor):
     """Yields for each bucket its queries (R, H T, C), tokens (R, N, C), part of other, and parts of grads."""
-    num_heads = len(images.slots) // max(1, len(images.buckets.row))
+    num_heads = len(images.places.slots) // max(1, len(images.buckets.row))
     image = place = 0
     for rows, length in images.buckets.shapes:
         own = slice(image, image + rows)

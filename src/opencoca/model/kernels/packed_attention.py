@@ -10,7 +10,7 @@ R rows of a bucket, T its length, P padded positions of all buckets.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,18 @@ from opencoca.model.kernels.dense_attention import mix, mix_backward
 
 # The softmax works on vectors of this many floats; a row that ends within one costs several times as much.
 _VECTOR = 16
+
+
+class Places(NamedTuple):
+    """Where packed vectors stand in buckets.
+
+    slots: the place of each vector in the buckets; sources: for each place, which vector stands there (any, where none
+    does); padding: the places where none does.
+    """
+
+    slots: Tensor
+    sources: Tensor
+    padding: Tensor
 
 
 @dataclass(frozen=True)
@@ -37,206 +49,146 @@ class Buckets:
     row: Tensor
     position: Tensor
     length: Tensor
-    _slots: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _places: dict[tuple[int, int], Places] = field(default_factory=dict, repr=False)
 
     @staticmethod
-    def by_length(lengths: Tensor, rounding: int = _VECTOR) -> "Buckets":
-        """Rows of these lengths (B,), packed one after another, with their like: equal when rounded up."""
-        ceilings = (lengths.clamp(min=1) + rounding - 1) // rounding * rounding
-        bucket_of_row = torch.zeros_like(lengths)
+    def of(lengths: Tensor, rounding: int | None = _VECTOR) -> "Buckets":
+        """Rows of these lengths (B,), packed one after another: those equal when rounded up share a bucket.
+
+        rounding: to a multiple of this; None = to the longest, so that all rows are in one bucket.
+        """
+        if rounding is None:
+            ceilings = lengths.max().expand(lengths.shape) if len(lengths) else lengths
+        else:
+            ceilings = (lengths.clamp(min=1) + rounding - 1) // rounding * rounding
         row_in_bucket, base_of_row = torch.zeros_like(lengths), torch.zeros_like(lengths)
         shapes, padded = [], 0
         for ceiling in ceilings.unique().tolist():
             rows = (ceilings == ceiling).nonzero().squeeze(1)
-            bucket_of_row[rows], base_of_row[rows] = ceiling, padded
+            base_of_row[rows] = padded
             row_in_bucket[rows] = torch.arange(len(rows), device=lengths.device)
             shapes.append((len(rows), ceiling))
             padded += len(rows) * ceiling
-        spread = [values.repeat_interleave(lengths) for values in (base_of_row, row_in_bucket, bucket_of_row)]
+        base, row, length = (x.repeat_interleave(lengths) for x in (base_of_row, row_in_bucket, ceilings))
         order = ceilings.argsort(stable=True)
-        return Buckets(tuple(shapes), order, spread[0], spread[1], _running_index(lengths), spread[2])
+        return Buckets(tuple(shapes), order, base, row, running_index(lengths), length)
 
-    @staticmethod
-    def single(lengths: Tensor) -> "Buckets":
-        """All rows, in their order, padded to the longest."""
-        longest = int(lengths.max()) if len(lengths) else 0
-        rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-        shape = ((len(lengths), longest),)
-        order = torch.arange(len(lengths), device=lengths.device)
-        return Buckets(
-            shape, order, torch.zeros_like(rows), rows, _running_index(lengths), torch.full_like(rows, longest)
-        )
+    def places(self, num_heads: int, parts: int = 1) -> Places:
+        """Places of vectors (S * parts * H, d) in buckets (parts * P * H, d), each bucket a flattened (R, H, T, d).
 
-    def slots(self, num_heads: int) -> tuple[Tensor, Tensor]:
-        """Places of vectors (S * H, d) in buckets (P * H, d), each bucket a flattened (R, H, T, d).
-
-        (S * H,): where each vector stands in the buckets; (P * H,): which vector stands there, -1 where none does.
+        parts: how many kinds of vectors a position has (keys and values: 2); in the buckets, one kind follows another.
         """
-        if num_heads not in self._slots:
-            heads = torch.arange(num_heads, device=self.base.device)
-            first = num_heads * (self.base + self.row * self.length) + self.position
-            slots = (first[:, None] + heads * self.length[:, None]).flatten()
+        if (num_heads, parts) not in self._places:
             total = num_heads * sum(rows * length for rows, length in self.shapes)
-            sources = torch.full((total,), -1, device=slots.device)
-            sources[slots] = torch.arange(len(slots), device=slots.device)
-            self._slots[num_heads] = slots, sources
-        return self._slots[num_heads]
+            device = self.base.device
+            first = num_heads * (self.base + self.row * self.length) + self.position
+            kinds = torch.arange(parts, device=device)[:, None] * total
+            heads = torch.arange(num_heads, device=device) * self.length[:, None, None]
+            slots = (first[:, None, None] + kinds + heads).flatten()
+            sources = torch.full((parts * total,), -1, device=device)
+            sources[slots] = torch.arange(len(slots), device=device)
+            padding = (sources < 0).nonzero().squeeze(1)
+            self._places[num_heads, parts] = Places(slots, sources.clamp_(min=0), padding)
+        return self._places[num_heads, parts]
 
 
-def packed_self_attention(
-    queries: Tensor, keys_values: Tensor, num_kv_heads: int, buckets: Buckets, hidden: Tensor | None = None
-) -> Tensor:
-    """queries (S, H, d), keys and values (S, 2, K, d) -> (S, H, d): every position sees its row up to itself.
+def running_index(lengths: Tensor) -> Tensor:
+    """lengths (B,) of rows, one after another -> (S,): each position within its row, from 0."""
+    starts, total = lengths.cumsum(0) - lengths, int(lengths.sum())
+    return torch.arange(total, device=lengths.device) - starts.repeat_interleave(lengths, output_size=total)
+
+
+class PackedSelfAttention(torch.autograd.Function):
+    """queries (S, H, d), keys and values (S, 2, K, d), buckets -> (S, H, d): every position sees its row up to itself.
 
     hidden (S,): positions that no position sees, not even they themselves; the first of a row may not be hidden.
     """
-    return _PackedSelfAttention.apply(queries, keys_values, num_kv_heads, buckets, hidden)
 
-
-def packed_cross_attention(queries: Tensor, keys: Tensor, values: Tensor, buckets: Buckets) -> Tensor:
-    """queries (S, H, d) whose rows belong to I images, keys and values (I, K, N, d) -> (S, H, d), nothing masked."""
-    return _PackedCrossAttention.apply(queries, keys, values, buckets)
-
-
-class _PackedSelfAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, queries: Tensor, keys_values: Tensor, num_kv_heads: int, buckets: Buckets, hidden: Tensor | None
-    ) -> Tensor:
-        num_heads, head_dim = queries.shape[1:]
-        slots, sources = buckets.slots(num_heads)
-        padded_queries = _gather(queries.reshape(-1, head_dim), sources).mul_(head_dim**-0.5)
-        sources = _key_value_sources(buckets.slots(num_kv_heads)[1], num_kv_heads)
-        padded_keys, padded_values = _gather(keys_values.reshape(-1, head_dim), sources).chunk(2)
-        mixed = torch.empty_like(padded_queries)
-        weights = []
-        biases = _biases(buckets, hidden, queries.dtype, queries.device)
-        all_parts = _parts(buckets, num_heads, num_kv_heads)
-        for (rows, length), parts, bias in zip(buckets.shapes, all_parts, biases, strict=True):
-            q, k, v, out = _views(parts, rows, length, num_kv_heads, padded_queries, padded_keys, padded_values, mixed)
+    def forward(ctx: Any, queries: Tensor, keys_values: Tensor, buckets: Buckets, hidden: Tensor | None) -> Tensor:
+        (_, num_heads, head_dim), num_kv_heads = queries.shape, keys_values.shape[2]
+        places, kv_places = buckets.places(num_heads), buckets.places(num_kv_heads, 2)
+        # Whatever stands in the padding, no word sees it and its result is dropped.
+        padded_queries = queries.reshape(-1, head_dim).index_select(0, places.sources).mul_(head_dim**-0.5)
+        keys, values = keys_values.reshape(-1, head_dim).index_select(0, kv_places.sources).chunk(2)
+        mixed, weights, hides = torch.empty_like(padded_queries), [], None
+        if hidden is not None:
+            # Padding is not hidden: behind every word, it is seen by padding alone.
+            own = buckets.places(1)
+            hides = hidden[own.sources].index_fill_(0, own.padding, False)
+            hides = hides.split([rows * length for rows, length in buckets.shapes])
+        parts = _by_bucket(buckets, num_kv_heads, padded_queries, keys, values, mixed)
+        for number, ((rows, length), (q, k, v, out)) in enumerate(zip(buckets.shapes, parts, strict=True)):
+            bias = q.new_full((1, length, length), -torch.inf).triu_(1)
+            if hides is not None:
+                bias = bias.expand(rows, -1, -1).masked_fill(hides[number].view(rows, 1, length), -torch.inf)
             weights.append(mix(q, k, v, out, bias))
-        ctx.save_for_backward(padded_queries, padded_keys, padded_values, *weights)
+        ctx.save_for_backward(padded_queries, keys, values, *weights)
         ctx.buckets, ctx.num_kv_heads = buckets, num_kv_heads
-        return mixed.index_select(0, slots).view(-1, num_heads, head_dim)
+        return mixed.index_select(0, places.slots).view(-1, num_heads, head_dim)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        padded_queries, padded_keys, padded_values, *weights = ctx.saved_tensors
+        padded_queries, keys, values, *weights = ctx.saved_tensors
         buckets, num_kv_heads = ctx.buckets, ctx.num_kv_heads
         num_heads, head_dim = grad_outputs[0].shape[1:]
-        slots, sources = buckets.slots(num_heads)
-        grad_mixed = _gather_with_zeros(grad_outputs[0].reshape(-1, head_dim), sources)
+        places, kv_places = buckets.places(num_heads), buckets.places(num_kv_heads, 2)
+        grad_mixed = grad_outputs[0].reshape(-1, head_dim).index_select(0, places.sources)
+        grad_mixed.index_fill_(0, places.padding, 0)
         grad_queries = torch.empty_like(padded_queries)
-        grad_keys_values = torch.empty(2 * len(padded_keys), head_dim, dtype=grad_queries.dtype)
-        grad_keys, grad_values = grad_keys_values.chunk(2)
-        all_parts = _parts(buckets, num_heads, num_kv_heads)
-        for (rows, length), parts, weight in zip(buckets.shapes, all_parts, weights, strict=True):
-            shape = (parts, rows, length, num_kv_heads)
-            q, k, v, grad_out = _views(*shape, padded_queries, padded_keys, padded_values, grad_mixed)
-            grad_q, grad_k, grad_v, _ = _views(*shape, grad_queries, grad_keys, grad_values, grad_mixed)
-            mix_backward(q, k, v, weight, grad_out, grad_q, grad_k, grad_v)
-        kv_slots = buckets.slots(num_kv_heads)[0].view(-1, 1, num_kv_heads)
-        kv_slots = torch.cat((kv_slots, kv_slots + len(padded_keys)), dim=1).flatten()
+        grad_keys_values = torch.empty(2 * len(keys), head_dim, dtype=grad_queries.dtype)
+        tensors = padded_queries, keys, values, grad_mixed, grad_queries, *grad_keys_values.chunk(2)
+        parts = _by_bucket(buckets, num_kv_heads, *tensors)
+        for weight, (q, k, v, grad_out, *grads) in zip(weights, parts, strict=True):
+            mix_backward(q, k, v, weight, grad_out, grads)
         return (
-            grad_queries.index_select(0, slots).mul_(head_dim**-0.5).view_as(grad_outputs[0]),
-            grad_keys_values.index_select(0, kv_slots).view(-1, 2, num_kv_heads, head_dim),
-            None,
+            grad_queries.index_select(0, places.slots).mul_(head_dim**-0.5).view_as(grad_outputs[0]),
+            grad_keys_values.index_select(0, kv_places.slots).view(-1, 2, num_kv_heads, head_dim),
             None,
             None,
         )
 
 
-class _PackedCrossAttention(torch.autograd.Function):
+class PackedCrossAttention(torch.autograd.Function):
+    """queries (S, H, d) in rows of I images, keys and values (I, K, N, d), one bucket -> (S, H, d), nothing masked."""
+
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, buckets: Buckets) -> Tensor:
         num_heads, head_dim = queries.shape[1:]
         keys, values = keys.contiguous(), values.contiguous()
-        slots, sources = buckets.slots(num_heads)
-        padded_queries = _gather(queries.reshape(-1, head_dim), sources).mul_(head_dim**-0.5)
+        places = buckets.places(num_heads)
+        padded_queries = queries.reshape(-1, head_dim).index_select(0, places.sources).mul_(head_dim**-0.5)
         mixed = torch.empty_like(padded_queries)
         batch = keys.shape[0] * keys.shape[1]
         q, k, v, out = (x.view(batch, -1, head_dim) for x in (padded_queries, keys, values, mixed))
         ctx.save_for_backward(padded_queries, keys, values, mix(q, k, v, out, None))
         ctx.buckets = buckets
-        return mixed.index_select(0, slots).view(-1, num_heads, head_dim)
+        return mixed.index_select(0, places.slots).view(-1, num_heads, head_dim)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         padded_queries, keys, values, weights = ctx.saved_tensors
         num_heads, head_dim = grad_outputs[0].shape[1:]
-        slots, sources = ctx.buckets.slots(num_heads)
-        grad_mixed = _gather_with_zeros(grad_outputs[0].reshape(-1, head_dim), sources)
+        places = ctx.buckets.places(num_heads)
+        grad_mixed = grad_outputs[0].reshape(-1, head_dim).index_select(0, places.sources)
+        grad_mixed.index_fill_(0, places.padding, 0)
         grads = [torch.empty_like(tensor) for tensor in (padded_queries, keys, values)]
         batch = keys.shape[0] * keys.shape[1]
-        q, k, v = (x.view(batch, -1, head_dim) for x in (padded_queries, keys, values))
-        grad_q, grad_k, grad_v = (x.view(batch, -1, head_dim) for x in grads)
-        mix_backward(q, k, v, weights, grad_mixed.view(batch, -1, head_dim), grad_q, grad_k, grad_v)
-        grad_queries = grads[0].index_select(0, slots).mul_(head_dim**-0.5)
+        q, k, v, grad_out, *parts = (
+            x.view(batch, -1, head_dim) for x in (padded_queries, keys, values, grad_mixed, *grads)
+        )
+        mix_backward(q, k, v, weights, grad_out, parts)
+        grad_queries = grads[0].index_select(0, places.slots).mul_(head_dim**-0.5)
         return grad_queries.view_as(grad_outputs[0]), grads[1], grads[2], None
 
 
-def _parts(buckets: Buckets, num_heads: int, num_kv_heads: int) -> list[tuple[slice, slice]]:
-    """The slices that the queries and the keys of each bucket take in the flattened buckets."""
-    parts, start = [], 0
+def _by_bucket(buckets: Buckets, num_kv_heads: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Yields for each bucket its part of each tensor: of queries (H P, d) (R * K, G * T, d), of keys (R * K, T, d)."""
+    total, start = sum(rows * length for rows, length in buckets.shapes), 0
     for rows, length in buckets.shapes:
         stop = start + rows * length
-        parts.append((slice(num_heads * start, num_heads * stop), slice(num_kv_heads * start, num_kv_heads * stop)))
+        parts = (tensor[len(tensor) // total * start : len(tensor) // total * stop] for tensor in tensors)
+        yield [part.view(rows * num_kv_heads, -1, part.shape[-1]) for part in parts]
         start = stop
-    return parts
-
-
-def _views(
-    parts: tuple[slice, slice],
-    rows: int,
-    length: int,
-    num_kv_heads: int,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mixed: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One bucket of each: (R * K, G * T, d) of queries and mixed, (R * K, T, d) of keys and values."""
-    batch, head_dim = rows * num_kv_heads, queries.shape[-1]
-    return (
-        queries[parts[0]].view(batch, -1, head_dim),
-        keys[parts[1]].view(batch, length, head_dim),
-        values[parts[1]].view(batch, length, head_dim),
-        mixed[parts[0]].view(batch, -1, head_dim),
-    )
-
-
-def _key_value_sources(sources: Tensor, num_kv_heads: int) -> Tensor:
-    """From which of S * K vectors stands where, which of S * 2 * K: all keys, then all values."""
-    position, head = sources.div(num_kv_heads, rounding_mode="floor"), sources % num_kv_heads
-    keys = (2 * position * num_kv_heads + head).masked_fill_(sources < 0, -1)
-    return torch.cat((keys, keys + num_kv_heads * (keys >= 0)))
-
-
-def _gather(vectors: Tensor, sources: Tensor) -> Tensor:
-    # Whatever stands in the padding, no word sees it and its result is dropped.
-    return vectors.index_select(0, sources.clamp(min=0))
-
-
-def _gather_with_zeros(vectors: Tensor, sources: Tensor) -> Tensor:
-    return _gather(vectors, sources).index_fill_(0, (sources < 0).nonzero().squeeze(1), 0)
-
-
-def _biases(buckets: Buckets, hidden: Tensor | None, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
-    """Yields for each bucket (R or 1, T, T): 0 where a position sees another, -inf elsewhere."""
-    # Padding is not hidden: behind every word, it is seen by padding alone.
-    hides = None if hidden is None else hidden[buckets.slots(1)[1].clamp(min=0)] & (buckets.slots(1)[1] >= 0)
-    start = 0
-    for rows, length in buckets.shapes:
-        bias = torch.full((1, length, length), -torch.inf, dtype=dtype, device=device).triu_(1)
-        if hides is not None:
-            keys = hides[start : start + rows * length].view(rows, 1, length)
-            bias = bias.expand(rows, -1, -1).masked_fill(keys, -torch.inf)
-        start += rows * length
-        yield bias
-
-
-def _running_index(lengths: Tensor) -> Tensor:
-    starts = lengths.cumsum(0) - lengths
-    return torch.arange(int(lengths.sum()), device=lengths.device) - starts.repeat_interleave(lengths)

@@ -11,12 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opencoca.model.config import BlockConfig
-from opencoca.model.kernels.choice import CAUSAL, EVERYTHING, Form, Mask, choose_form
-from opencoca.model.kernels.dense_attention import dense_attention
+from opencoca.model.kernels.choice import EVERYTHING, Mask, trains_on_cpu
+from opencoca.model.kernels.dense_attention import DenseAttention
 from opencoca.model.kernels.image_attention import SharedImages, attend_to_images
 from opencoca.model.kernels.linear import Linear
-from opencoca.model.kernels.packed_attention import packed_cross_attention, packed_self_attention
+from opencoca.model.kernels.packed_attention import PackedCrossAttention, PackedSelfAttention
 from opencoca.model.layers.layout import TextLayout
+
+# In float32 the fused kernel is as fast from this many query-key pairs a head on, and keeps no weights.
+_MOST_PAIRS = 1 << 14
 
 
 class NextWords(NamedTuple):
@@ -37,18 +40,25 @@ class WordMemory(Protocol):
     """What self-attention keeps of the words of texts that come a few at a time."""
 
     def attend(self, queries: Tensor, keys_values: Tensor, words: NextWords) -> Tensor:
-        """queries (R x T, H, d), keys and values (R x T, 2, K, d) of the next words -> what they mixed (R x T, H x d).
+        """queries (R x T, H, d), keys and values (R x T, 2, K, d) of the next words -> what they mixed (R x T, H, d).
 
         The keys and values are kept.
         """
         ...
 
 
+class CachedWords(NamedTuple):
+    """The next words of texts, and what one layer keeps of the words before them."""
+
+    cache: WordMemory
+    words: NextWords
+
+
 class ImageMemory(Protocol):
     """What cross-attention keeps of I images, for texts whose words come a few at a time."""
 
     def attend(self, queries: Tensor) -> Tensor:
-        """queries (R x T, H, d) of the next words; R / I texts of an image -> what they mixed (R x T, H x d)."""
+        """queries (R x T, H, d) of the next words; R / I texts of an image -> what they mixed (R x T, H, d)."""
         ...
 
 
@@ -91,37 +101,26 @@ class Attention(nn.Module):
         keys, values = keys_values.unbind(-3)
         return keys.transpose(1, 2), values.transpose(1, 2)
 
-    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """x (S, D) at these positions (S,) of their texts -> queries (S, H, d), keys and values (S, 2, K, d)."""
-        queries = self.queries(x)
+    def forward(self, x: Tensor, memory: "Memory | None" = None, mask: Mask = EVERYTHING) -> Tensor:
+        """x (B, T, D), or packed (S, D) -> the same shape: what x mixes of what it sees in the memory.
+
+        memory: of self-attention, where the packed words x stand, or what is kept of the words before them; None = the
+        rows of x see themselves. Of cross-attention, what is looked at.
+        """
+        queries = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        if memory is not None and not isinstance(memory, TextLayout | CachedWords):
+            return self.out_proj(attend(queries, memory, mask).flatten(-2))
         keys_values = self.kv_proj(x).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
-        if self.rotary:
-            angles = rotary_angles(positions, self.head_dim, queries.dtype).unsqueeze(1)
+        words = memory.words if isinstance(memory, CachedWords) else memory
+        if self.rotary and words is not None:
+            angles = rotary_angles(words.positions, self.head_dim, queries.dtype).unsqueeze(1)
             queries = rotate(queries, angles)
             keys_values = torch.stack((rotate(keys_values[:, 0], angles), keys_values[:, 1]), dim=1)
-        return queries, keys_values
-
-    def queries(self, x: Tensor) -> Tensor:
-        """x (..., D) -> (..., H, d)."""
-        return self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
-
-    def self_attend(self, x: Tensor, layout: TextLayout, mask: Mask = CAUSAL) -> Tensor:
-        """x (S, D) packed words -> (S, D): every word sees of its text what the mask lets it see.
-
-        What the layout hides is seen by no word.
-        """
-        queries, keys_values = self.project(x, layout.positions)
-        return self.out_proj(attend(queries, OwnWords(keys_values, layout), mask).flatten(1))
-
-    def cross_attend(self, x: Tensor, images: "LookedAt") -> Tensor:
-        """x (S, D) packed words -> (S, D): every word sees all of its image."""
-        return self.out_proj(attend(self.queries(x), images).flatten(1))
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x (B, T, D) over context (B, N, C), or over itself, nothing masked -> (B, T, D)."""
-        keys, values = self.project_context(x if context is None else context)
-        queries = self.queries(x).transpose(1, 2).expand(keys.shape[0], -1, -1, -1)
-        return self.out_proj(attend(queries, Padded(keys, values)).transpose(1, 2).flatten(2))
+        if isinstance(memory, CachedWords):
+            mixed = memory.cache.attend(queries, keys_values, memory.words)
+        else:
+            mixed = attend(queries, OwnWords(keys_values, memory), mask)
+        return self.out_proj(mixed.flatten(-2))
 
 
 class Padded(NamedTuple):
@@ -132,10 +131,13 @@ class Padded(NamedTuple):
 
 
 class OwnWords(NamedTuple):
-    """Memory of packed words, which see the words of their text: keys and values (S, 2, K, d)."""
+    """Memory of words that see the words of their text: keys and values (S, 2, K, d), packed as the layout says.
+
+    layout None: they are not packed, but (B, T, 2, K, d).
+    """
 
     keys_values: Tensor
-    layout: TextLayout
+    layout: TextLayout | None
 
 
 class SeenImages(NamedTuple):
@@ -158,42 +160,55 @@ class SeenTokens(NamedTuple):
     num_kv_heads: int
 
 
-LookedAt = SeenImages | SeenTokens
+LookedAt = Padded | SeenImages | SeenTokens | ImageMemory
+"""What cross-attention looks at."""
+
+Memory = TextLayout | CachedWords | LookedAt
+"""What an attention layer sees besides its input."""
 
 
-def attend(queries: Tensor, memory: Padded | OwnWords | LookedAt, mask: Mask = EVERYTHING) -> Tensor:
-    """softmax(queries keys^T / sqrt(d)) values, by the way that takes least time.
+def attend(queries: Tensor, memory: LookedAt | OwnWords, mask: Mask = EVERYTHING) -> Tensor:
+    """softmax(queries keys^T / sqrt(d)) values, by the way that takes least time: of the shape of queries.
 
-    queries (B, H, T, d) over `Padded`, packed words (S, H, d) over any other memory -> of the same shape.
+    queries: (B, T, H, d) over `Padded` (or one row for all B) and over what is not packed, else packed words (S, H, d).
+    results/attention_forms.md has what the other ways gain over the fused kernel: on a CPU, in training alone.
     """
+    sees_all = mask.kind == "bidirectional" and mask.visible is None
     match memory:
         case Padded(keys, values):
-            if choose_form(queries, keys.shape[2], mask) is Form.WRITTEN_OUT:
-                return dense_attention(queries, keys, values)
-            return _fused(queries, keys, values, mask)
-        case OwnWords(keys_values, layout):
-            if choose_form(queries, layout.length, mask, packed="causal") is Form.PACKED:
-                return packed_self_attention(queries, keys_values, keys_values.shape[2], layout.buckets, layout.hidden)
+            queries = queries.transpose(1, 2).expand(keys.shape[0], -1, -1, -1)
+            is_short = queries.element_size() < 4 or queries.shape[2] * keys.shape[2] <= _MOST_PAIRS
+            if sees_all and is_short and trains_on_cpu(queries):
+                # Learned queries stay in float32 under autocast; what they look at does not.
+                return DenseAttention.apply(queries.to(values.dtype), keys, values).transpose(1, 2)
+            is_causal = mask.kind == "causal" and mask.visible is None and 1 < queries.shape[2] == keys.shape[2]
+            seen = None if is_causal else mask.tensor(queries.shape[2], keys.shape[2], queries.device)
+            is_grouped = queries.shape[1] > keys.shape[1]
+            mixed = F.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=seen, is_causal=is_causal, enable_gqa=is_grouped
+            )
+            return mixed.transpose(1, 2)
+        case OwnWords(keys_values, layout) if layout is not None:
+            if mask.kind == "causal" and mask.visible is None and trains_on_cpu(queries):
+                return PackedSelfAttention.apply(queries, keys_values, layout.buckets, layout.hidden)
             (padded,) = layout.pad_heads(queries.flatten(1), 1, queries.shape[2])
             keys, values = layout.pad_heads(keys_values.flatten(1), 2, queries.shape[2])
-            mixed = _fused(padded, keys, values, layout.mask(mask))
-            return layout.pack_heads(mixed).unflatten(1, queries.shape[1:])
+            mixed = attend(padded.transpose(1, 2), Padded(keys, values), layout.mask(mask))
+            return layout.pack_heads(mixed.transpose(1, 2)).unflatten(1, queries.shape[1:])
+        case OwnWords(keys_values, _):
+            keys, values = keys_values.transpose(1, 3).unbind(2)
+            return attend(queries, Padded(keys, values), mask)
         case SeenImages(keys, values, layout):
             group = layout.batch_size // keys.shape[0]
-            if choose_form(queries, keys.shape[2], mask, packed="bidirectional") is Form.PACKED:
-                return packed_cross_attention(queries, keys, values, layout.image_buckets(group))
+            if sees_all and trains_on_cpu(queries):
+                return PackedCrossAttention.apply(queries, keys, values, layout.image_buckets(group))
             (padded,) = layout.pad_heads(queries.flatten(1), 1, queries.shape[2], group)
-            return layout.pack_heads(_fused(padded, keys, values, mask), group).unflatten(1, queries.shape[1:])
+            mixed = attend(padded.transpose(1, 2), Padded(keys, values), mask)
+            return layout.pack_heads(mixed.transpose(1, 2), group).unflatten(1, queries.shape[1:])
         case SeenTokens():
             return attend_to_images(queries, *memory)
-
-
-def _fused(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
-    is_causal = mask.kind == "causal" and mask.visible is None and 1 < queries.shape[2] == keys.shape[2]
-    seen = None if is_causal else mask.tensor(queries.shape[2], keys.shape[2], queries.device)
-    return F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=seen, is_causal=is_causal, enable_gqa=queries.shape[1] > keys.shape[1]
-    )
+        case _:
+            return memory.attend(queries)
 
 
 def rotary_angles(

@@ -1,10 +1,7 @@
-"""The transformer's parts: MLP, dropout, and the two kinds of block.
+"""The transformer's parts: the MLP and the two kinds of block.
 
 Letters: B batch, S packed positions, D width.
 """
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +9,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from opencoca.model.config import BlockConfig
-from opencoca.model.kernels.choice import CAUSAL, Mask
-from opencoca.model.kernels.dropout import drop_and_add, serves
-from opencoca.model.kernels.image_attention import SharedImages
+from opencoca.model.kernels.choice import EVERYTHING, Mask
+from opencoca.model.kernels.dropout import Dropout
 from opencoca.model.kernels.linear import Linear, activate_and_project
-from opencoca.model.layers.attention import Attention, ImageMemory, LookedAt, NextWords, SeenTokens, WordMemory
-from opencoca.model.layers.layout import TextLayout
+from opencoca.model.layers.attention import Attention, Memory
 
 
 def make_norm(config: BlockConfig, width: int | None = None) -> nn.LayerNorm:
@@ -68,35 +63,6 @@ class LayerScale(nn.Module):
         return x * self.factor
 
 
-class Dropout(nn.Module):
-    """Zeroes elements with a probability and scales the others, so that the mean stays.
-
-    On a CPU the probability is rounded to a 256th: see `opencoca.model.kernels.dropout`.
-    """
-
-    def __init__(self, probability: float):
-        super().__init__()
-        if not 0 <= probability < 1:
-            raise ValueError(f"dropout {probability} must be at least 0 and less than 1")
-        self.probability = probability
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.probability == 0:
-            return x
-        return drop_and_add(None, x, self.probability) if serves(x) else F.dropout(x, self.probability)
-
-    def add(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual + dropout(x); in one pass on a CPU."""
-        if not self.training or self.probability == 0:
-            return residual + x
-        if serves(x) and residual.dtype == x.dtype:
-            return drop_and_add(residual, x, self.probability)
-        return residual + self(x)
-
-    def extra_repr(self) -> str:
-        return f"{self.probability}"
-
-
 class TransformerBlock(nn.Module):
     """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)) if it has an MLP.
 
@@ -106,7 +72,6 @@ class TransformerBlock(nn.Module):
     """
 
     recompute = False
-    forward_methods = ("self_attend",)  # what is called besides `forward`, by those who do not attend to a context
 
     def __init__(self, config: BlockConfig, context_width: int | None = None, has_mlp: bool = True):
         super().__init__()
@@ -121,68 +86,31 @@ class TransformerBlock(nn.Module):
         self.scale2 = _make_scale(config) if has_mlp else nn.Identity()
         self.dropout = Dropout(config.dropout)
 
+    def forward(self, x: Tensor, memory: Memory | None = None, mask: Mask = EVERYTHING) -> Tensor:
+        """x (B, N, D), or packed words (S, D), which see of the memory what the mask lets them see: see `Attention`."""
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(self._compute, x, memory, mask, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return self._compute(x, memory, mask)
+
+    def _compute(self, x: Tensor, memory: Memory | None, mask: Mask) -> Tensor:
+        normed = self.norm1(x)
+        return self.add_mlp(x, normed, self.attn(normed, memory, mask))
+
     def add_mlp(self, x: Tensor, normed: Tensor, mixed: Tensor) -> Tensor:
-        x = self.dropout.add(x, self.scale1(mixed))
+        """x, what attention mixed of normed, and the MLP of both."""
+        x = self.dropout(self.scale1(mixed), x)
         if self.mlp is None or self.norm2 is None:
             return x
-        return self.dropout.add(x, self.scale2(self.mlp(self.norm2(x))))
-
-    def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """context (B, N, C) of cross-attention -> its keys and values (B, K, N, d)."""
-        return self.attn.project_context(self.norm_context(context))
-
-    def look_at(self, images: SharedImages) -> SeenTokens:
-        """The images as this block looks at them without keys and values."""
-        return SeenTokens(images, self.attn.kv_proj, self.norm_context, self.attn.num_kv_heads)
+        return self.dropout(self.scale2(self.mlp(self.norm2(x))), x)
 
     def context_modules(self) -> list[nn.Module]:
-        """What `project_context` consists of."""
+        """What prepares a context: its norm, and the projection to keys and values."""
         norm = self.norm_context
         return [self.attn.kv_proj] if isinstance(norm, nn.Identity) else [norm, self.attn.kv_proj]
 
     def compile_parts(self) -> None:
         """Compiles what acts on single positions after attention, for any number of them."""
         self.add_mlp = torch.compile(self.add_mlp, dynamic=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, D), everything sees everything (image encoders)."""
-        return self._run(self._attend, x)
-
-    def self_attend(self, x: Tensor, layout: TextLayout, mask: Mask = CAUSAL) -> Tensor:
-        """x (S, D) packed words, which see of their text what the mask lets them see."""
-        return self._run(self._self_attend, x, layout, mask)
-
-    def cross_attend(self, x: Tensor, images: LookedAt) -> Tensor:
-        """x (S, D) packed words, which see all of their image."""
-        return self._run(self._cross_attend, x, images)
-
-    def step(self, x: Tensor, memory: WordMemory, words: NextWords) -> Tensor:
-        """x (R x T, D): the next words of texts, which see the words in memory; without gradient."""
-        normed = self.norm1(x)
-        queries, keys_values = self.attn.project(normed, words.positions)
-        return self.add_mlp(x, normed, self.attn.out_proj(memory.attend(queries, keys_values, words)))
-
-    def step_across(self, x: Tensor, images: ImageMemory) -> Tensor:
-        """x (R x T, D): the next words of texts, which see their images; without gradient."""
-        normed = self.norm1(x)
-        return self.add_mlp(x, normed, self.attn.out_proj(images.attend(self.attn.queries(normed))))
-
-    def _run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(function, *arguments, use_reentrant=False)  # pyright: ignore[reportReturnType]
-        return function(*arguments)
-
-    def _attend(self, x: Tensor) -> Tensor:
-        normed = self.norm1(x)
-        return self.add_mlp(x, normed, self.attn(normed))
-
-    def _self_attend(self, x: Tensor, layout: TextLayout, mask: Mask) -> Tensor:
-        normed = self.norm1(x)
-        return self.add_mlp(x, normed, self.attn.self_attend(normed, layout, mask))
-
-    def _cross_attend(self, x: Tensor, images: LookedAt) -> Tensor:
-        normed = self.norm1(x)
-        return self.add_mlp(x, normed, self.attn.cross_attend(normed, images))
 
 
 class ParallelBlock(TransformerBlock):
@@ -195,7 +123,7 @@ class ParallelBlock(TransformerBlock):
     def add_mlp(self, x: Tensor, normed: Tensor, mixed: Tensor) -> Tensor:
         if self.mlp is not None:
             mixed = mixed + self.mlp(normed)
-        return self.dropout.add(x, mixed)
+        return self.dropout(mixed, x)
 
 
 def _make_scale(config: BlockConfig) -> nn.Module:

@@ -6,15 +6,16 @@ Letters: B batch, T text positions, S real positions of the whole batch, D width
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from opencoca.model.kernels.choice import Mask
-from opencoca.model.kernels.packed_attention import Buckets
+from opencoca.model.kernels.packed_attention import Buckets, running_index
 
 
 @dataclass(frozen=True)
@@ -22,77 +23,47 @@ class TextLayout:
     """The real positions of a batch of texts, row by row.
 
     batch_size, length: B and T of the padded form; rows are padded at their end.
-    slots: (S,) where each real position stands in the flattened (B * T) padded form, None if all are real.
-    positions: (S,) position of each within its text, from 0.
-    visible: (B, N) which of the N positions (cached ones included) attention may see; None = all real ones. Where
-        texts share a cache row: (rows, texts of a row x T, N), for each position what it may see.
+    lengths: (B,) how many real positions each text has; positions: (S,) of each within its text, from 0.
+    slots: (S,) where each stands in the flattened (B * T) padded form, None if all are real.
+    hidden: (S,) which of them attention does not see, never the first of a text; None = it sees all.
     """
 
     batch_size: int
     length: int
-    slots: Tensor | None
+    lengths: Tensor
     positions: Tensor
-    visible: Tensor | None = None
+    slots: Tensor | None
+    hidden: Tensor | None = None
+    _image_buckets: dict[int, Buckets] = field(default_factory=dict, repr=False)
 
     @staticmethod
-    def from_mask(token_mask: Tensor) -> "TextLayout":
-        """Layout of token_mask (B, T), True = real. Padding may stand anywhere; it is moved to the end."""
-        batch_size, width = token_mask.shape
-        lengths = token_mask.sum(dim=1)
+    def of(lengths: Tensor) -> "TextLayout":
+        """Layout of texts of these lengths (B,)."""
+        batch_size = len(lengths)
         length = int(lengths.max()) if batch_size else 0
-        if int(lengths.sum()) == batch_size * width:
-            return TextLayout.dense(batch_size, width, token_mask.device)
-        rank = token_mask.cumsum(dim=1) - 1
-        rows = torch.arange(batch_size, device=token_mask.device).unsqueeze(1)
-        slots = (rows * length + rank)[token_mask]
-        return TextLayout(batch_size, length, slots, rank[token_mask])
-
-    @staticmethod
-    def dense(batch_size: int, length: int, device: torch.device | str, start: int = 0) -> "TextLayout":
-        """Layout without padding whose rows begin at position ``start``."""
-        positions = torch.arange(start, start + length, device=device).repeat(batch_size)
-        return TextLayout(batch_size, length, None, positions)
-
-    @cached_property
-    def lengths(self) -> Tensor:
-        """(B,) real positions of each text."""
-        if self.slots is None:
-            return torch.full((self.batch_size,), self.length, device=self.positions.device)
-        return torch.bincount(self.slots // self.length, minlength=self.batch_size)
+        positions = running_index(lengths)
+        if len(positions) == batch_size * length:
+            return TextLayout(batch_size, length, lengths, positions, None)
+        rows = torch.arange(batch_size, device=lengths.device).repeat_interleave(lengths, output_size=len(positions))
+        return TextLayout(batch_size, length, lengths, positions, rows * length + positions)
 
     @cached_property
     def buckets(self) -> Buckets:
         """The texts with their like, for attention on a CPU."""
-        return Buckets.by_length(self.lengths)
-
-    @cached_property
-    def hidden(self) -> Tensor | None:
-        """(S,) which real positions attention does not see, where there are no cached ones; None = it sees all."""
-        return None if self.visible is None else ~self.pack(self.visible)
-
-    def mask(self, mask: Mask) -> Mask:
-        """The mask over padded texts: what this layout hides is hidden, and so is padding where it could be seen."""
-        visible = self.visible
-        if visible is None and mask.kind != "causal" and self.slots is not None:
-            visible = torch.arange(self.length, device=self.positions.device) < self.lengths[:, None]
-        if visible is None:
-            return mask
-        seen = visible[:, None] & mask.visible if mask.visible is not None else visible
-        return mask._replace(visible=seen)
+        return Buckets.of(self.lengths)
 
     def image_buckets(self, group: int) -> Buckets:
         """Rows of ``group`` consecutive texts, all texts of one image, one after another without gaps."""
         if group not in self._image_buckets:
-            self._image_buckets[group] = Buckets.single(self.words_per_image(group))
+            self._image_buckets[group] = Buckets.of(self.lengths.view(-1, group).sum(dim=1), rounding=None)
         return self._image_buckets[group]
 
-    def words_per_image(self, group: int) -> Tensor:
-        """(B / group,) words of the consecutive texts that each image has."""
-        return self.lengths.view(-1, group).sum(dim=1)
-
-    @cached_property
-    def _image_buckets(self) -> dict[int, Buckets]:
-        return {}
+    def mask(self, mask: Mask) -> Mask:
+        """The mask over padded texts: what this layout hides is hidden, and so is padding where it could be seen."""
+        if self.hidden is None and (self.slots is None or mask.kind == "causal"):
+            return mask
+        visible = self.pad(torch.ones_like(self.positions, dtype=torch.bool) if self.hidden is None else ~self.hidden)
+        return mask._replace(visible=visible if mask.visible is None else visible[:, None] & mask.visible)
 
     def pad(self, packed: Tensor) -> Tensor:
         """(S, ...) -> (B, T, ...), zeros where there is no word."""
@@ -103,7 +74,7 @@ class TextLayout:
     def pack(self, padded: Tensor) -> Tensor:
         """(B, T, ...) -> (S, ...)."""
         flat = padded.reshape(self.batch_size * self.length, *padded.shape[2:])
-        return flat if self.slots is None else take_rows(flat, self.slots)
+        return flat if self.slots is None else TakeRows.apply(flat, self.slots)
 
     def pad_heads(self, packed: Tensor, parts: int, head_dim: int, group: int = 1) -> Tensor:
         """(S, parts * H * d) -> (parts, B / group, H, group * T, d): padded and split into heads in one copy.
@@ -125,7 +96,7 @@ class TextLayout:
         if self.slots is None:
             return padded.transpose(1, 2).reshape(self.batch_size * self.length, num_heads * head_dim)
         slots = self._head_slots(self.slots, 1, num_heads, group)
-        return take_rows(padded.reshape(-1, head_dim), slots).view(-1, num_heads * head_dim)
+        return TakeRows.apply(padded.reshape(-1, head_dim), slots).view(-1, num_heads * head_dim)
 
     def _head_slots(self, slots: Tensor, parts: int, num_heads: int, group: int) -> Tensor:
         """(S * parts * H,) where each vector of a packed row stands in the flattened padded form."""
@@ -137,18 +108,17 @@ class TextLayout:
         return (first[:, None, None] + kinds[None, :, None] + heads).flatten()
 
 
-def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x (R, ...) and distinct rows (S,) -> (S, ...)."""
-    return _TakeRows.apply(x, rows)
-
-
 def put_rows(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     """x (S, ...) and distinct rows (S,) -> (num_rows, ...) with x in these rows and zeros in the others."""
-    return _PutRows.apply(x, rows, num_rows)
+    return x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, rows, x)
 
 
-class _TakeRows(torch.autograd.Function):
-    # The general gather must add up gradients of rows that were taken twice; knowing that none is, we copy.
+class TakeRows(torch.autograd.Function):
+    """x (R, ...) and distinct rows (S,) -> (S, ...).
+
+    The gradient of a general gather must add up what was taken twice; here, where nothing is, it is a copy.
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
@@ -157,19 +127,37 @@ class _TakeRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return _put(grad_outputs[0], ctx.saved_tensors[0], ctx.num_rows), None
+        return put_rows(grad_outputs[0], ctx.saved_tensors[0], ctx.num_rows), None
 
 
-class _PutRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-        ctx.save_for_backward(rows)
-        return _put(x, rows, num_rows)
+class PackedTexts(NamedTuple):
+    """Texts as a decoder's blocks take them, packed.
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        return grad_outputs[0].index_select(0, ctx.saved_tensors[0]), None, None
+    ids: of what is embedded as words, standing at rows of the layout. cls_rows (B,): the rows of [CLS], if it is there.
+    words: the layout of the words alone, which stand at word_rows of the whole.
+    """
+
+    ids: Tensor
+    rows: Tensor
+    layout: TextLayout
+    cls_rows: Tensor
+    words: TextLayout
+    word_rows: Tensor
 
 
-def _put(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    return x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, rows, x)
+TextPacker = Callable[[Tensor, Tensor, bool], PackedTexts]
+
+
+def pack_texts(token_ids: Tensor, mask: Tensor, with_cls: bool) -> PackedTexts:
+    """token_ids, mask (B, T), True = real -> the words of each text, one after another, and then its [CLS].
+
+    Padding may stand anywhere: it is left out.
+    """
+    ids, lengths = token_ids[mask], mask.sum(dim=1)
+    words = TextLayout.of(lengths)
+    rows = torch.arange(len(ids), device=ids.device)
+    if not with_cls:
+        return PackedTexts(ids, rows, words, rows[:0], words, rows)
+    # Every text before a word has brought a [CLS].
+    rows = rows + torch.arange(len(lengths), device=ids.device).repeat_interleave(lengths, output_size=len(ids))
+    return PackedTexts(ids, rows, TextLayout.of(lengths + 1), (lengths + 1).cumsum(dim=0) - 1, words, rows)

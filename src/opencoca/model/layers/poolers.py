@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from opencoca.model.config import BlockConfig, CoCaConfig, HeadConfig
-from opencoca.model.layers.attention import Attention
-from opencoca.model.layers.blocks import Dropout, make_norm
+from opencoca.model.kernels.dropout import Dropout
+from opencoca.model.layers.attention import Attention, Padded
+from opencoca.model.layers.blocks import make_norm
 
 
 class PooledImage(NamedTuple):
@@ -46,7 +47,7 @@ class AttentionalPooler(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         context = self.norm_context(features)
         query = self.norm_query(self.query).to(context.dtype).unsqueeze(0)
-        return self.norm(self.attn(query, context))
+        return self.norm(self.attn(query, Padded(*self.attn.project_context(context))))
 
 
 class TaskHead(nn.Module):
