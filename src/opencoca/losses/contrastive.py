@@ -6,6 +6,7 @@ alone, and nothing but embeddings and four numbers a row goes between processes.
 Letters: I images and B texts of one process, E embed_dim, R rows of a chunk, N rows or columns of all processes.
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -96,13 +97,18 @@ class _InfoNCE(torch.autograd.Function):
         wide = torch.promote_types(torch.promote_types(images.dtype, texts.dtype), torch.float32)
         ctx.dtypes = images.dtype, texts.dtype, scale.dtype
         images, texts, scale = images.to(wide), texts.to(wide), scale.to(wide)
-        counts = world.gather_counts(len(images), len(texts))
-        image_counts, text_counts = ([count[kind] for count in counts] for kind in (0, 1))
-        image_side = _Side(images, image_ids, image_counts, world)
-        text_side = _Side(texts, text_ids, text_counts, world)
-        image_sums = image_side.sum_rows(text_side, scale, chunk_rows)
-        text_sums = text_side.sum_rows(image_side, scale, chunk_rows)
-        all_images, all_texts = image_side.gather(image_sums), text_side.gather(text_sums)
+        all_counts = world.gather_counts(len(images), len(texts))
+        counts = [[count[kind] for count in all_counts] for kind in (0, 1)]
+        image_side, text_side = (
+            _Side(rows, ids, world.gather_rows(rows, count), world.gather_rows(ids, count))
+            for rows, ids, count in zip((images, texts), (image_ids, text_ids), counts, strict=True)
+        )
+        image_sums = _sum_rows(image_side, text_side, scale, chunk_rows)
+        text_sums = _sum_rows(text_side, image_side, scale, chunk_rows)
+        all_images, all_texts = (
+            _RowSums(*world.gather_rows(torch.stack(sums, dim=1), count).unbind(dim=1))
+            for sums, count in zip((image_sums, text_sums), counts, strict=True)
+        )
         num_pairs = all_texts.pairs.sum()
         if not bool(all_texts.pairs.all()):
             raise ValueError("a text describes an image that is not in the batch")
@@ -111,7 +117,7 @@ class _InfoNCE(torch.autograd.Function):
             (ctx.needs_input_grad[0], image_side, text_side, image_sums, all_texts),
             (ctx.needs_input_grad[1] or ctx.needs_input_grad[2], text_side, image_side, text_sums, all_images),
         ):
-            grad = side.gradient(other, scale, row_sums, column_sums, chunk_rows) if wanted else None
+            grad = _gradient(side, other, scale, (row_sums, column_sums), chunk_rows) if wanted else None
             grads.append(None if grad is None else grad / num_pairs)
         if grads[1] is not None:
             # The scale multiplies every logit, and each belongs to one row of one process's texts.
@@ -130,55 +136,50 @@ class _InfoNCE(torch.autograd.Function):
         return (*grads, None, None, None, None)
 
 
-class _Side:
+class _Side(NamedTuple):
     """The embeddings and ids of the images, or of the texts: this process's rows, and those of all as columns."""
 
-    def __init__(self, rows: Tensor, ids: Tensor, counts: list[int], world: World):
-        self.rows, self.ids, self.counts, self.world = rows, ids, counts, world
-        self.columns, self.column_ids = world.gather_rows(rows, counts), world.gather_rows(ids, counts)
-
-    def gather(self, sums: _RowSums) -> _RowSums:
-        """The sums of the rows of all processes."""
-        packed = torch.stack(sums, dim=1)
-        return _RowSums(*self.world.gather_rows(packed, self.counts).unbind(dim=1))
-
-    def sum_rows(self, other: "_Side", scale: Tensor, chunk_rows: int | None) -> _RowSums:
-        """The sums of every row of this side over the columns of the other."""
-        parts = [torch.stack(_sum_chunk(*chunk)) for _, *chunk in self._chunks(other, scale, chunk_rows)]
-        return _RowSums(*torch.cat(parts, dim=1) if parts else self.rows.new_zeros(4, 0))
-
-    def gradient(
-        self, other: "_Side", scale: Tensor, row_sums: _RowSums, column_sums: _RowSums, chunk_rows: int | None
-    ) -> Tensor:
-        """(rows, E): of the losses of all pairs in both directions, by this side's rows."""
-        grad = torch.zeros_like(self.rows)
-        for rows, logits, is_pair in self._chunks(other, scale, chunk_rows):
-            own = _RowSums(*(values[rows, None] for values in row_sums))
-            shares = own.slopes * (logits - own.negatives).exp_()
-            shares += column_sums.slopes * (logits - column_sums.negatives).exp_()
-            at = is_pair.nonzero(as_tuple=True)
-            of_pairs = logits[at]
-            shares[at] = -torch.sigmoid(own.negatives[at[0], 0] - of_pairs)
-            shares[at] -= torch.sigmoid(column_sums.negatives[at[1]] - of_pairs)
-            torch.mm(shares, other.columns, out=grad[rows])
-        return grad.mul_(scale)
-
-    def _chunks(self, other: "_Side", scale: Tensor, chunk_rows: int | None):
-        """Slices of the rows, their logits (R, N) and which of these are pairs."""
-        if chunk_rows is None:
-            chunk_rows = max(1, CHUNK_SIMILARITIES // max(1, len(other.columns)))
-        for start in range(0, len(self.rows), chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            logits = (scale * self.rows[rows]) @ other.columns.T
-            yield rows, logits, self.ids[rows, None] == other.column_ids
+    rows: Tensor
+    ids: Tensor
+    columns: Tensor
+    column_ids: Tensor
 
 
-def _sum_chunk(logits: Tensor, is_pair: Tensor) -> _RowSums:
-    negatives = logits.masked_fill(is_pair, -torch.inf).logsumexp(dim=1)
-    row, column = is_pair.nonzero(as_tuple=True)
-    gaps = negatives[row] - logits[row, column]  # -inf where a row has no negatives: no loss, no slope
-    sums = logits.new_zeros(3, len(logits))
-    sums.index_add_(
-        1, row, torch.stack((torch.logaddexp(gaps, gaps.new_zeros(())), gaps.sigmoid(), torch.ones_like(gaps)))
-    )
-    return _RowSums(negatives, *sums)
+def _chunks(side: _Side, other: _Side, scale: Tensor, chunk_rows: int | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yields slices of a side's rows, their logits (R, N) and which of these are pairs."""
+    if chunk_rows is None:
+        chunk_rows = max(1, CHUNK_SIMILARITIES // max(1, len(other.columns)))
+    for start in range(0, len(side.rows), chunk_rows):
+        rows = slice(start, start + chunk_rows)
+        logits = (scale * side.rows[rows]) @ other.columns.T
+        yield rows, logits, side.ids[rows, None] == other.column_ids
+
+
+def _sum_rows(side: _Side, other: _Side, scale: Tensor, chunk_rows: int | None) -> _RowSums:
+    """The sums of every row of a side over the columns of the other."""
+    parts = [side.rows.new_zeros(4, 0)]
+    for _, logits, is_pair in _chunks(side, other, scale, chunk_rows):
+        negatives = logits.masked_fill(is_pair, -torch.inf).logsumexp(dim=1)
+        row, column = is_pair.nonzero(as_tuple=True)
+        gaps = negatives[row] - logits[row, column]  # -inf where a row has no negatives: no loss, no slope
+        of_pairs = torch.stack((torch.logaddexp(gaps, gaps.new_zeros(())), gaps.sigmoid(), torch.ones_like(gaps)))
+        sums = logits.new_zeros(3, len(logits)).index_add_(1, row, of_pairs)
+        parts.append(torch.cat((negatives[None], sums)))
+    return _RowSums(*torch.cat(parts, dim=1))
+
+
+def _gradient(
+    side: _Side, other: _Side, scale: Tensor, sums: tuple[_RowSums, _RowSums], chunk_rows: int | None
+) -> Tensor:
+    """(rows, E): of the losses of all pairs in both directions, by a side's rows; sums: of its rows, of all columns."""
+    grad, (row_sums, columns) = torch.zeros_like(side.rows), sums
+    for rows, logits, is_pair in _chunks(side, other, scale, chunk_rows):
+        own = _RowSums(*(values[rows, None] for values in row_sums))
+        shares = own.slopes * (logits - own.negatives).exp_()
+        shares += columns.slopes * (logits - columns.negatives).exp_()
+        at = is_pair.nonzero(as_tuple=True)
+        of_pairs = logits[at]
+        shares[at] = -torch.sigmoid(own.negatives[at[0], 0] - of_pairs)
+        shares[at] -= torch.sigmoid(columns.negatives[at[1]] - of_pairs)
+        torch.mm(shares, other.columns, out=grad[rows])
+    return grad.mul_(scale)

@@ -22,7 +22,7 @@ from opencoca.model.encoders.vit import VisionTransformer
 from opencoca.model.init import init_weights
 from opencoca.model.kernels.image_attention import FoldedImages
 from opencoca.model.kernels.linear import Linear
-from opencoca.model.layers.attention import CachedWords, LookedAt, Memories, NextWords, SeenImages, WordMemory
+from opencoca.model.layers.attention import CachedWords, Memories, NextWords, SeenImages, WordMemory
 from opencoca.model.layers.layout import TakeRows, TextLayout
 from opencoca.model.layers.poolers import ImagePooling, PooledImage, TaskHead
 from opencoca.model.structure import Part, Structure, numbered
@@ -210,7 +210,8 @@ class CoCa(nn.Module):
 
     def decode(self, words: Words, image_tokens: Tensor) -> Tensor:
         """words of B texts, image_tokens (I, Q, D) -> hidden (B, T, D), zeros at padding."""
-        return words.layout.pad(self._decode(words, self.multimodal_decoder.look_at(words, image_tokens)))
+        seen = self.multimodal_decoder.look_at(words, image_tokens)
+        return words.layout.pad(self.multimodal_decoder(words.states, words.layout, seen))
 
     def logits(self, images: Tensor, token_ids: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Next-word logits (B, T, V) after every word, for those who want them all; training never builds them."""
@@ -227,10 +228,8 @@ class CoCa(nn.Module):
 
     def hidden_states(self, words: Words, keys_values: list[tuple[Tensor, Tensor]]) -> Tensor:
         """words of B texts over the keys and values of I images -> hidden (S, D), packed as the words are."""
-        return self._decode(words, [SeenImages(*pair, words.layout) for pair in keys_values])
-
-    def _decode(self, words: Words, images: Sequence[LookedAt]) -> Tensor:
-        return self.multimodal_decoder(words.states, [words.layout] * len(images), images)
+        seen = [SeenImages(*pair, words.layout) for pair in keys_values]
+        return self.multimodal_decoder(words.states, words.layout, seen)
 
     def decoder_modules(self) -> tuple[nn.Module, ...]:
         """What `step` passes through."""
@@ -277,8 +276,8 @@ class CoCa(nn.Module):
         images (I, 3, height, width), or what the image encoder's stage ``from_stage`` takes (its cached features);
         token_ids (B, T), token_mask (B, T) True = real. A half that is switched off costs nothing.
         """
-        features = self.image_features(images, from_stage)
-        image_tokens, image_vector = self.pool_features(features, captioning, contrastive)
+        features = self.image_encoder.run_stages(images, from_stage, self.image_encoder.num_stages)
+        image_tokens, image_vector = self.image_pooling(features, captioning, contrastive)
         image_embed = None if image_vector is None else _unit(self.image_proj(image_vector))
         words, cls = self.unimodal_decoder(token_ids, token_mask, with_cls=contrastive)
         text_embed = None if cls is None else _unit(self.text_proj(cls))
@@ -287,7 +286,8 @@ class CoCa(nn.Module):
             mask = torch.ones_like(token_ids, dtype=torch.bool) if token_mask is None else token_mask.bool()
             words, next_ids = _words_with_a_next(words, token_ids[mask])
             assert image_tokens is not None
-            hidden = self._decode(words, self.multimodal_decoder.look_at(words, image_tokens))
+            seen = self.multimodal_decoder.look_at(words, image_tokens)
+            hidden = self.multimodal_decoder(words.states, words.layout, seen)
         return CoCaOutput(image_embed, text_embed, hidden, next_ids, self.logit_scale)
 
 

@@ -128,12 +128,13 @@ class MultimodalDecoder(nn.Module):
         self.layers: Sequence[MultimodalLayer] = layers  # pyright: ignore[reportAttributeAccessIssue]
         self.norm = make_norm(config.multimodal_block())
 
-    def forward(self, x: Tensor, words: Sequence[TextLayout | CachedWords], images: Sequence[LookedAt]) -> Tensor:
+    def forward(self, x: Tensor, words: TextLayout | Sequence[CachedWords], images: Sequence[LookedAt]) -> Tensor:
         """x (S, D): states of packed words -> hidden (S, D).
 
-        words, images: for each layer, where the words stand or what it keeps of those before, and what it looks at.
+        words: where they stand, or what each layer keeps of the words before them; images: what each layer looks at.
         """
-        for layer, own, image in zip(self.layers, words, images, strict=True):
+        own_words = [words] * len(images) if isinstance(words, TextLayout) else words
+        for layer, own, image in zip(self.layers, own_words, images, strict=True):
             x = layer(x, own, image)
         return self.norm(x)
 

@@ -140,17 +140,6 @@ def test_train_mode_computes_what_eval_mode_does(encoder: EfficientNetLite):
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
 
 
-def test_folded_encoder_is_equal(encoder: EfficientNetLite):
-    images = torch.randn(2, 3, 64, 48)
-    names = set(encoder.state_dict())
-    folded = encoder.fold_batch_norm()
-    with torch.no_grad():
-        torch.testing.assert_close(folded(images), encoder(images), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(folded.fold_batch_norm()(images), folded(images))
-    assert not any("norm" in name for name in folded.state_dict())
-    assert set(encoder.state_dict()) == names
-
-
 def test_gradients_reach_every_trainable_parameter_and_no_frozen_one():
     encoder = EfficientNetLite(0)
     randomize_norms(encoder)
@@ -204,11 +193,6 @@ def test_imagenet_weights_fill_every_tensor(variant: int, include_head: bool):
         tensor.fill_(math.nan)
     load_imagenet_weights(encoder)
     assert all(tensor.isfinite().all() for tensor in encoder.state_dict().values())
-
-
-def test_imagenet_weights_are_not_loaded_into_a_folded_encoder(pretrained: EfficientNetLite):
-    with pytest.raises(ValueError, match="fold"):
-        load_imagenet_weights(pretrained.fold_batch_norm())
 
 
 def test_missing_weights_package_names_the_extra(monkeypatch: pytest.MonkeyPatch):

@@ -6,8 +6,8 @@ stem and head of one width whatever the multiplier. Both make it cheap on a CPU.
 B batch, H W image height and width, h w feature map height and width, N = h * w image features, D width.
 """
 
-import copy
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -108,17 +108,6 @@ class EfficientNetLite(nn.Module):
             x = stage(x)
         return x
 
-    def fold_batch_norm(self) -> "EfficientNetLite":
-        """An equal encoder, for inference, whose batch normalisations are inside of its convolutions.
-
-        The copy shares nothing with this encoder, and its state dict has other names.
-        """
-        folded = copy.deepcopy(self)
-        for module in folded.modules():
-            if isinstance(module, ConvNorm):
-                module.fold()
-        return folded
-
 
 class InvertedBottleneck(nn.Module):
     """Expand by a 1x1 convolution, filter each channel, project back, and add the input where the shape allows it.
@@ -161,50 +150,30 @@ class ConvNorm(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, groups=groups, bias=False)
         # Without batch statistics nothing else keeps the size of untrained activations through the depth.
         nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu" if activation else "linear")
-        self.norm: FrozenBatchNorm | None = FrozenBatchNorm(out_channels)
+        self.norm = FrozenBatchNorm(out_channels)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
+        conv, norm = self.conv, self.norm
+        # The backward pass of a depthwise convolution is several times slower on a CPU in bfloat16 than in float32.
         is_cpu_training = x.device.type == "cpu" and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
-        if is_cpu_training and self.conv.groups > 1:
-            # The backward pass of a depthwise convolution is several times slower on a CPU in bfloat16 than in float32.
-            with torch.autocast("cpu", enabled=False):
-                return self._convolve(x.to(self.conv.weight.dtype))
-        return self._convolve(x)
-
-    def _convolve(self, x: Tensor) -> Tensor:
-        weight, bias = self._folded()
-        conv = self.conv
-        pad_top, pad_bottom = _same_padding(x.shape[-2], conv.kernel_size[0], conv.stride[0])
-        pad_left, pad_right = _same_padding(x.shape[-1], conv.kernel_size[1], conv.stride[1])
-        padding = (pad_top, pad_left)
-        if (pad_top, pad_left) != (pad_bottom, pad_right):
-            x = F.pad(x, (pad_left, pad_right, pad_top, pad_bottom))
-            padding = (0, 0)
-        x = F.conv2d(x, weight, bias, conv.stride, padding, groups=conv.groups)
-        return F.relu6(x, inplace=True) if self.activation else x
-
-    def fold(self) -> None:
-        """Store the normalisation in the convolution's weight and bias, and drop it."""
-        if self.norm is None:
-            return
-        with torch.no_grad():
-            weight, bias = self._folded()
-        self.conv.weight = nn.Parameter(weight)
-        self.conv.bias = nn.Parameter(bias)
-        self.norm = None
-
-    def _folded(self) -> tuple[Tensor, Tensor]:
-        """The weight (C_out, C_in / groups, k, k) and bias (C_out,) that do the work of convolution and norm."""
-        if self.norm is None:
-            assert self.conv.bias is not None
-            return self.conv.weight, self.conv.bias
-        scale, shift = self.norm.scale_and_shift()
-        return self.conv.weight * scale[:, None, None, None], shift
+        in_float32 = is_cpu_training and conv.groups > 1
+        x = x.to(conv.weight.dtype) if in_float32 else x
+        with torch.autocast("cpu", enabled=False) if in_float32 else nullcontext():
+            scale = norm.weight * torch.rsqrt(norm.running_var + _NORM_EPS)
+            weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+            pad_top, pad_bottom = _same_padding(x.shape[-2], conv.kernel_size[0], conv.stride[0])
+            pad_left, pad_right = _same_padding(x.shape[-1], conv.kernel_size[1], conv.stride[1])
+            padding = (pad_top, pad_left)
+            if (pad_top, pad_left) != (pad_bottom, pad_right):
+                x = F.pad(x, (pad_left, pad_right, pad_top, pad_bottom))
+                padding = (0, 0)
+            x = F.conv2d(x, weight, bias, conv.stride, padding, groups=conv.groups)
+            return F.relu6(x, inplace=True) if self.activation else x
 
 
 class FrozenBatchNorm(nn.Module):
-    """The scale and shift, each (C,), of a batch normalisation that keeps to its stored statistics."""
+    """What a batch normalisation that keeps to its stored statistics consists of, each (C,)."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -215,10 +184,6 @@ class FrozenBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_channels))
         self.register_buffer("running_mean", torch.zeros(num_channels))
         self.register_buffer("running_var", torch.ones(num_channels))
-
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        scale = self.weight * torch.rsqrt(self.running_var + _NORM_EPS)
-        return scale, self.bias - self.running_mean * scale
 
 
 class _FlattenMap(nn.Module):

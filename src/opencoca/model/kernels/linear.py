@@ -55,20 +55,16 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (R, D), or (..., D) -> (R, F), or (..., F)."""
-        weight = self._weight_for_onednn(x)
+        weight = None
+        if x.is_cpu and x.dtype == self.weight.dtype and not torch.is_grad_enabled():
+            packed = self._packed() if self._packed is not None and x.dim() == 2 and x.shape[0] <= _MOST_ROWS else None
+            if packed is not None and packed.state == _state_of(self.weight) and not torch.is_autocast_enabled("cpu"):
+                weight = packed.weight
+            elif x.dtype == torch.float32 and x.numel() * self.out_features >= _FEWEST_PRODUCTS:
+                weight = self.weight if _leaves_mkl() and not _is_observed(x) else None
         if weight is None:
-            return super().forward(x)
+            return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
-
-    def _weight_for_onednn(self, x: Tensor) -> Tensor | None:
-        """The weight, rearranged if that has been done, if oneDNN is to compute this product."""
-        if torch.is_grad_enabled() or x.dtype != self.weight.dtype or not x.is_cpu:
-            return None
-        packed = self._packed() if self._packed is not None and x.dim() == 2 and x.shape[0] <= _MOST_ROWS else None
-        if packed is not None and packed.state == _state_of(self.weight) and not torch.is_autocast_enabled("cpu"):
-            return packed.weight
-        is_large = x.dtype == torch.float32 and x.numel() * self.out_features >= _FEWEST_PRODUCTS
-        return self.weight if is_large and _leaves_mkl() and not _is_observed(x) else None
 
 
 @torch.no_grad()
@@ -155,8 +151,6 @@ def _state_of(weight: Tensor) -> tuple[int, int, torch.dtype]:
 
 
 def _can_pack(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or weight.dtype not in _DTYPES:
-        return False
-    if not _has_onednn():
+    if weight.device.type != "cpu" or weight.dtype not in _DTYPES or not _has_onednn():
         return False
     return weight.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()

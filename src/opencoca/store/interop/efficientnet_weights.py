@@ -51,13 +51,8 @@ def load_imagenet_weights(encoder: EfficientNetLite) -> None:
     """Fills the encoder, in place, with the ImageNet weights of its variant; the classifier is left out.
 
     Raises:
-        ValueError: the package with the weights is not installed, its file does not fit the encoder, or the
-            encoder's batch normalisations are folded already.
+        ValueError: the package with the weights is not installed, or its file does not fit the encoder.
     """
-    if any(module.norm is None for module in encoder.modules() if isinstance(module, ConvNorm)):
-        raise ValueError(
-            "The encoder's batch normalisations are folded; load ImageNet weights before fold_batch_norm()."
-        )
     path = _find_weights(encoder.variant)
     tensors = torch.load(path, map_location="cpu", weights_only=True)
     left_out = (_CLASSIFIER,) if encoder.include_head else (_CLASSIFIER, *_HEAD)
