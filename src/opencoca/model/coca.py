@@ -23,7 +23,6 @@ from opencoca.model.init import init_weights
 from opencoca.model.kernels.image_attention import FoldedImages
 from opencoca.model.kernels.linear import Linear
 from opencoca.model.layers.attention import CachedWords, Memories, NextWords, SeenImages, WordMemory
-from opencoca.model.layers.layout import TakeRows, TextLayout
 from opencoca.model.layers.poolers import ImagePooling, PooledImage, TaskHead
 from opencoca.model.structure import Part, Structure, numbered
 from opencoca.model.text_decoder import MultimodalDecoder, UnimodalDecoder, Words
@@ -136,11 +135,7 @@ class CoCa(nn.Module):
         unused = self.image_pooling.unused(captioning, contrastive)
         unused += [] if self.task_head is None else [self.task_head]
         if not captioning:
-            unused += (
-                [self.multimodal_decoder]
-                if self.config.text.tie_embeddings
-                else [self.multimodal_decoder, self.lm_head]
-            )
+            unused += [self.multimodal_decoder, *([] if self.config.text.tie_embeddings else [self.lm_head])]
         if not contrastive:
             unused += [self.unimodal_decoder.norm, self.text_proj, self.image_proj]
             yield from (self.unimodal_decoder.cls_embed, self.log_logit_scale)
@@ -189,11 +184,11 @@ class CoCa(nn.Module):
 
     def pool_features(self, features: Tensor, captioning: bool = True, contrastive: bool = True) -> PooledImage:
         """features (I, N, C) -> the tokens and the vector of each image, as far as they are wanted."""
-        return self.image_pooling(features, captioning=captioning, contrastive=contrastive)
+        return self.image_pooling(features, captioning, contrastive)
 
     def pool_image(self, features: Tensor) -> ImageOutput:
         """features (I, N, C) of the image encoder -> tokens and embedding."""
-        tokens, vector = self.pool_features(features)
+        tokens, vector = self.image_pooling(features)
         assert tokens is not None
         assert vector is not None
         return ImageOutput(tokens, _unit(self.image_proj(vector)))
@@ -284,7 +279,7 @@ class CoCa(nn.Module):
         hidden = next_ids = None
         if captioning:
             mask = torch.ones_like(token_ids, dtype=torch.bool) if token_mask is None else token_mask.bool()
-            words, next_ids = _words_with_a_next(words, token_ids[mask])
+            words, next_ids = words.with_next(token_ids[mask])
             assert image_tokens is not None
             seen = self.multimodal_decoder.look_at(words, image_tokens)
             hidden = self.multimodal_decoder(words.states, words.layout, seen)
@@ -294,15 +289,3 @@ class CoCa(nn.Module):
 def _unit(x: Tensor) -> Tensor:
     """Scaled to length 1, in float32 at least."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-
-
-def _words_with_a_next(words: Words, ids: Tensor) -> tuple[Words, Tensor]:
-    """Leaves out the last word of every text, which has no label; ids (S,) -> the next word's id of each that stays."""
-    layout = words.layout
-    starts_text = layout.positions == 0
-    ends_text = torch.cat((starts_text[1:], starts_text.new_ones(1)))
-    kept = (~ends_text).nonzero().squeeze(1)
-    slots = kept if layout.slots is None else layout.slots[kept]
-    lengths = (layout.lengths - 1).clamp(min=0)
-    rest = TextLayout(layout.batch_size, layout.length, lengths, layout.positions[kept], slots)
-    return Words(TakeRows.apply(words.states, kept), rest), ids[kept + 1]

@@ -34,6 +34,16 @@ class Words:
         """(B, T, D), zeros at padding."""
         return self.layout.pad(self.states)
 
+    def with_next(self, ids: Tensor) -> tuple["Words", Tensor]:
+        """All words but the last of each text, and the next word's id of each; ids (S,) of all words."""
+        layout = self.layout
+        is_first = layout.positions == 0
+        kept = torch.cat((~is_first[1:], is_first.new_zeros(1))).nonzero().squeeze(1)
+        slots = kept if layout.slots is None else layout.slots[kept]
+        lengths = (layout.lengths - 1).clamp(min=0)
+        rest = TextLayout(layout.batch_size, layout.length, lengths, layout.positions[kept], slots)
+        return Words(TakeRows.apply(self.states, kept), rest), ids[kept + 1]
+
 
 class UnimodalOutput(NamedTuple):
     """words, and the [CLS] vector (B, D) of each text (None where it was not asked for)."""
