@@ -6,14 +6,15 @@ Letters: I images, B texts (as many as images where both meet), P cached positio
 E embed_dim, V vocabulary, L layers, K key-value heads, d head width.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opencoca.model.coca import CoCa
 from opencoca.model.config import Compat
-from opencoca.model.layers.attention import Attention, rotary_angles, rotate
-from opencoca.model.layers.blocks import TransformerBlock
+from opencoca.model.layers.attention import CachedWords, NextWords
 from opencoca.model.text_decoder import UnimodalDecoder
 
 _CLS_ID = -1
@@ -62,8 +63,7 @@ class TextGraph(nn.Module):
         visible = _visible(compat, torch.where(is_cls, _CLS_ID, ids))
         if visible is not None:
             mask = mask & visible[:, None, None, :]
-        for block in decoder.blocks:
-            x, _, _ = _self_attend(block, x, positions, mask)  # pyright: ignore[reportArgumentType]
+        x = decoder.step(x, [_Cache(mask)] * len(decoder.blocks), NextWords(positions, slice(0)))
         vector = decoder.norm((x * is_cls.unsqueeze(-1)).sum(dim=1))
         return F.normalize(self.proj(vector), dim=-1)
 
@@ -86,23 +86,18 @@ class DecoderGraph(nn.Module):
         columns = torch.arange(token_ids.shape[1], device=token_ids.device)
         past = unimodal_cache.shape[4]
         ids, new = token_ids[:, past:], columns[past:]
-        positions = new.expand(ids.shape)
+        words = NextWords(new.expand(ids.shape), slice(past, None))
         causal = new[:, None] >= columns
         visible = _visible(self.compat, token_ids)
         mask = causal if visible is None else causal & visible[:, None, None, :]
         x = _embed(self.unimodal, ids, new)
-        grown, caches = [], unimodal_cache.unbind(0)
-        for block, cache in zip(self.unimodal.blocks, caches, strict=True):
-            x, keys, values = _self_attend(block, x, positions, mask, cache)  # pyright: ignore[reportArgumentType]
-            grown.append(torch.stack((keys, values)))
-        unimodal_cache, grown = torch.stack(grown), []
-        every = zip(self.multimodal.layers, multimodal_cache.unbind(0), image_cache.unbind(0), strict=True)
-        for layer, cache, image in every:
-            x, keys, values = _self_attend(layer.self_block, x, positions, causal, cache)  # pyright: ignore
-            grown.append(torch.stack((keys, values)))
-            x = _cross_attend(layer.cross_block, x, image[0], image[1])  # pyright: ignore[reportArgumentType]
-        logits = self.lm_head(self.multimodal.norm(x[:, -1]))
-        return logits, unimodal_cache, torch.stack(grown)
+        own = [_Cache(mask, cache) for cache in unimodal_cache.unbind(0)]
+        x = self.unimodal.step(x, own, words)
+        later = [_Cache(causal, cache) for cache in multimodal_cache.unbind(0)]
+        images = [_Image(*image) for image in image_cache.unbind(0)]
+        x = self.multimodal(x, [CachedWords(cache, words) for cache in later], images)
+        grown = (torch.stack([cache.keys_values for cache in caches]) for caches in (own, later))
+        return self.lm_head(x[:, -1]), *grown
 
 
 def empty_cache(model: CoCa, batch_size: int, half: str, past: int = 0) -> Tensor:
@@ -131,44 +126,38 @@ def _visible(compat: Compat, ids: Tensor) -> Tensor | None:
     return torch.cat((first, visible[:, :-1] if compat.text_hide_next else visible[:, 1:]), dim=1)
 
 
-def _self_attend(
-    block: TransformerBlock, x: Tensor, positions: Tensor, mask: Tensor, cache: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs self-attention of x (B, T, D) over a cache (2, B, K, P, d); also returns the cache for the next step."""
-    attn, normed = block.attn, block.norm1(x)
-    queries = _heads(attn.q_proj(normed), attn)
-    keys, values = attn.project_context(normed)
-    if attn.rotary:
-        angles = (
-            rotary_angles(positions.flatten(), attn.head_dim, queries.dtype).unflatten(0, positions.shape).unsqueeze(1)
-        )
-        queries, keys = rotate(queries, angles), rotate(keys, angles)
-    if cache is not None:
-        keys, values = torch.cat((cache[0], keys), dim=2), torch.cat((cache[1], values), dim=2)
-    mixed = attn.out_proj(_attend(queries, keys, values, mask))
-    return block.add_mlp(x, normed, mixed), keys, values
+class _Cache:
+    """Keys and values (2, B, K, P, d) of the words before, to which `attend` adds the next ones."""
+
+    def __init__(self, mask: Tensor, keys_values: Tensor | None = None):
+        self.mask, self.keys_values = mask, keys_values
+
+    def attend(self, queries: Tensor, keys_values: Tensor, words: NextWords) -> Tensor:
+        """queries (B, T, H, d), keys and values (B, T, 2, K, d) -> what they mixed (B, T, H, d)."""
+        new = keys_values.permute(2, 0, 3, 1, 4)
+        if self.keys_values is not None:
+            new = self.keys_values = torch.cat((self.keys_values, new), dim=3)
+        return _attend(queries, new[0], new[1], self.mask)
 
 
-def _cross_attend(block: TransformerBlock, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    normed = block.norm1(x)
-    mixed = _attend(_heads(block.attn.q_proj(normed), block.attn), keys, values, None)
-    return block.add_mlp(x, normed, block.attn.out_proj(mixed))
+class _Image(NamedTuple):
+    """Keys and values (B, K, Q, d) of an image for each text."""
 
+    keys: Tensor
+    values: Tensor
 
-def _heads(queries: Tensor, attn: Attention) -> Tensor:
-    """Splits heads: (B, T, H * d) -> (B, H, T, d)."""
-    return queries.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2)
+    def attend(self, queries: Tensor) -> Tensor:
+        return _attend(queries, self.keys, self.values, None)
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Attends to keys and values (B, K, N, d): queries (B, H, T, d) -> (B, T, H * d).
+    """Attends to keys and values (B, K, N, d): queries (B, T, H, d) -> (B, T, H, d).
 
     mask: (T, N) or (B, 1, T, N), True = sees.
     """
     num_kv_heads, head_dim = keys.shape[1], queries.shape[3]
-    queries = queries.unflatten(1, (num_kv_heads, -1)) * head_dim**-0.5
+    queries = queries.transpose(1, 2).unflatten(1, (num_kv_heads, -1)) * head_dim**-0.5
     scores = queries @ keys.unsqueeze(2).transpose(-2, -1)
     if mask is not None:
         scores = scores.masked_fill(~(mask if mask.ndim == 2 else mask.unsqueeze(2)), float("-inf"))
-    mixed = scores.softmax(dim=-1) @ values.unsqueeze(2)
-    return mixed.flatten(1, 2).transpose(1, 2).flatten(2)
+    return (scores.softmax(dim=-1) @ values.unsqueeze(2)).flatten(1, 2).transpose(1, 2)

@@ -113,9 +113,9 @@ class Attention(nn.Module):
         keys_values = self.kv_proj(x).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
         words = memory.words if isinstance(memory, CachedWords) else memory
         if self.rotary and words is not None:
-            angles = rotary_angles(words.positions, self.head_dim, queries.dtype).unsqueeze(1)
-            queries = rotate(queries, angles)
-            keys_values = torch.stack((rotate(keys_values[:, 0], angles), keys_values[:, 1]), dim=1)
+            angles = rotary_angles(words.positions, self.head_dim, queries.dtype).unsqueeze(-2)
+            keys, values = keys_values.unbind(-3)
+            queries, keys_values = rotate(queries, angles), torch.stack((rotate(keys, angles), values), dim=-3)
         if isinstance(memory, CachedWords):
             mixed = memory.cache.attend(queries, keys_values, memory.words)
         else:
@@ -214,12 +214,12 @@ def attend(queries: Tensor, memory: LookedAt | OwnWords, mask: Mask = EVERYTHING
 def rotary_angles(
     positions: Tensor, head_dim: int, dtype: torch.dtype = torch.float32, base: float = 10_000.0
 ) -> Tensor:
-    """Angles (S, head_dim / 2) of positions (S,), in radians, in float32 at least. arXiv 2104.09864."""
+    """Angles (..., head_dim / 2) of positions (...), in radians, in float32 at least. arXiv 2104.09864."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     # Rounded to float32 whatever the type: the angles that weights learned with do not depend on it.
     frequencies = 1.0 / base**exponents
     wide = torch.promote_types(dtype, torch.float32)
-    return positions.to(wide)[:, None] * frequencies.to(wide)
+    return positions.to(wide)[..., None] * frequencies.to(wide)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
