@@ -20,7 +20,7 @@ from opencoca.model.kernels.image_attention import FoldedImages, SharedImages
 from opencoca.model.layers.attention import CachedWords, LookedAt, NextWords, SeenImages, SeenTokens, WordMemory
 from opencoca.model.layers.blocks import make_block, make_norm
 from opencoca.model.layers.foreign_texts import make_text_packer
-from opencoca.model.layers.layout import TakeRows, TextLayout, put_rows
+from opencoca.model.layers.layout import PutRows, TakeRows, TextLayout
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class UnimodalDecoder(nn.Module):
         if with_cls:
             cls = self.dropout(self.cls_vector().to(x.dtype).expand(layout.batch_size, -1))
             num_rows = len(layout.positions)
-            x = put_rows(x, texts.rows, num_rows) + put_rows(cls, texts.cls_rows, num_rows)
+            x = PutRows.apply(x, texts.rows, num_rows) + PutRows.apply(cls, texts.cls_rows, num_rows)
         for block in self.blocks:
             x = block(x, layout, CAUSAL)
         if not with_cls:

@@ -85,7 +85,7 @@ class Buckets:
             kinds = torch.arange(parts, device=device)[:, None] * total
             heads = torch.arange(num_heads, device=device) * self.length[:, None, None]
             slots = (first[:, None, None] + kinds + heads).flatten()
-            sources = torch.full((parts * total,), -1, device=device)
+            sources = torch.full((parts * total,), -1, dtype=torch.int64, device=device)
             sources[slots] = torch.arange(len(slots), device=device)
             padding = (sources < 0).nonzero().squeeze(1)
             self._places[num_heads, parts] = Places(slots, sources.clamp_(min=0), padding)

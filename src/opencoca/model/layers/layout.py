@@ -68,7 +68,7 @@ class TextLayout:
     def pad(self, packed: Tensor) -> Tensor:
         """(S, ...) -> (B, T, ...), zeros where there is no word."""
         if self.slots is not None:
-            packed = put_rows(packed, self.slots, self.batch_size * self.length)
+            packed = PutRows.apply(packed, self.slots, self.batch_size * self.length)
         return packed.reshape(self.batch_size, self.length, *packed.shape[1:])
 
     def pack(self, padded: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class TextLayout:
             split = packed.view(shape[1], shape[3], parts, num_heads, head_dim)
             return split.permute(2, 0, 3, 1, 4)
         slots = self._head_slots(self.slots, parts, num_heads, group)
-        return put_rows(packed.reshape(-1, head_dim), slots, math.prod(shape[:4])).view(shape)
+        return PutRows.apply(packed.reshape(-1, head_dim), slots, math.prod(shape[:4])).view(shape)
 
     def pack_heads(self, padded: Tensor, group: int = 1) -> Tensor:
         """(B / group, H, group * T, d) -> (S, H * d): the inverse of `pad_heads` for one part."""
@@ -108,11 +108,6 @@ class TextLayout:
         return (first[:, None, None] + kinds[None, :, None] + heads).flatten()
 
 
-def put_rows(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """x (S, ...) and distinct rows (S,) -> (num_rows, ...) with x in these rows and zeros in the others."""
-    return x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, rows, x)
-
-
 class TakeRows(torch.autograd.Function):
     """x (R, ...) and distinct rows (S,) -> (S, ...).
 
@@ -127,7 +122,21 @@ class TakeRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return put_rows(grad_outputs[0], ctx.saved_tensors[0], ctx.num_rows), None
+        (grad,) = grad_outputs
+        return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, ctx.saved_tensors[0], grad), None
+
+
+class PutRows(torch.autograd.Function):
+    """x (S, ...) and distinct rows (S,) -> (num_rows, ...) with x in these rows and zeros in the others."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(rows)
+        return x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, rows, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return grad_outputs[0].index_select(0, ctx.saved_tensors[0]), None, None
 
 
 class PackedTexts(NamedTuple):
