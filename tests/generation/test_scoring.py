@@ -90,7 +90,7 @@ def test_no_more_than_the_words_allowed_are_in_work(make_model, images, monkeypa
     words, rows, projected = [], [], []
     decoder, head = model.multimodal_decoder, model.lm_head
     forward, project = decoder.forward, decoder.project_image
-    monkeypatch.setattr(decoder, "forward", lambda w, kv: words.append(len(w.states)) or forward(w, kv))
+    monkeypatch.setattr(decoder, "forward", lambda x, w, seen: words.append(len(x)) or forward(x, w, seen))
     monkeypatch.setattr(decoder, "project_image", lambda t: projected.append(len(t)) or project(t))
     head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
     monkeypatch.setattr(scoring, "_LOGITS_AT_A_TIME", 5 * 37)
