@@ -96,8 +96,9 @@ class DecoderGraph(nn.Module):
         later = [_Cache(causal, cache) for cache in multimodal_cache.unbind(0)]
         images = [_Image(*image) for image in image_cache.unbind(0)]
         x = self.multimodal(x, [CachedWords(cache, words) for cache in later], images)
-        grown = (torch.stack([cache.keys_values for cache in caches]) for caches in (own, later))
-        return self.lm_head(x[:, -1]), *grown
+        unimodal_cache = torch.stack([cache.keys_values for cache in own])  # pyright: ignore[reportArgumentType]
+        multimodal_cache = torch.stack([cache.keys_values for cache in later])  # pyright: ignore[reportArgumentType]
+        return self.lm_head(x[:, -1]), unimodal_cache, multimodal_cache
 
 
 def empty_cache(model: CoCa, batch_size: int, half: str, past: int = 0) -> Tensor:
