@@ -41,11 +41,8 @@ SHAPES = pytest.mark.parametrize(
 @SHAPES
 def test_counts(images: int, texts: int, targets: bool) -> None:
     batch = make(5, images, texts, targets=targets)
-    assert (batch.num_samples, batch.images_per_sample, batch.texts_per_sample) == (5, images, texts)
-    expected = [sample for sample in batch.sample_ids.tolist() for _ in range(texts)]
-    assert batch.text_sample_ids.tolist() == expected
+    assert (batch.num_samples, batch.images_per_sample) == (5, images)
     assert batch.num_tokens == sum(row.count(True) for row in batch.token_mask.tolist())
-    assert batch.num_next_words == batch.num_tokens - 5 * texts
 
 
 @SHAPES
@@ -66,7 +63,7 @@ def test_parts_are_even_and_give_back_every_row_in_order(images: int, texts: int
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=5), st.integers(1, 3), st.integers(0, 3))
 def test_micro_batches_have_the_sizes_they_are_given(sizes: list[int], images: int, texts: int) -> None:
     batch = replace(make(sum(sizes), images, texts, targets=True), micro_batch_sizes=tuple(sizes))
-    pieces = batch.micro_batches(len(sizes))
+    pieces = batch.split(len(sizes))
     assert [piece.num_samples for piece in pieces] == sizes
     assert all(piece.micro_batch_sizes == () for piece in pieces)
     start = 0
@@ -80,14 +77,10 @@ def test_micro_batches_have_the_sizes_they_are_given(sizes: list[int], images: i
         start = rows.stop
 
 
-def test_micro_batches_without_sizes_are_an_even_split() -> None:
-    batch = make(7)
-    assert [piece.num_samples for piece in batch.micro_batches(3)] == [3, 2, 2]
-
-
 def test_sizes_that_do_not_add_up_are_a_mistake_of_the_caller() -> None:
-    with pytest.raises(AssertionError):
-        replace(make(5), micro_batch_sizes=(2, 2)).micro_batches(2)
+    for sizes in ((2, 2), (2, 2, 1)):
+        with pytest.raises(AssertionError):
+            replace(make(5), micro_batch_sizes=sizes).split(2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

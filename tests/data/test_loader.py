@@ -71,7 +71,7 @@ def test_shapes_and_which_text_belongs_to_which_image():
         assert batch.images.shape == (4, 3, 16, 16)
         assert batch.images.dtype == torch.float32
         assert batch.sample_ids.dtype == batch.token_ids.dtype == torch.int64
-        assert batch.texts_per_sample == 3
+        assert len(batch.token_ids) == 3 * batch.num_samples
         assert batch.keys == tuple(f"{i}.jpg" for i in batch.sample_ids.tolist())
         assert batch.token_ids.shape == batch.token_mask.shape == (12, int(batch.token_mask.sum(1).max()))
         for row, (ids, mask) in enumerate(zip(batch.token_ids, batch.token_mask, strict=True)):

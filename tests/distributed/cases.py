@@ -165,14 +165,15 @@ def take_step(case: Case, world: World, strategy: str = "none", shard_size: int 
     optimizer.register_step_pre_hook(record)
     step = TrainStep(model, optimizer, average, recipe, parallel)
     metrics = step(make_batch(case, world), 0, 10)
-    for name, value in {**metrics.averaged(), **metrics.latest()}.items():
+    numbers = {"loss": metrics.loss, **metrics.terms, "grad_norm": metrics.grad_norm, "lr": metrics.lr}
+    for name, value in (numbers | parallel.task.monitors(model)).items():
         found[f"metric/{name}"] = torch.tensor(value, dtype=torch.float64)
     found["metric/images"], found["metric/tokens"] = torch.tensor(metrics.samples), torch.tensor(metrics.tokens)
     found |= {f"average/{name}": full_tensor(tensor).clone() for name, tensor in average.state().items()}
     whole = {name: full_tensor(tensor.detach()).clone() for name, tensor in model.named_parameters()}
     found |= {f"parameter/{name}": tensor for name, tensor in whole.items()}
     found |= {f"before/{name}": tensor for name, tensor in before.items()}
-    average.swap(model)
+    average.swap()
     gathered = parallel.gathered()
     if gathered is not None:
         found |= {f"gathered/{name}": tensor.detach().clone() for name, tensor in gathered.named_parameters()}

@@ -144,7 +144,7 @@ def test_the_cases_are_uneven() -> None:
     """Or what is shown above would be shown of equal shares alone."""
     shares = [make_batch(CASES["three images"], World(rank, 4)) for rank in range(4)]
     assert sorted(len(share.sample_ids) for share in shares) == [0, 1, 1, 1]
-    words = [make_batch(CASES["plain"], World(rank, 2)).num_next_words for rank in range(2)]
+    words = [make_batch(CASES["plain"], World(rank, 2)).num_tokens for rank in range(2)]
     assert words[0] != words[1]
     ids = [set(make_batch(CASES["plain"], World(rank, 2)).sample_ids.tolist()) for rank in range(2)]
     assert ids[0] & ids[1]

@@ -34,7 +34,7 @@ def forward(model: CoCa, batch: Batch) -> CoCaOutput:
 def one_pass(model: CoCa, case: Case, recipe: Recipe, seed_of: Callable[[int], int]) -> tuple[dict[str, Tensor], float]:
     """All sub-batches with their graphs at once, and the written-out objective over all of them."""
     batch, outputs = make_batch(case, World()), []
-    for number, part in enumerate(batch.split(case.grad_cache_steps)):
+    for number, part in enumerate(batch.split(1)[0].split(case.grad_cache_steps)):
         torch.manual_seed(seed_of(number))
         outputs.append(forward(model, part))
     contrastive = contrastive_loss(
@@ -42,7 +42,7 @@ def one_pass(model: CoCa, case: Case, recipe: Recipe, seed_of: Callable[[int], i
         torch.cat([output.text_embed for output in outputs]),
         model.logit_scale,
         batch.sample_ids,
-        batch.text_sample_ids,
+        batch.sample_ids.repeat_interleave(case.captions_per_image),
     )
     caption = captioning_loss(
         torch.cat([output.hidden for output in outputs]),
@@ -73,7 +73,7 @@ def test_equals_the_batch_in_one_pass(
     recipe = make_recipe(case)
     model = make_model(case, recipe).train()
     used = seeds(recipe, 3, monkeypatch)
-    losses = BatchGradient(ParallelModel(model, CPU, recipe), recipe)(make_batch(case, World()), 3).losses
+    losses = BatchGradient(ParallelModel(model, CPU, recipe), recipe)(make_batch(case, World()), 3)
     cached = gradients(model)
     # Each sub-batch draws the same numbers in both passes, and other numbers than the others.
     assert used[:steps] == used[steps:]
@@ -93,7 +93,7 @@ def test_dropout_makes_a_difference() -> None:
         recipe = replace(make_recipe(case), seed=seed)
         model = make_model(case, recipe).train()
         batch = make_batch(case, World())
-        totals.append(float(BatchGradient(ParallelModel(model, CPU, recipe), recipe)(batch, step).losses.total))
+        totals.append(float(BatchGradient(ParallelModel(model, CPU, recipe), recipe)(batch, step).total))
     assert totals[0] == totals[1]
     assert len(set(totals)) == 3
 
@@ -106,7 +106,7 @@ def test_negatives_are_those_of_the_whole_micro_batch(steps: int) -> None:
         case = Case(double=True, **changes)
         recipe = make_recipe(case)
         gradient = BatchGradient(ParallelModel(make_model(case, recipe), CPU, recipe), recipe)
-        return float(gradient(make_batch(case, World()), 0).losses.terms["contrastive"])
+        return float(gradient(make_batch(case, World()), 0).terms["contrastive"])
 
     assert contrastive(grad_cache_steps=steps) == pytest.approx(contrastive(), abs=1e-12)
     accumulated = contrastive(accumulation_steps=2)
@@ -154,7 +154,7 @@ def test_captions_of_one_image_are_positives_of_one_another(grad_cache_steps: in
     case = Case(captions_per_image=3, different_images=9, grad_cache_steps=grad_cache_steps, double=True)
     recipe = make_recipe(case)
     model, batch = make_model(case, recipe).eval(), make_batch(case, World())
-    found = BatchGradient(ParallelModel(model, CPU, recipe), recipe)(batch, 0).losses.terms["contrastive"]
+    found = BatchGradient(ParallelModel(model, CPU, recipe), recipe)(batch, 0).terms["contrastive"]
     output = forward(model, batch)
     assert output.image_embed is not None
     assert output.text_embed is not None

@@ -5,8 +5,7 @@ Letters: S samples, F images per sample, C texts per sample, T token positions, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,7 +43,8 @@ class Batch:
     def __post_init__(self) -> None:
         samples = self.num_samples
         assert self.images is None or len(self.images) == samples * self.images_per_sample
-        assert len(self.token_ids) == len(self.token_mask) == samples * self.texts_per_sample
+        assert len(self.token_ids) == len(self.token_mask)
+        assert len(self.token_ids) % samples == 0 if samples else not len(self.token_ids)
         assert self.targets is None or len(self.targets) == samples
 
     @property
@@ -53,48 +53,45 @@ class Batch:
         return len(self.sample_ids)
 
     @property
-    def texts_per_sample(self) -> int:
-        """C; 0 for a batch without samples."""
-        return len(self.token_ids) // max(1, self.num_samples)
-
-    @property
-    def text_sample_ids(self) -> Tensor:
-        """(S * C,) the id of the sample that each text belongs to."""
-        return self.sample_ids.repeat_interleave(self.texts_per_sample)
-
-    @property
     def num_tokens(self) -> int:
         """The number of real tokens of all texts."""
         return int(self.token_mask.sum())
 
-    @property
-    def num_next_words(self) -> int:
-        """The number of words that have one before them, and so a captioning loss."""
-        return self.num_tokens - len(self.token_mask)
-
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch on `device`; images stored in half precision become float32 there."""
-        moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        if moved.images is None:
-            return moved
-        return replace(moved, images=moved.images.to(torch.promote_types(moved.images.dtype, torch.float32)))
+        moved = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        if (images := moved.get("images")) is not None:
+            moved["images"] = images.to(torch.promote_types(images.dtype, torch.float32))
+        return replace(self, **moved)
 
     def pin_memory(self) -> Batch:
         """The same batch with its tensors in page-locked memory."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def micro_batches(self, parts: int) -> list[Batch]:
-        """The micro-batches of the step, of whole samples; one may be empty."""
-        if not self.micro_batch_sizes:
-            return self.split(parts)
-        assert len(self.micro_batch_sizes) == parts
-        assert sum(self.micro_batch_sizes) == self.num_samples
-        return self._cut(self.micro_batch_sizes)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items()})
 
     def split(self, parts: int) -> list[Batch]:
-        """Parts of whole samples, as even as possible; one may be empty."""
+        """Parts of whole samples: the micro-batches of the step, or where those have no sizes, as even as possible.
+
+        A part may be empty.
+        """
         size, larger = divmod(self.num_samples, parts)
-        return self._cut([size + (part < larger) for part in range(parts)])
+        sizes = self.micro_batch_sizes or tuple(size + (part < larger) for part in range(parts))
+        assert len(sizes) == parts
+        assert sum(sizes) == self.num_samples
+        texts_per_sample = len(self.token_ids) // max(1, self.num_samples)
+        per_sample = {"images": self.images_per_sample, "token_ids": texts_per_sample, "token_mask": texts_per_sample}
+        rows = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)} | {"keys": self.keys}
+        pieces, start = [], 0
+        for size in sizes:
+            stop = start + size
+            piece = {n: v[start * per_sample.get(n, 1) : stop * per_sample.get(n, 1)] for n, v in rows.items()}
+            pieces.append(replace(self, micro_batch_sizes=(), **piece))
+            start = stop
+        return pieces
 
     def stand_in(self) -> Batch:
         """One blank sample of the same kind, for a process without samples that must run the network all the same.
@@ -113,38 +110,6 @@ class Batch:
             from_stage=self.from_stage,
             images_per_sample=self.images_per_sample,
         )
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: function(v) for name, v in values.items() if isinstance(v, Tensor)})
-
-    def _cut(self, sizes: Sequence[int]) -> list[Batch]:
-        """Parts of so many samples, one after the other."""
-        pieces, start = [], 0
-        for size in sizes:
-            images, texts = (
-                slice(start * per_sample, (start + size) * per_sample)
-                for per_sample in (self.images_per_sample, self.texts_per_sample)
-            )
-            samples = slice(start, start + size)
-            piece = Batch(
-                sample_ids=self.sample_ids[samples],
-                images=_rows(self.images, images),
-                token_ids=self.token_ids[texts],
-                token_mask=self.token_mask[texts],
-                targets=_rows(self.targets, samples),
-                mirrored=_rows(self.mirrored, samples),
-                keys=self.keys[samples],
-                from_stage=self.from_stage,
-                images_per_sample=self.images_per_sample,
-            )
-            pieces.append(piece)
-            start += size
-        return pieces
-
-
-def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    return None if tensor is None else tensor[rows]
 
 
 def _blank(tensor: Tensor | None, rows: int) -> Tensor | None:

@@ -62,17 +62,10 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def sum_counts(self, counts: list[int]) -> list[int]:
-        """Sums element by element over all processes; the lists are equally long."""
-        if self.size == 1:
-            return counts
-        sums = torch.tensor(counts, dtype=torch.int64, device=self.device)
-        dist.all_reduce(sums)
-        return sums.tolist()
-
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """Tells for each flag whether it is set in any process."""
-        return tuple(count > 0 for count in self.sum_counts([int(flag) for flag in flags]))
+        counts = self.sum(torch.tensor(flags, dtype=torch.int64, device=self.device))
+        return tuple(count > 0 for count in counts.tolist())
 
     def gather_counts(self, *counts: int) -> list[tuple[int, ...]]:
         """Collects the numbers of all processes, in the order of their ranks."""

@@ -107,7 +107,8 @@ class Pretraining:
         return list(network.unused_parameters(self.uses.contrastive, self.uses.captioning))
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        return {"word": batch.num_next_words}
+        # The first token of a text is never predicted.
+        return {"word": batch.num_tokens - len(batch.token_ids)}
 
     def forward(self, network: CoCa, batch: Batch, compared_only: bool = False) -> Outputs:
         output = network(
@@ -120,15 +121,14 @@ class Pretraining:
         )
         compared = None
         if output.image_embed is not None and output.text_embed is not None:
-            ids = batch.sample_ids, batch.text_sample_ids
-            compared = Compared((output.image_embed, output.text_embed), ids, (output.logit_scale,))
+            rows = output.image_embed, output.text_embed
+            compared = Compared(rows, batch.sample_ids, (output.logit_scale,))
         own = () if output.hidden is None or output.next_ids is None else (output.hidden, output.next_ids)
         return Outputs(compared, own)
 
     def compare(self, compared: Compared, world: World) -> dict[str, Tensor]:
-        (images, texts), (scale,), (image_ids, text_ids) = compared.rows, compared.shared, compared.ids
-        reduction = self.options.contrastive_reduction
-        loss = contrastive_loss(images, texts, scale, image_ids, text_ids, reduction=reduction, world=world)
+        (images, texts), (scale,), reduction = compared.rows, compared.shared, self.options.contrastive_reduction
+        loss = contrastive_loss(images, texts, scale, compared.sample_ids, reduction=reduction, world=world)
         return {"contrastive": loss}
 
     def losses(self, network: CoCa, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:

@@ -39,12 +39,13 @@ class Term(NamedTuple):
 class Compared(NamedTuple):
     """What the terms that compare embeddings across the batch are computed from.
 
-    rows: embeddings (R, E), of one kind each; ids (R,): the sample that each row is of, for each kind.
+    rows: embeddings (R, E), of one kind each; a sample has the same number of rows of a kind as the others.
+    sample_ids: (S,) of the samples that the rows are of, in order.
     shared: scalars that are the same for every part of the batch, such as the temperature.
     """
 
     rows: tuple[Tensor, ...]
-    ids: tuple[Tensor, ...]
+    sample_ids: Tensor
     shared: tuple[Tensor, ...]
 
 
@@ -155,25 +156,13 @@ class Losses(NamedTuple):
     total: Tensor
     terms: dict[str, Tensor]
 
-    @staticmethod
-    def weighted(terms: Sequence[Term], values: dict[str, Tensor]) -> "Losses":
-        """The losses of those terms that have a value."""
-        present = [term for term in terms if term.name in values]
-        assert present, "there is no term"
-        total = torch.stack([term.weight * values[term.name] for term in present]).sum()
-        return Losses(total, {term.name: values[term.name] for term in present})
-
-
-def divided(terms: Sequence[Term], sums: dict[str, Tensor], counts: dict[str, int]) -> dict[str, Tensor]:
-    """Sums of terms, each divided by the count that it is averaged over."""
-    number = {term.name: 1 if term.per is None else max(1, counts[term.per]) for term in terms}
-    return {name: value / number[name] for name, value in sums.items()}
-
 
 def batch_losses(task: Task, network: CoCa, batch: Batch) -> Losses:
     """The losses of one batch in one process, by one forward pass."""
-    outputs = task.forward(network, batch)
-    values = divided(task.terms, task.losses(network, outputs, batch), task.counts(batch))
+    outputs, counts = task.forward(network, batch), task.counts(batch)
+    divisors = {term.name: max(1, counts[term.per]) if term.per else 1 for term in task.terms}
+    values = {name: value / divisors[name] for name, value in task.losses(network, outputs, batch).items()}
     if outputs.compared is not None:
         values |= task.compare(outputs.compared, World())
-    return Losses.weighted(task.terms, values)
+    terms = {term.name: values[term.name] for term in task.terms}
+    return Losses(torch.stack([term.weight * terms[term.name] for term in task.terms]).sum(), terms)

@@ -6,7 +6,8 @@ added up, too, where these engines would average them.
 
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,11 +17,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from opencoca.data import Batch
 from opencoca.distributed.world import World, full_tensor, local_part
 from opencoca.model.coca import CoCa
 from opencoca.tasks import make_task
-from opencoca.tasks.task import Outputs, Task
+from opencoca.tasks.task import Task
 from opencoca.train.deferred_init import fill_initial_values
 from opencoca.train.recipe.recipe import DistributedRecipe, Recipe
 
@@ -30,15 +30,16 @@ class TaskNetwork(nn.Module):
 
     def __init__(self, model: CoCa, task: Task):
         super().__init__()
-        self.model, self.task = model, task
-
-    def forward(self, batch: Batch, compared_only: bool = False) -> Outputs:
-        """`Task.forward`."""
-        return self.task.forward(self.model, batch, compared_only)
+        self.model = model
+        self.forward = partial(task.forward, model)
 
 
 class ParallelModel:
-    """A model as training runs it: ``forward``, and what must be done to its gradients and parameters as a whole."""
+    """A model as training runs it, and what must be done to its gradients and parameters as a whole.
+
+    network: a module that is called as `Task.forward` is, without its first argument; every process must call it
+        equally often.
+    """
 
     def __init__(
         self,
@@ -57,58 +58,52 @@ class ParallelModel:
         self.task = task or make_task(recipe.task)
         together = world is not None and dist.is_initialized()
         self.strategy = recipe.distributed.strategy if together else "none"
-        self._wrapped: nn.Module = TaskNetwork(model, self.task)
+        self.network: nn.Module = TaskNetwork(model, self.task)
         if self.strategy == "ddp":
-            self._wrapped = _copied(self._wrapped.to(device), device)
+            self.network = _copied(self.network.to(device), device)
         elif self.strategy == "fsdp":
-            _shard(self._wrapped, model, device, recipe, self.world)
+            _shard(self.network, model, device, recipe, self.world)
             if model.device.type == "meta":
                 fill_initial_values(model, device, recipe.seed)
         else:
             model.to(device)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def forward(self, batch: Batch, compared_only: bool = False) -> Outputs:
-        """The task's forward pass; every process must call it equally often."""
-        return self._wrapped(batch, compared_only)
-
-    def adding_up(self, last: bool) -> AbstractContextManager:
+    @contextmanager
+    def adding_up(self, last: bool) -> Iterator[None]:
         """Surrounds a forward and backward pass; the processes' gradients are added up in the last of a step alone."""
-        if isinstance(self._wrapped, DistributedDataParallel):
-            return nullcontext() if last else self._wrapped.no_sync()
-        if isinstance(self._wrapped, FSDPModule):
-            self._wrapped.set_requires_gradient_sync(last)
-        return nullcontext()
-
-    def finish_gradients(self) -> None:
-        """After the last backward pass: adds up what the engine leaves to us (a scalar cannot be sharded)."""
-        for scalar in _scalars(self.model) if self.strategy == "fsdp" else ():
+        if isinstance(self.network, DistributedDataParallel):
+            with nullcontext() if last else self.network.no_sync():
+                yield
+            return
+        if isinstance(self.network, FSDPModule):
+            self.network.set_requires_gradient_sync(last)
+        yield
+        # A scalar cannot be sharded, so the engine leaves it to us.
+        for scalar in _scalars(self.model) if last and self.strategy == "fsdp" else ():
             if scalar.grad is not None:
                 self.world.sum(scalar.grad)
 
-    def gradient_norm(self) -> Tensor:
-        """The 2-norm of the whole gradient, a scalar."""
+    @torch.no_grad()
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Scales the whole gradient to a 2-norm of at most max_norm (0: of any size); returns the norm that it had."""
         grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         sharded = [grad for grad in grads if isinstance(grad, DTensor)]
+        norm = torch.nn.utils.get_total_norm([grad for grad in grads if not isinstance(grad, DTensor)]).to(self.device)
+        if sharded:
+            of_shards = torch.nn.utils.get_total_norm([grad.to_local() for grad in sharded]).to(self.device).square()
+            mesh = sharded[0].device_mesh
+            dist.all_reduce(of_shards, group=mesh.get_group(mesh.ndim - 1))
+            norm = (of_shards + norm.square()).sqrt()
+        if not max_norm:
+            return norm
         if not sharded:
-            return torch.nn.utils.get_total_norm(grads)
-        of_shards = torch.nn.utils.get_total_norm([grad.to_local() for grad in sharded]).to(self.device).square()
-        mesh = sharded[0].device_mesh
-        dist.all_reduce(of_shards, group=mesh.get_group(mesh.ndim - 1))
-        whole = [grad for grad in grads if not isinstance(grad, DTensor)]
-        of_whole = torch.nn.utils.get_total_norm(whole) if whole else torch.zeros((), device=self.device)
-        return (of_shards + of_whole.square()).sqrt()
-
-    @torch.no_grad()
-    def clip_gradients(self, max_norm: float, norm: Tensor) -> None:
-        """Scales the gradient, whose norm this is, to be no longer than max_norm."""
-        if self.strategy != "fsdp":
             torch.nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
-            return
+            return norm
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                local_part(parameter.grad).mul_(factor)
+        for grad in grads:
+            local_part(grad).mul_(factor)
+        return norm
 
     @torch.no_grad()
     def gathered(self, everywhere: bool = False) -> CoCa | None:

@@ -214,7 +214,7 @@ class Trainer:
         bar.advance()
         is_due = step % self.recipe.log_every_steps == 0 or step == self.total_steps
         if log is not None and is_due and not window.is_empty:
-            line = self.throughput.figures(window.flops_per_sec) | window.flush()
+            line = self.throughput.figures(window.flops_per_sec) | window.flush() | self.task.monitors(self.model)
             log.write("train", step, line | {"epoch": self._epoch()})
             bar.show(line)
         validates = step % (self.recipe.validate_every_epochs * self.batches.steps_per_epoch) == 0
@@ -235,12 +235,12 @@ class Trainer:
         """
         with self.watchdog.paused():
             if self.average is not None:
-                self.average.swap(self.model)
+                self.average.swap()
             try:
                 self._score(log, bar)
             finally:
                 if self.average is not None:
-                    self.average.swap(self.model)
+                    self.average.swap()
         self._set_train_mode()
         return True
 

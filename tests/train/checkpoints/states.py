@@ -35,7 +35,7 @@ def take_steps(state: TrainState, count: int = 1) -> None:
         state.optimizer.zero_grad()
         state.model(torch.randn(4, 5)).square().sum().backward()
         state.optimizer.step()
-        state.average.update(state.model)
+        state.average.update()
         state.progress["step"] += 1
         state.progress["window"]["rows"].append({"loss": 0.1 * state.progress["step"]})
 

@@ -17,9 +17,9 @@ from opencoca.train.optim.optimizer import (
     WeightAverage,
     build_optimizer,
     freeze,
+    learning_rate_factor,
     parameter_groups,
 )
-from opencoca.train.optim.schedules import learning_rate_factor
 from opencoca.train.recipe.optimizer import OptimizerRecipe
 from opencoca.train.trainer import Trainer
 
@@ -142,7 +142,7 @@ class TestWeightAverage:
         for update in range(40):
             with torch.no_grad():
                 model[0].weight.add_(torch.randn(4, 3))
-            average.update(model)
+            average.update()
             kept = min(decay, (1 + update) / (10 + update))
             expected = kept * expected + (1 - kept) * model[0].weight.detach().double()
             assert torch.allclose(average.state()["0.weight"].double(), expected, atol=1e-5)
@@ -157,10 +157,10 @@ class TestWeightAverage:
             model[0].weight.add_(1)
         weights, averages = copy.deepcopy(model.state_dict()), copy.deepcopy(average.state())
         storage = model[0].weight.data_ptr()
-        average.swap(model)
+        average.swap()
         assert torch.equal(model[0].weight, averages["0.weight"])
         assert torch.equal(average.state()["0.weight"], weights["0.weight"])
-        average.swap(model)
+        average.swap()
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
         assert all(torch.equal(value, averages[name]) for name, value in average.state().items())
         assert model[0].weight.data_ptr() == storage  # the optimizer holds this tensor

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opencoca.train.optim.schedules import learning_rate_factor
+from opencoca.train.optim.optimizer import learning_rate_factor
 from opencoca.train.recipe.optimizer import OptimizerRecipe
 
 

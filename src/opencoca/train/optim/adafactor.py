@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opencoca.train.optim.parameterwise import ParameterwiseOptimizer
-
 # Added to squared gradients; matrices with a side below the second are not factored; the largest root mean square of
 # an update (section 6: clipping); how fast the decay of the second moment comes to its limit (section 7.2).
 _EPS, _LEAST_SIDE, _LARGEST_UPDATE, _DECAY_POWER = 1e-30, 32, 1.0, 0.8
 
 
-class Adafactor(ParameterwiseOptimizer):
+class Adafactor(torch.optim.Optimizer):
     """Second moments of a matrix are kept as their means over rows (C,) and columns (R,), R + C numbers for R x C.
 
     betas: decay of the mean of updates (0: none is kept), and the largest decay of the squared gradients'.
@@ -32,6 +30,14 @@ class Adafactor(ParameterwiseOptimizer):
         weight_decay: float = 0.0,
     ):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Updates every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
 
     def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]

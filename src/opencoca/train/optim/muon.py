@@ -9,14 +9,13 @@ Letters: G maps stacked in one parameter, R rows and C columns of one map.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from opencoca.model.coca import CoCa
-from opencoca.train.optim.parameterwise import ParameterwiseOptimizer
 
 # The odd polynomial a x + b x^3 + c x^5 that each step of the iteration applies to all singular values (the post).
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -25,7 +24,7 @@ _ITERATIONS = 5
 _ADAMW_RMS = 0.2
 
 
-class Muon(ParameterwiseOptimizer):
+class Muon(torch.optim.Optimizer):
     """Muon for groups that have ``maps``, how many maps are stacked in each of their parameters; AdamW for the others.
 
     groups: of both kinds, each with params, lr and weight_decay. momentum (with Nesterov's look ahead) is Muon's; betas
@@ -58,24 +57,22 @@ class Muon(ParameterwiseOptimizer):
             self._adamw.state = self.state
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Updates every parameter that has a gradient; returns the closure's loss."""
-        loss = super().step(closure)
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Updates every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"] if "maps" in group else ():
+                if (grad := parameter.grad) is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(grad)
+                mean = state["momentum_buffer"].lerp_(grad, 1 - self.momentum)
+                maps = grad.lerp(mean, self.momentum).unflatten(0, (group["maps"], -1))
+                update = orthogonalised(maps).flatten(0, 1).to(parameter.dtype)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update, alpha=-group["lr"] * _ADAMW_RMS * math.sqrt(max(maps.shape[1:])))
         if self._adamw:
             self._adamw.step()
-        return loss
-
-    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        if "maps" not in group:  # AdamW's
-            return
-        state = self.state[parameter]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(grad)
-        mean = state["momentum_buffer"].lerp_(grad, 1 - self.momentum)
-        maps = grad.lerp(mean, self.momentum).unflatten(0, (group["maps"], -1))
-        update = orthogonalised(maps).flatten(0, 1).to(parameter.dtype)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update, alpha=-group["lr"] * _ADAMW_RMS * math.sqrt(max(maps.shape[1:])))
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:

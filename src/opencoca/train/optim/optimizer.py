@@ -1,15 +1,16 @@
-"""The optimizer with the right parameter groups, what is frozen, and the moving average of the weights."""
+"""The optimizer with the right parameter groups, its learning rates, what is frozen, and the average of the weights."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from opencoca.distributed.world import sharded_like
 from opencoca.model.coca import CoCa
 from opencoca.tasks import Task, make_task
 from opencoca.train.optim.adafactor import Adafactor
 from opencoca.train.optim.muon import Muon, divide_groups
+from opencoca.train.recipe.optimizer import OptimizerRecipe
 from opencoca.train.recipe.recipe import Recipe
 
 MakeOptimizer = Callable[[CoCa, Recipe], torch.optim.Optimizer]
@@ -61,7 +62,7 @@ def parameter_groups(model: CoCa, recipe: Recipe) -> list[dict]:
 
 
 def build_optimizer(model: CoCa, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer over what is trained; ``peak_lr`` of each group is what `set_learning_rate` scales."""
+    """The recipe's optimizer over what is trained; ``peak_lr`` of each group is the rate that the schedule scales."""
     options, groups = recipe.optimizer, parameter_groups(model, recipe)
     if options.name == "adafactor":
         return Adafactor(groups, options.learning_rate, options.betas)
@@ -70,9 +71,21 @@ def build_optimizer(model: CoCa, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=True)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+def learning_rate_factor(step: int, total_steps: int, options: OptimizerRecipe) -> float:
+    """What the peak learning rates are multiplied by in step ``step`` (from 0) of ``total_steps``.
+
+    Linear warm-up, then one of four decays.
+    """
+    if step < options.warmup_steps:
+        return (step + 1) / options.warmup_steps
+    if options.decay == "constant":
+        return 1.0
+    start = options.warmup_steps
+    if options.decay == "wsd":
+        start = max(start, total_steps - round(options.decay_fraction * total_steps))
+    done = min(1.0, max(0.0, (step - start) / max(1, total_steps - start)))
+    left = 0.5 * (1 + math.cos(math.pi * done)) if options.decay == "cosine" else 1 - done
+    return options.final_lr_fraction + (1 - options.final_lr_fraction) * left
 
 
 class WeightAverage:
@@ -82,34 +95,27 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float):
+        """model: as it is trained; where processes share it, after it was spread over them."""
         self.decay = decay
         self.updates = 0
-        self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self.averages = [parameter.detach().clone() for parameter in self._of(model)]
-
-    def _of(self, model: nn.Module) -> list[nn.Parameter]:
-        parameters = dict(model.named_parameters())
-        return [parameters[name] for name in self.names]
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
+        self.averages = [parameter.detach().clone() for parameter in self.parameters]
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for average, parameter in zip(self.averages, self._of(model), strict=True):
+        for average, parameter in zip(self.averages, self.parameters, strict=True):
             average.lerp_(parameter, 1 - decay)
         self.updates += 1
 
     @torch.no_grad()
-    def swap(self, model: nn.Module) -> None:
-        """Exchanges the model's parameters with their averages; a second call undoes the first."""
-        for average, parameter in zip(self.averages, self._of(model), strict=True):
+    def swap(self) -> None:
+        """Exchanges the parameters with their averages; a second call undoes the first."""
+        for average, parameter in zip(self.averages, self.parameters, strict=True):
             kept = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(kept)
 
     def state(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.averages, strict=True))
-
-    def load(self, tensors: dict[str, Tensor], updates: int) -> None:
-        for name, average in zip(self.names, self.averages, strict=True):
-            average.copy_(sharded_like(tensors[name], average))
-        self.updates = updates

@@ -102,8 +102,9 @@ class MetricsWindow:
 
     def add(self, metrics: StepMetrics, waited: float, seconds: float, flops: float = 0.0) -> None:
         """waited: the part of the step's seconds before its batch was there; flops: what the step needed here."""
-        self._state["rows"].append(metrics.averaged())
-        self._state["latest"] = metrics.latest()
+        terms = {f"{name}_loss": value for name, value in metrics.terms.items()}
+        self._state["rows"].append({"loss": metrics.loss, **terms, "grad_norm": metrics.grad_norm})
+        self._state["latest"] = {"lr": metrics.lr}
         counts = {"images": metrics.samples, "tokens": metrics.tokens}
         counts |= {"waited": waited, "seconds": seconds, "flops": flops}
         for name, value in counts.items():
