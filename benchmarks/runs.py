@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from opencoca.system.devices import choose_device
 from opencoca.train import Recipe, load_recipe
 from opencoca.train.report.metrics_log import read_metrics
 from opencoca.train.run_folder import remember_recipe
@@ -85,7 +86,7 @@ def train_once(make_trainer: Callable[[Recipe], Trainer], recipe: Recipe) -> Run
     """
     folder = Path(recipe.output)
     if (result := _result(folder, recipe)) is not None:
-        remember_recipe(folder, recipe, continues=True)
+        remember_recipe(folder, recipe, choose_device(recipe.device), continues=True)
         return result
     torch.compiler.reset()  # what was compiled for the run before
     try:

@@ -52,6 +52,19 @@ def test_strategies_are_those_that_the_optimizer_works_with(name: str) -> None:
     assert {memory.strategy for memory in plan.memory} == {"none", "ddp"} | ({"fsdp"} if name == "adamw" else set())
 
 
+@pytest.mark.parametrize(("device", "has_instructions"), [("h200", False), ("cpu", True), ("cpu", False)])
+def test_the_precision_is_chosen_as_training_chooses_it(
+    monkeypatch: pytest.MonkeyPatch, device: str, has_instructions: bool
+) -> None:
+    monkeypatch.setattr("opencoca.system.devices.multiplies_bfloat16", lambda: has_instructions)
+    auto, low, full = (
+        plan_of(replace(TINY, precision=precision), Cluster(device=device)).chosen
+        for precision in ("auto", "bf16", "fp32")
+    )
+    assert auto == (low if device == "h200" or has_instructions else full)
+    assert low != full
+
+
 def test_sharding_divides_what_is_held() -> None:
     by_strategy = {(m.strategy, m.recompute): m for m in plan_of().memory}
     ddp, fsdp = by_strategy["ddp", "none"], by_strategy["fsdp", "none"]

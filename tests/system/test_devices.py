@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opencoca.system.devices import choose_device, find_device
+from opencoca.system.devices import DEVICES, choose_device, choose_precision, find_device
 
 
 @pytest.fixture
@@ -55,3 +55,22 @@ def test_mps_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_drivers_names_are_known() -> None:
     assert find_device("NVIDIA H100 PCIe") == find_device("h100-pcie")
     assert find_device("NVIDIA GeForce GTX 970") is None
+
+
+@pytest.mark.parametrize("has_instructions", [False, True])
+def test_auto_is_the_precision_that_the_device_is_made_for(
+    monkeypatch: pytest.MonkeyPatch, has_instructions: bool
+) -> None:
+    monkeypatch.setattr("opencoca.system.devices.multiplies_bfloat16", lambda: has_instructions)
+    cpu = torch.device("cpu")
+    assert choose_precision("auto", cpu) == ("bf16" if has_instructions else "fp32")
+    assert choose_precision("auto", torch.device("mps")) == "fp32"
+    assert choose_precision("auto", DEVICES["h200"]) == "bf16"
+    for named in ("fp32", "bf16"):
+        assert choose_precision(named, cpu) == choose_precision(named, DEVICES["h200"]) == named
+
+
+@pytest.mark.gpu
+def test_auto_asks_the_gpu() -> None:
+    has_instructions = torch.cuda.get_device_capability() >= (8, 0)
+    assert choose_precision("auto", torch.device("cuda")) == ("bf16" if has_instructions else "fp32")

@@ -173,6 +173,27 @@ def test_a_failing_worker_without_a_signal_is_an_error(pairs: Pairs, tmp_path: P
         trainer.run()
 
 
+@pytest.mark.parametrize(("first", "then"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_a_continued_run_keeps_the_precision_that_was_chosen(
+    pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, first: str, then: str
+) -> None:
+    def prefer(precision: str) -> None:
+        monkeypatch.setattr("opencoca.system.devices.multiplies_bfloat16", lambda: precision == "bf16")
+
+    recipe = tiny_recipe(pairs, tmp_path / "run", precision="auto")
+    prefer(first)
+    assert run_until_stopped(recipe, steps=2).recipe.precision == first
+    assert f"precision {first} (chosen for cpu)" in capsys.readouterr().err
+    prefer(then)
+    again = Trainer(recipe)
+    assert again.recipe.precision == first
+    assert json.loads((tmp_path / "run/recipe.json").read_text())["precision"] == first
+    # One that is named is another recipe, unless it is the same.
+    with pytest.raises(ValueError, match=f"precision: '{first}' then, '{then}' now"):
+        Trainer(tiny_recipe(pairs, tmp_path / "run", precision=then))
+    Trainer(tiny_recipe(pairs, tmp_path / "run", precision=first))
+
+
 HARMLESS = {
     "log_every_steps": 1,
     "checkpoint_minutes": 3.0,

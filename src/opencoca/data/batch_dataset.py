@@ -67,31 +67,35 @@ class BatchDataset(Dataset):
 
     def __post_init__(self) -> None:
         self._bad: dict[int, BadSample] = {}
+        # What is read of a sample: captions that are tokenised already are not read again.
+        self._wanted = {
+            "images": self.load_pixels,
+            "texts": isinstance(self.captions, CaptionsOnDemand),
+            "target": self.encode_target is not None,
+        }
 
     def __getitem__(self, position: Position) -> MadeBatch | Exception:
         """The batch. In a worker process an error is returned, as PyTorch would wrap its message in a traceback."""
+        (epoch, step), share = position, {"rank": self.rank, "world_size": self.world_size}
         try:
-            return self._make(*position)
+            wanted = self.order.visits(epoch, step, self.batch_size, **share)
+            if not len(wanted.indices):
+                # A process whose share of the step is empty gives the others' kind of batch all the same.
+                whole = self.order.visits(epoch, step, self.batch_size, rank=0, world_size=1)
+                sample, _ = self._load_or_next(int(whole.indices[0]), int(whole.passes[0]), {})
+                return MadeBatch(self._collate([sample]).split(2)[1], ())
+            read_ahead = self._read_ahead(wanted.indices) if self.source.is_remote and self.load_pixels else {}
+            samples: list[_Loaded] = []
+            bad: list[tuple[int, BadSample]] = []
+            for index, number in zip(wanted.indices.tolist(), wanted.passes.tolist(), strict=True):
+                sample, failed = self._load_or_next(index, number, read_ahead)
+                samples.append(sample)
+                bad.extend(failed)
+            return MadeBatch(self._collate(samples), tuple(bad))
         except (ValueError, OSError, ImportError) as error:
             if get_worker_info() is None:
                 raise
             return error
-
-    def _make(self, epoch: int, step: int) -> MadeBatch:
-        wanted = self.order.visits(epoch, step, self.batch_size, rank=self.rank, world_size=self.world_size)
-        if not len(wanted.indices):
-            # A process whose share of the step is empty gives the others' kind of batch all the same.
-            whole = self.order.visits(epoch, step, self.batch_size, rank=0, world_size=1)
-            sample, _ = self._load_or_next(int(whole.indices[0]), int(whole.passes[0]), {})
-            return MadeBatch(self._collate([sample]).split(2)[1], ())
-        read_ahead = self._read_ahead(wanted.indices)
-        samples: list[_Loaded] = []
-        bad: list[tuple[int, BadSample]] = []
-        for index, number in zip(wanted.indices.tolist(), wanted.passes.tolist(), strict=True):
-            sample, failed = self._load_or_next(index, number, read_ahead)
-            samples.append(sample)
-            bad.extend(failed)
-        return MadeBatch(self._collate(samples), tuple(bad))
 
     def _collate(self, samples: list[_Loaded]) -> Batch:
         token_ids, token_mask = collate_captions([ids for sample in samples for ids in sample.token_ids], self.pad_id)
@@ -113,14 +117,12 @@ class BatchDataset(Dataset):
         )
 
     def _read_ahead(self, indices: np.ndarray) -> dict[int, Sample | Exception]:
-        """Remote samples of the batch: many requests at a time, as each takes long."""
-        if not self.source.is_remote or not self.load_pixels:
-            return {}
+        """Reads remote samples of the batch: many requests at a time, as each takes long."""
         good = [index for index in dict.fromkeys(indices.tolist()) if index not in self._bad]
 
         def read(index: int) -> Sample | Exception:
             try:
-                return self._read(index)
+                return self.source.read(index, **self._wanted)
             except (ValueError, OSError) as error:
                 return error
 
@@ -151,7 +153,7 @@ class BatchDataset(Dataset):
     def _load(self, index: int, number: int, read: Sample | Exception | None) -> _Loaded:
         if isinstance(read, Exception):
             raise read
-        key, sample = self.source.key(index), self._read(index) if read is None else read
+        key, sample = self.source.key(index), self.source.read(index, **self._wanted) if read is None else read
         bits = np.random.PCG64(np.random.SeedSequence([self.seed, number, index]))
         chance = bits.random_raw() / 2**64
         shown = ShownCaptions([], False)
@@ -160,14 +162,14 @@ class BatchDataset(Dataset):
             if found is None:
                 raise ValueError(f"the image {key!r} has no caption")
             shown = found
-        target = self._encode(key, sample)
+        target = None if self.encode_target is None else self._encode(key, sample)
         flip_probability = self.transform.flip_probability if self.transform is not None else 0.0
         mirrored = bool(chance < flip_probability and not shown.mention_side)
-        return _Loaded(index, mirrored, shown.token_ids, self._decode(key, sample, bits, mirrored), target)
+        images = self._decode(key, sample, bits, mirrored) if self.load_pixels else []
+        return _Loaded(index, mirrored, shown.token_ids, images, target)
 
-    def _encode(self, key: str, sample: Sample) -> np.ndarray | None:
-        if self.encode_target is None:
-            return None
+    def _encode(self, key: str, sample: Sample) -> np.ndarray:
+        assert self.encode_target is not None
         if sample.target is None:
             raise ValueError(f"the image {key!r} has no label")
         try:
@@ -176,15 +178,8 @@ class BatchDataset(Dataset):
             raise ValueError(f"the image {key!r}: {error}") from error
 
     def _decode(self, key: str, sample: Sample, bits: np.random.PCG64, mirrored: bool) -> list[np.ndarray]:
-        if not self.load_pixels:
-            return []
         assert self.transform is not None
         if len(sample.images) != self.images_per_sample:
             raise ValueError(f"the sample {key!r} has {len(sample.images)} images instead of {self.images_per_sample}")
         rng = np.random.Generator(bits)
         return [self.transform.decode_uint8(data, rng, flip=mirrored, name=key) for data in sample.images]
-
-    def _read(self, index: int) -> Sample:
-        """Only what is needed of a sample: captions that are tokenised already are not read again."""
-        texts = isinstance(self.captions, CaptionsOnDemand)
-        return self.source.read(index, images=self.load_pixels, texts=texts, target=self.encode_target is not None)

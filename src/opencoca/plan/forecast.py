@@ -11,7 +11,14 @@ from opencoca.model.config import CoCaConfig
 from opencoca.plan.communication import Exchange, exchanges
 from opencoca.plan.memory import GAP_SHARE, Memory, StepShape, Strategy, with_recompute
 from opencoca.plan.planner import Cluster, Planner, strategies_of
-from opencoca.system.devices import DEVICES, DeviceSpec, find_device, link_bytes_per_sec, measured_flops
+from opencoca.system.devices import (
+    DEVICES,
+    DeviceSpec,
+    choose_precision,
+    find_device,
+    link_bytes_per_sec,
+    measured_flops,
+)
 from opencoca.train.flops import StepFlops
 from opencoca.train.recipe.recipe import Recipe
 
@@ -85,7 +92,9 @@ def make_plan(
 
     Raises ValueError for a device that is not known, and for sizes that do not fit one another.
     """
-    spec = _device(cluster, recipe.precision)
+    spec = _device(cluster)
+    device = torch.device("cpu") if cluster.device == "cpu" else spec
+    recipe = replace(recipe, precision=choose_precision(recipe.precision, device))
     _check(recipe, cluster)
     planner = Planner(recipe, cluster, mean_words, lengths)
     strategy: Strategy = recipe.distributed.strategy if cluster.devices > 1 else "none"
@@ -133,7 +142,7 @@ def _too_large(memory: Memory, usable: int, spec: DeviceSpec) -> str:
     )
 
 
-def _device(cluster: Cluster, precision: str) -> DeviceSpec:
+def _device(cluster: Cluster) -> DeviceSpec:
     if cluster.device != "cpu":
         spec = find_device(cluster.device)
         if spec is None:

@@ -23,3 +23,8 @@ def cpu_vendor() -> str:
 def has_avx512() -> bool:
     """Whether the processor works on 512 bits at a time."""
     return "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for bfloat16; products of such numbers are many times slower without."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -9,6 +9,8 @@ from functools import cache
 
 import torch
 
+from opencoca.system.cpu import multiplies_bfloat16
+
 
 def choose_device(name: str | torch.device, local_rank: int | None = None) -> torch.device:
     """Returns the device that a user names: auto, cpu, cuda, cuda:N, mps, or another of PyTorch's.
@@ -70,6 +72,22 @@ class DeviceSpec:
     def peak(self, precision: str) -> float:
         """Returns the highest FLOP/s in ``bf16`` (autocast) or ``fp32``."""
         return self.bf16_flops if precision == "bf16" else self.fp32_flops
+
+
+def choose_precision(name: str, device: torch.device | DeviceSpec) -> str:
+    """Returns the precision that a user names, fp32 or bf16 (autocast); for auto, the one that the device is made for.
+
+    That is bf16 on a CUDA device or a processor with instructions for bfloat16, and on every device of `DEVICES`; on
+    all others it is fp32.
+    """
+    if name != "auto":
+        return name
+    if isinstance(device, DeviceSpec):
+        return "bf16"
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if device.type == "cpu" and multiplies_bfloat16() else "fp32"
 
 
 _GIB = 1 << 30

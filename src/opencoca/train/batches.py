@@ -70,17 +70,16 @@ class TrainBatches:
         """Batches from global step ``step`` on, without end."""
         epoch, offset = divmod(step, self.steps_per_epoch)
         for batch in self.loader.batches(epoch, offset):
-            yield self._prepare(batch, *divmod(step, self.steps_per_epoch))
+            epoch, offset = divmod(step, self.steps_per_epoch)
+            share = {"rank": self.world.rank, "world_size": self.world.size}
+            batch = replace(batch, micro_batch_sizes=self.order.micro_batch_sizes(offset, self.batch_size, **share))
+            if self.cache is not None:
+                assert batch.mirrored is not None
+                samples = batch.sample_ids.numpy()
+                features = self.cache.read(self._choose_views(samples, epoch, batch.mirrored.numpy()), samples)
+                batch = replace(batch, images=features, from_stage=self.cached_stages)
+            yield batch
             step += 1
-
-    def _prepare(self, batch: Batch, epoch: int, step: int) -> Batch:
-        sizes = self.order.micro_batch_sizes(step, self.batch_size, rank=self.world.rank, world_size=self.world.size)
-        if self.cache is None:
-            return replace(batch, micro_batch_sizes=sizes)
-        assert batch.mirrored is not None
-        samples = batch.sample_ids.numpy()
-        features = self.cache.read(self._choose_views(samples, epoch, batch.mirrored.numpy()), samples)
-        return replace(batch, images=features, from_stage=self.cached_stages, micro_batch_sizes=sizes)
 
     def _choose_views(self, images: np.ndarray, epoch: int, mirrored: np.ndarray) -> np.ndarray:
         """One view an image, (I,): a pure function of (seed, epoch, image)."""

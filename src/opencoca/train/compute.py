@@ -5,6 +5,7 @@ import shutil
 import torch
 
 from opencoca.model.coca import CoCa
+from opencoca.system.devices import choose_precision
 from opencoca.train.recipe.recipe import Recipe
 
 
@@ -30,5 +31,5 @@ def prepare_compute(model: CoCa, recipe: Recipe, device: torch.device) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bf16 autocast, or none for fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """bf16 autocast, or none for fp32; auto is whichever the device is made for."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=choose_precision(precision, device) == "bf16")

@@ -24,6 +24,7 @@ from opencoca.data.read_ahead import batches_ahead
 from opencoca.data.sources import ImageFolder
 from opencoca.data.tar_source import TarShards
 from opencoca.system.files import WriteError, atomic_write
+from opencoca.train.compute import autocast
 
 _BATCH = 32
 
@@ -80,7 +81,7 @@ def open_feature_cache(
     views: CacheViews,
     device: torch.device,
     label: str,
-    precision: str = "bf16",
+    precision: str,
 ) -> FeatureCache:
     """The cache of what the encoder's first ``stages`` give for every image and view; computes what is missing.
 
@@ -92,7 +93,7 @@ def open_feature_cache(
     folder.mkdir(parents=True, exist_ok=True)
 
     def run(pixels: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(device, precision):
             return encoder.run_stages(pixels.to(device), 0, stages)
 
     sample = run(torch.zeros(1, 3, *views.evaluation.config.image_size))

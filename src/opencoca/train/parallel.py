@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from opencoca.distributed.world import World, full_tensor, local_part
 from opencoca.model.coca import CoCa
+from opencoca.system.devices import choose_precision
 from opencoca.tasks import make_task
 from opencoca.tasks.task import Task
 from opencoca.train.deferred_init import fill_initial_values
@@ -180,7 +181,7 @@ def _shard(whole: nn.Module, model: CoCa, device: torch.device, recipe: Recipe, 
     mesh = _mesh(device, options, world)
     # Blocks are gathered and computed in the low precision. What is used outside of them (embeddings, the vocabulary
     # head, the temperature) stays in float32 and is cast where autocast would.
-    low = torch.bfloat16 if recipe.precision == "bf16" else None
+    low = torch.bfloat16 if choose_precision(recipe.precision, device) == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
     for units in model.structure().shard_units():
         fully_shard(

@@ -5,7 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from opencoca.model.config import at_todays_places
+from opencoca.system.devices import choose_precision
 from opencoca.system.files import atomic_write
 from opencoca.train.recipe.load import upgraded
 from opencoca.train.recipe.recipe import Recipe
@@ -46,17 +49,21 @@ _MAY_CHANGE = frozenset(
 _SCHEDULE = frozenset({"epochs", "max_steps"})
 
 
-def remember_recipe(folder: Path, recipe: Recipe, continues: bool) -> None:
-    """Writes recipe.json; continues: a checkpoint is there, so it must be one of the same recipe.
+def remember_recipe(folder: Path, recipe: Recipe, device: torch.device, continues: bool) -> Recipe:
+    """Writes recipe.json and returns what it holds; continues: a checkpoint is there, which must be of the same recipe.
 
+    precision auto becomes what the run began with, or else what the device is made for.
     Raises ValueError, naming the keys, if it is of another one. Settings that the weights do not depend on may differ.
     """
     path = folder / "recipe.json"
+    stored = _read(path) if continues and path.is_file() else None
+    if recipe.precision == "auto" and stored is not None:
+        recipe = replace(recipe, precision=stored.get("precision", "auto"))
+    recipe = replace(recipe, precision=choose_precision(recipe.precision, device))
     ours = json.loads(json.dumps(recipe.to_dict()))
-    if continues and path.is_file():
+    if stored is not None:
         defaults = replace(Recipe(), task=type(recipe.task)())
-        theirs = _with_defaults(_read(path), json.loads(json.dumps(defaults.to_dict())))
-        differing = _differences(theirs, ours)
+        differing = _differences(_with_defaults(stored, json.loads(json.dumps(defaults.to_dict()))), ours)
         if differing:
             shown = ", ".join(f"{key}: {then!r} then, {now!r} now" for key, then, now in differing[:5])
             more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
@@ -67,6 +74,7 @@ def remember_recipe(folder: Path, recipe: Recipe, continues: bool) -> None:
             )
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(ours, indent=2), encoding="utf-8")
+    return recipe
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -40,9 +40,11 @@ from opencoca.train.validation import Validator
 class RunSetup:
     """The parts of a run. The model is not yet spread over processes; val_source and validator: None without one.
 
+    recipe: as it is stored with the run, with the precision that was chosen.
     frozen_stages: how many of the image encoder's first stages are not trained.
     """
 
+    recipe: Recipe
     task: Task
     device: torch.device
     tokenizer: Tokenizer
@@ -69,7 +71,10 @@ def set_up(recipe: Recipe, folder: Path, continues: bool, world: World) -> RunSe
     task = make_task(recipe.task, train_source)
     start = load_start(recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    world.on_main(lambda: remember_recipe(folder, recipe, continues=continues))
+    asked = recipe.precision
+    recipe = world.on_main(lambda: remember_recipe(folder, recipe, device, continues))
+    if asked == "auto" and world.is_main:
+        print(f"precision {recipe.precision} (chosen for {device})", file=sys.stderr)
     tokenizer = make_tokenizer(recipe, start, train_source, folder / "tokenizer.json", continues, world)
     # A start model may have more ids than its tokenizer; its embeddings are taken whole.
     least = recipe.model.text.vocab_size if recipe.tokenizer.source == "init_from" else 0
@@ -91,6 +96,7 @@ def set_up(recipe: Recipe, folder: Path, continues: bool, world: World) -> RunSe
         cache = caches.open(val_source, False, "validation images")
         validator = Validator(recipe, task, val_source, tokenizer, caches.evaluation_transform, cache, caches.stages)
     return RunSetup(
+        recipe=recipe,
         task=task,
         device=device,
         tokenizer=tokenizer,

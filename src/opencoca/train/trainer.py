@@ -25,7 +25,7 @@ from opencoca.train.report.live_view import LiveView
 from opencoca.train.report.metrics_log import MetricsLog, MetricsWindow
 from opencoca.train.report.report import write_report
 from opencoca.train.setup import set_up
-from opencoca.train.step import NonFiniteLossError, StepMetrics, TrainStep
+from opencoca.train.step import NonFiniteLossError, TrainStep
 from opencoca.train.survival.bad_steps import SpikeRule, too_many_non_finite
 from opencoca.train.survival.stop_signal import StopSignal
 from opencoca.train.survival.watchdog import Watchdog, is_restartable
@@ -44,18 +44,14 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, world: World | None = None, make_optimizer: MakeOptimizer = build_optimizer):
         """world: the processes that train together; by default this one alone. make_optimizer: makes the optimizer."""
-        self.recipe = recipe
         self.world = world or World()
         self.folder = Path(recipe.output)
         self.checkpoints = Checkpoints(self.folder, recipe.checkpoint, self.world)
         continues = self.checkpoints.exist()
         setup = self.world.together(lambda: set_up(recipe, self.folder, continues, self.world))
-        self.task, self.device, self.model, self.frozen_stages = (
-            setup.task,
-            setup.device,
-            setup.model,
-            setup.frozen_stages,
-        )
+        self.recipe = recipe = setup.recipe
+        self.task, self.device = setup.task, setup.device
+        self.model, self.frozen_stages = setup.model, setup.frozen_stages
         self.batches, self.train_source = setup.batches, setup.train_source
         self.validator, self.val_source = setup.validator, setup.val_source
         self.best = BestModel(recipe, self.task, self.folder, setup.tokenizer, setup.preprocess)
@@ -114,7 +110,9 @@ class Trainer:
                 self.watchdog.alive(progress["step"])
                 now = time.monotonic()
                 # Signals, clocks and disks differ from process to process; they save and stop at the same step.
-                is_due = now - saved > 60 * self.recipe.checkpoint_minutes or self._is_due_by_steps()
+                every = self.recipe.checkpoint.every_steps
+                is_due = now - saved > 60 * self.recipe.checkpoint_minutes
+                is_due = is_due or (every is not None and progress["step"] % every == 0)
                 stop, is_due, owes, failed = self.world.any(
                     self.stop.asked, is_due, progress.get("owes_validation", False), self.checkpoints.has_failed
                 )
@@ -128,10 +126,6 @@ class Trainer:
                     self._complete_saves(must_succeed=True)
                     where = f"step {progress['step']} of {self.total_steps}"
                     raise TrainingInterrupted(f"stopped after {where}; the same command continues from there")
-
-    def _is_due_by_steps(self) -> bool:
-        every = self.recipe.checkpoint.every_steps
-        return every is not None and self.state.progress["step"] % every == 0
 
     def _save(self) -> None:
         self._complete_saves()
@@ -169,7 +163,9 @@ class Trainer:
         except NonFiniteLossError as error:
             self._survive(error, log)
         else:
-            self._note(metrics, limit, log)
+            self.spikes.add(metrics.grad_norm)
+            if metrics.skipped:
+                self._log_event(log, "spike", grad_norm=metrics.grad_norm, limit=limit)
             if self.world.is_main:
                 seconds, flops = time.monotonic() - began, self.throughput.flops(batch)
                 window.add(metrics, waited, seconds, flops)
@@ -177,11 +173,6 @@ class Trainer:
         if self.device.type == "cpu" and progress["step"] % _RELEASE_EVERY_STEPS == 0:
             release_freed_memory()
         return True
-
-    def _note(self, metrics: StepMetrics, limit: float, log: MetricsLog | None) -> None:
-        self.spikes.add(metrics.grad_norm)
-        if metrics.skipped:
-            self._log_event(log, "spike", grad_norm=metrics.grad_norm, limit=limit)
 
     def _survive(self, error: NonFiniteLossError, log: MetricsLog | None) -> None:
         """After a step that changed nothing: leaves it out, goes back to the last checkpoint, or raises the error."""

@@ -128,7 +128,8 @@ class Recipe:
         grad_cache_steps: sub-batches in which a micro-batch goes through the network (GradCache, arXiv 2101.06983);
             contrastive negatives are still those of the whole micro-batch, for one more forward pass of its images
             and texts.
-        precision: fp32, or bf16 autocast.
+        precision: fp32, bf16 (autocast), or auto: bf16 on a device with instructions for it, fp32 on others. A run
+            keeps the one that it began with.
         device: auto, cpu, or cuda.
         seed: of everything random.
         validate_every_epochs: how often the validation set is scored.
@@ -156,7 +157,7 @@ class Recipe:
     batch_size: int = 64
     accumulation_steps: int = 1
     grad_cache_steps: int = 1
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
     seed: int = 0
     validate_every_epochs: int = 1
