@@ -49,7 +49,7 @@ class Batch:
 
     @property
     def num_samples(self) -> int:
-        """S."""
+        """The number of samples, S."""
         return len(self.sample_ids)
 
     @property

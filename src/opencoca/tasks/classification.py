@@ -50,7 +50,7 @@ class ClassificationOptions:
 
     @property
     def uses(self) -> Uses:
-        """No half of the network but the image encoder."""
+        """Neither half of the network: the image encoder is enough."""
         return Uses()
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class ClassNumbers:
         object.__setattr__(self, "_numbers", {name: number for number, name in enumerate(self.classes)})
 
     def __call__(self, target: Target | None) -> np.ndarray:
-        """Raises ValueError for what is none of the classes."""
+        """The number of a class. Raises ValueError for anything else."""
         if not isinstance(target, str) or target not in self._numbers:
             raise ValueError(f"{target!r} is none of the {len(self.classes)} classes of the training images")
         return np.array(self._numbers[target], dtype=np.int64)

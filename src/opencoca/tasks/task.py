@@ -115,7 +115,7 @@ class Task(Protocol):
         ...
 
     def forward(self, network: CoCa, batch: Batch, compared_only: bool = False) -> Outputs:
-        """One pass through the network; compared_only: what the terms across the batch need is enough."""
+        """Runs the network; compared_only: only what the terms across the batch need."""
         ...
 
     def compare(self, compared: Compared, world: World) -> dict[str, Tensor]:

@@ -34,10 +34,6 @@ class BestModel:
             self._save(model, result, step)
             progress["best"], progress["best_step"] = score, step
 
-    def texts(self) -> dict[str, Any]:
-        """What the kept model says of the validation images, by image; nothing if it was never asked."""
-        return read_texts(self.folder)
-
     def _save(self, model: CoCa, result: ValidationScores | None, step: int) -> None:
         info: dict[str, Any] = {"recipe": self.recipe.to_dict(), "step": step}
         if result is not None:

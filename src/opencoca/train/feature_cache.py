@@ -83,7 +83,7 @@ def open_feature_cache(
     label: str,
     precision: str,
 ) -> FeatureCache:
-    """The cache of what the encoder's first ``stages`` give for every image and view; computes what is missing.
+    """Opens the stored outputs of the encoder's first ``stages`` for all images and views; computes what is missing.
 
     The folder's name is a fingerprint of encoder, images and views, so that a stale cache is never used. An
     interrupted computation goes on where it stopped. precision: bf16 or fp32, of the computation.

@@ -1,8 +1,9 @@
-"""How many floating-point operations a training step must do, from the exact shapes of its images and real words.
+"""How many floating-point operations a training step must do, and how well a run uses its device.
 
-Counted are matrix products and convolutions, a multiply-add as two, forward and backward. Padding is not counted, nor
-what a step computes twice to save memory (recomputed blocks, GradCache's first pass), and attention counts the pairs
-that the causal order lets see each other. So utilisation compares what is needed with what the device could do.
+Operations are counted from the exact shapes of images and real words: matrix products and convolutions, a multiply-add
+as two, forward and backward. Padding is not counted, nor what a step computes twice to save memory (recomputed blocks,
+GradCache's first pass), and attention counts the pairs that the causal order lets see each other. So utilisation
+compares what is needed with what the device could do.
 Letters: I images, B texts, L words of a text, P pairs of positions that see each other, N image features, Q image
 tokens, D width, E embed_dim, V vocabulary.
 """
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from opencoca.data import Batch
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
 from opencoca.model.init import without_values
 from opencoca.model.structure import ProductSizes, Structure
+from opencoca.system.devices import peak_flops
+from opencoca.system.memory_use import peak_bytes
 from opencoca.tasks import Task
 from opencoca.tasks.task import Uses
 from opencoca.train.optim.optimizer import freeze
@@ -98,6 +102,29 @@ class ModelFlops:
             contrastive_loss=similarities,
             task_head=num_images * self.per_image_head,
         )
+
+
+class Throughput:
+    """Measures how well this process's device is used, for its part of every batch."""
+
+    def __init__(self, config: CoCaConfig, recipe: Recipe, task: Task, device: torch.device, num_processes: int = 1):
+        """config: the architecture with its vocabulary. The rate of an unknown device is measured, which is brief."""
+        self.device, self.peak = device, peak_flops(device, recipe.precision)
+        self._count = ModelFlops(config, recipe, task)
+        self._rows = num_processes / recipe.accumulation_steps
+
+    def flops(self, batch: Batch) -> float:
+        """Operations that a step on this process's batch needs (see `ModelFlops`)."""
+        all_texts = round(len(batch.token_ids) * self._rows)
+        return self._count(batch.num_samples, batch.token_mask.sum(dim=1), all_texts).total
+
+    def figures(self, flops_per_sec: float) -> dict[str, float]:
+        """For a line of the log: utilisation (1 = the device's peak rate), and the most memory so far."""
+        return {
+            "model_flops_per_sec": flops_per_sec,
+            "model_flops_utilisation": flops_per_sec / self.peak,
+            "memory_bytes": float(peak_bytes(self.device)),
+        }
 
 
 class _Pooling(NamedTuple):

@@ -87,7 +87,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _with_defaults(theirs: Any, defaults: Any) -> Any:
-    """A stored recipe with the settings that did not exist yet; they have the defaults, which change nothing."""
+    """A stored recipe, to which settings that did not exist yet are added with their defaults, which change nothing."""
     if not (isinstance(theirs, dict) and isinstance(defaults, dict)):
         return theirs
     return defaults | {key: _with_defaults(value, defaults.get(key)) for key, value in theirs.items()}

@@ -18,6 +18,7 @@ from opencoca.system.files import WriteError
 from opencoca.train.best_model import BestModel
 from opencoca.train.checkpoints import Checkpoints, TrainState
 from opencoca.train.checkpoints.random_state import random_state, seed_generators, set_random_state
+from opencoca.train.flops import Throughput
 from opencoca.train.optim.optimizer import MakeOptimizer, WeightAverage, build_optimizer
 from opencoca.train.parallel import ParallelModel
 from opencoca.train.recipe.recipe import Recipe
@@ -29,7 +30,6 @@ from opencoca.train.step import NonFiniteLossError, TrainStep
 from opencoca.train.survival.bad_steps import SpikeRule, too_many_non_finite
 from opencoca.train.survival.stop_signal import StopSignal
 from opencoca.train.survival.watchdog import Watchdog, is_restartable
-from opencoca.train.throughput import Throughput
 from opencoca.train.validation import ValidationScores, headline, shared_scores
 
 _RELEASE_EVERY_STEPS = 20
@@ -134,7 +134,7 @@ class Trainer:
             self._complete_saves()
 
     def _complete_saves(self, must_succeed: bool = False) -> None:
-        """Waits for the save under way; an error is a warning if the recipe says to continue, and it may."""
+        """Waits for the save under way; its error is a warning if the recipe says so, unless it must succeed."""
         if must_succeed or self.recipe.checkpoint.when_unwritable == "stop":
             self.world.together(self.checkpoints.finish)
             return
@@ -145,7 +145,7 @@ class Trainer:
                 warnings.warn(f"{error}; training continues without this checkpoint", stacklevel=2)
 
     def _advance(self, supply: Iterator[Batch], window: MetricsWindow, log: MetricsLog | None) -> bool:
-        """One step; False if there was none, because the signal to stop has ended worker processes as well."""
+        """Takes one step; returns False if it could not, because the signal to stop ended the worker processes too."""
         began = time.monotonic()
         batch = None
         try:
@@ -175,7 +175,7 @@ class Trainer:
         return True
 
     def _survive(self, error: NonFiniteLossError, log: MetricsLog | None) -> None:
-        """After a step that changed nothing: leaves it out, goes back to the last checkpoint, or raises the error."""
+        """Handles a step that changed nothing: leaves it out, goes back to the last checkpoint, or raises the error."""
         policy = self.recipe.safety.non_finite
         if policy == "stop":
             raise error
@@ -236,7 +236,7 @@ class Trainer:
         return True
 
     def _score(self, log: MetricsLog | None, bar: LiveView) -> None:
-        """Every process its share of the validation images; the main one puts the scores together and keeps them."""
+        """Scores each process's share of the validation images; the main process joins the scores and keeps them."""
         progress, result, before = self.state.progress, None, random_state()
         model = self.parallel.gathered(everywhere=self.validator is not None)
         if (validator := self.validator) is not None:

@@ -28,7 +28,9 @@ _BATCH_IMAGES = 50
 
 @dataclass(frozen=True)
 class ValidationScores:
-    """values: score by name (losses in nats, rates from 0 to 1); selection: what the best weights have most of.
+    """The scores of one validation.
+
+    values: by name (losses in nats, rates from 0 to 1); selection: the score that chooses the best weights.
 
     texts: what the model says of every image, by key; shown: the same for the few photographs that are followed over
     the run; kept: more that is stored with the best model, in JSON's types.
@@ -108,7 +110,7 @@ class Validator:
         return self.scores([self.part(model)])
 
     def part(self, model: CoCa, rank: int = 0, num_ranks: int = 1) -> Collected:
-        """What this model makes of the batches of process ``rank``; those of all, in order, are the whole source's."""
+        """What the evaluators find in the share of process ``rank``; all shares, in order, are the source."""
         was_training, device = model.training, model.device
         model.eval()
         try:
@@ -133,7 +135,7 @@ class Validator:
             yield EncodedImages(tuple(ids), model, model.image_features(inputs, stage))
 
     def _inputs(self, rank: int, num_ranks: int) -> Iterator[tuple[list[int], Tensor, int]]:
-        """Images by their positions in the source, and what stage of the image encoder they are the input of."""
+        """Yields positions in the source, inputs, and the number of the encoder's stage that takes the inputs."""
         if self.cache is not None:
             first, stop = _share(len(self.images), rank, num_ranks)
             for start in range(first, stop, _BATCH_IMAGES):
@@ -173,7 +175,7 @@ def shared_scores(
 
 
 def _share(count: int, rank: int, num_ranks: int) -> tuple[int, int]:
-    """The first of ``count`` things that a process takes and the one after its last: whole batches in a row."""
+    """The first of ``count`` images that a process takes and the one after its last; a share is whole batches."""
     batches = -(-count // _BATCH_IMAGES)
     first, stop = (batches * number // num_ranks * _BATCH_IMAGES for number in (rank, rank + 1))
     return min(count, first), min(count, stop)

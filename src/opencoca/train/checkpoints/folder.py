@@ -21,7 +21,7 @@ _PARTIAL = ".partial"
 
 
 class CheckpointName(NamedTuple):
-    """In the order in which they were made, unless the run went back to an earlier one."""
+    """A checkpoint's name. Names sort as they were made, unless the run went back to an earlier checkpoint."""
 
     step: int
     number: int = 0
@@ -41,7 +41,7 @@ class CheckpointFolder:
         return self.path / "latest"
 
     def names(self) -> list[CheckpointName]:
-        """All complete ones, in order."""
+        """The names of all complete checkpoints, in order."""
         if not self.path.is_dir():
             return []
         found = ((_NAME.fullmatch(entry.name), entry) for entry in self.path.iterdir())
@@ -52,7 +52,7 @@ class CheckpointFolder:
         )
 
     def to_try(self) -> list[CheckpointName]:
-        """Those from which the run may continue, in this order: the one that ``latest`` names, then newest first."""
+        """The checkpoints to continue from: the one that ``latest`` names, then the others, newest first."""
         names = self.names()[::-1]
         try:
             latest = self.latest_path.read_text(encoding="utf-8", errors="replace").strip()
@@ -105,7 +105,7 @@ class CheckpointFolder:
 def names_to_keep(
     names: Iterable[CheckpointName], newest: CheckpointName, options: CheckpointRecipe, best_step: int
 ) -> set[CheckpointName]:
-    """Which of these stay, now that ``newest`` is written.
+    """Returns which checkpoints stay, now that ``newest`` is written.
 
     Of each step the last one counts. Those of later steps are gone: the run went back behind them. Of what remains,
     the last ``keep_last`` stay, the first after every ``keep_every_steps``, and that of ``best_step``.
@@ -124,7 +124,7 @@ def names_to_keep(
 
 
 def _remove(path: Path) -> None:
-    """As far as that is possible: what stays is in nobody's way."""
+    """Removes a file or folder if that is possible; what cannot be removed does no harm."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
         return

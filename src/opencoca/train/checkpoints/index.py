@@ -32,7 +32,7 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """files: by rank. tensors: by key. progress: as in `TrainState`."""
+    """The content of a checkpoint. files: by rank; tensors: by key; progress: as in `TrainState`."""
 
     step: int
     progress: dict[str, Any]

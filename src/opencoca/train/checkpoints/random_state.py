@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def seed_generators(seed: int, rank: int) -> None:
-    """Seeds Python's and NumPy's, which nothing seeds otherwise, so that two runs of a recipe are equal."""
+    """Seeds the generators of Python and NumPy, which nothing else seeds: two runs of a recipe are equal."""
     words = np.random.SeedSequence([seed, rank]).generate_state(4)
     random.seed(words.tobytes())
     np.random.seed(words)  # noqa: NPY002
 
 
 def random_state() -> dict[str, Tensor]:
-    """All of them, by name; that of CUDA is of the current device."""
+    """The states of all generators, by name; CUDA's is that of the current device."""
     _, words, gauss = random.getstate()
     numpy = np.random.get_state(legacy=False)  # noqa: NPY002
     assert isinstance(numpy, dict)
@@ -34,7 +34,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(state: Mapping[str, Tensor]) -> None:
-    """Puts back what `random_state` gave. Raises KeyError, RuntimeError, TypeError or ValueError if it did not."""
+    """Puts back what `random_state` gave. Raises KeyError, RuntimeError, TypeError or ValueError for anything else."""
     torch.set_rng_state(state["torch"])
     if "python" in state:
         gauss = state["python_gauss"].tolist()

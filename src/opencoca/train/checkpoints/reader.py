@@ -52,7 +52,7 @@ class CheckpointReader:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def random_state(self, rank: int) -> dict[str, Tensor]:
-        """The random states of that process; empty if there was none of this number."""
+        """The random states of process number ``rank``; empty if there were fewer processes."""
         if rank >= len(self.index.files):
             return {}
         file, prefix = self._file(rank), f"random/{rank}/"
@@ -78,7 +78,7 @@ class SingleFileReader:
             raise ValueError(f"{path} is damaged or not the state of a training run ({error})") from error
 
     def check(self, part: int, parts: int) -> None:
-        """Reads all of it, as far as it can be told to be whole."""
+        """Reads every ``parts``-th tensor from ``part`` on. Raises ValueError if one cannot be read."""
         try:
             for key in sorted(self._file.keys)[part::parts]:
                 self._file.read(key)

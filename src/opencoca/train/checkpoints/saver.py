@@ -107,7 +107,7 @@ class Checkpoints:
         return names + ([_SINGLE_FILE] if self._single_file.is_file() else [])
 
     def _try(self, path: Path, state: TrainState, with_progress: bool) -> tuple[str | None, int]:
-        """What is wrong with a checkpoint, as all processes agree, and its step."""
+        """Restores one checkpoint; returns what is wrong with it, as all processes agree, and its step."""
         reader, problem = None, None
         try:
             reader = SingleFileReader(path) if path.is_file() else CheckpointReader(path)
@@ -136,7 +136,7 @@ class Checkpoints:
         return next((problem for problem in self.world.gather_results(own) if problem), None)
 
     def _write(self, partial: Path, snapshot: Snapshot) -> None:
-        """In the thread: this process's part and, in the main one, what makes it a checkpoint."""
+        """Runs in the thread: writes this process's part; the main process then makes a checkpoint of all parts."""
         try:
             record, error = None, None
             try:
@@ -161,7 +161,7 @@ class Checkpoints:
         return write_shard(partial / f"rank-{self.world.rank:05d}.safetensors", snapshot.tensors)
 
     def _publish(self, partial: Path, snapshot: Snapshot, records: tuple[FileRecord, ...]) -> Exception | None:
-        """In the main process, once all parts are there; what went wrong, for all processes."""
+        """Makes a checkpoint of the parts, in the main process; returns what went wrong, for all processes."""
         progress = snapshot.progress
         index = CheckpointIndex(progress["step"], progress, snapshot.average_updates, records, snapshot.layouts)
         try:
@@ -177,7 +177,7 @@ class Checkpoints:
 
 
 def _told(partial: Path, error: Exception) -> Exception:
-    """The error in a form that other processes can be told."""
+    """The error in a form that can be sent to other processes."""
     if isinstance(error, WriteError):
         return error
     if isinstance(error, OSError):

@@ -7,7 +7,7 @@ what all processes have alike is shared out among them by size. Every process ad
 import heapq
 import json
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from opencoca.distributed.world import World, local_part
 from opencoca.train.checkpoints.index import Layout
 from opencoca.train.checkpoints.random_state import random_state, set_random_state
+from opencoca.train.checkpoints.reader import CheckpointReader, SingleFileReader
 from opencoca.train.optim.optimizer import WeightAverage
 
 
@@ -38,25 +39,10 @@ class Snapshot(NamedTuple):
     average_updates: int
 
 
-class StateReader(Protocol):
-    """What `restore` needs of a stored state. Its methods raise KeyError for a name that is not there."""
-
-    @property
-    def keys(self) -> frozenset[str]: ...
-    @property
-    def progress(self) -> dict[str, Any]: ...
-    @property
-    def average_updates(self) -> int: ...
-    def shape(self, key: str) -> tuple[int, ...]: ...
-    def read(self, key: str) -> Tensor: ...
-    def rows(self, key: str, start: int, stop: int) -> Tensor: ...
-    def random_state(self, rank: int) -> dict[str, Tensor]: ...
-
-
 def take_snapshot(state: TrainState, world: World, copy: bool) -> Snapshot:
-    """This process's part of the state; copy: so that training may go on before it is written.
+    """Takes this process's part of the state.
 
-    Without a copy, tensors that are on the CPU are the live ones.
+    copy: copies tensors that are on the CPU, so that training may go on before they are written.
     """
     tensors = _named_tensors(state)
     layouts = _layouts(tensors, {f"model/{name}" for name, _ in state.model.named_buffers()}, world)
@@ -82,7 +68,7 @@ def take_snapshot(state: TrainState, world: World, copy: bool) -> Snapshot:
     return Snapshot(own, layouts, json.loads(json.dumps(state.progress)), updates)
 
 
-def restore(state: TrainState, reader: StateReader, world: World) -> None:
+def restore(state: TrainState, reader: CheckpointReader | SingleFileReader, world: World) -> None:
     """Puts a stored state into the run's objects, all but its progress. Every process reads its own part of it.
 
     Raises KeyError, RuntimeError, TypeError or ValueError if it does not fit them.
@@ -117,7 +103,7 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _layouts(tensors: dict[str, Tensor], of_main: set[str], world: World) -> dict[str, Layout]:
-    """Who writes what; the same in every process. of_main: what the main process's copy decides (buffers)."""
+    """Decides who writes each tensor, alike in every process; of_main: those that the main one writes (buffers)."""
     loads = [(0, rank) for rank in range(world.size)]
     found = {}
     for number, (key, tensor) in enumerate(sorted(tensors.items(), key=lambda item: (-item[1].numel(), item[0]))):
@@ -153,7 +139,7 @@ def _own_rows(tensor: Tensor) -> tuple[int, int]:
     return layout.rows(mesh.get_local_rank(mesh.ndim - 1))
 
 
-def _fill(target: Tensor, reader: StateReader, key: str) -> None:
+def _fill(target: Tensor, reader: CheckpointReader | SingleFileReader, key: str) -> None:
     shape = reader.shape(key)
     if shape != target.shape:  # copy_ would spread it out
         raise RuntimeError(f"{key} has the shape {shape} where {tuple(target.shape)} is needed")
@@ -164,7 +150,7 @@ def _fill(target: Tensor, reader: StateReader, key: str) -> None:
         local.copy_(reader.rows(key, *_own_rows(target)))
 
 
-def _restore_optimizer(state: TrainState, reader: StateReader) -> None:
+def _restore_optimizer(state: TrainState, reader: CheckpointReader | SingleFileReader) -> None:
     parameters = dict(state.model.named_parameters())
     on_device = {
         id(parameter): bool(group.get("fused") or group.get("capturable"))
@@ -182,7 +168,7 @@ def _restore_optimizer(state: TrainState, reader: StateReader) -> None:
         state.optimizer.state[parameter][slot] = _slot(reader, key, parameter, on_device[id(parameter)])
 
 
-def _slot(reader: StateReader, key: str, parameter: Tensor, on_device: bool) -> Tensor:
+def _slot(reader: CheckpointReader | SingleFileReader, key: str, parameter: Tensor, on_device: bool) -> Tensor:
     """A part of the optimizer's state: laid out as its parameter if it has its shape, whole in each process if not."""
     shape = reader.shape(key)
     if not shape:  # a count of steps, which some optimizers keep on the CPU

@@ -131,7 +131,7 @@ def _draw(axes: Axes, chart: Chart, runs: Sequence[RunLog]) -> None:
 
 
 def _style(chart: Chart, curve: Curve) -> str:
-    """Points for validation; dashed between them where they share axes with the curves of training."""
+    """The line's style: points for validation, dashed between them where curves of training share the axes."""
     if curve.kind != "validation":
         return "-"
     return "o--" if any(other.kind == "train" for other in chart.curves) else "o-"
@@ -177,7 +177,7 @@ def _colour(chart: Chart, number: int) -> int:
 
 
 def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Not more than a picture can show, the last among them."""
+    """At most as many points as a picture can show; the last one is among them."""
     if len(points) <= _MOST_POINTS:
         return points
     step = len(points) / _MOST_POINTS

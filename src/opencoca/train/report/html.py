@@ -159,7 +159,7 @@ def _captions(runs: Sequence[RunLog], pictures: dict[str, Image.Image]) -> str:
 
 
 def _spread(lines: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """The first, the last, and some between."""
+    """At most so many of the lines, evenly spaced, with the first and the last."""
     if len(lines) <= most:
         return lines
     return [lines[round(number * (len(lines) - 1) / (most - 1))] for number in range(most)]

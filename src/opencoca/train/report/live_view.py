@@ -42,13 +42,13 @@ class LiveView:
             line.close()
 
     def advance(self) -> None:
-        """A step is done."""
+        """Counts one step more."""
         self.done_steps += 1
         if self._lines:
             self._lines[0].update()
 
     def show(self, line: dict[str, float]) -> None:
-        """line: of the metrics log, of steps of training."""
+        """Shows a line that the metrics log has of training."""
         if self.hidden:
             return
         learning, working = learning_figures(line), working_figures(line)
@@ -65,7 +65,7 @@ class LiveView:
         )
 
     def write(self, text: str) -> None:
-        """A line that stays, above the bar if there is one."""
+        """Prints a line that stays, above the bar if there is one."""
         if self.hidden:
             return
         if self._lines:
@@ -98,7 +98,7 @@ def working_figures(line: dict[str, float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Two figures' worth of it."""
+    """A duration in the largest unit that fits, to two figures."""
     for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"

@@ -101,7 +101,7 @@ class MetricsWindow:
         self._state |= state or {}
 
     def add(self, metrics: StepMetrics, waited: float, seconds: float, flops: float = 0.0) -> None:
-        """waited: the part of the step's seconds before its batch was there; flops: what the step needed here."""
+        """Adds a step. waited: the part of its seconds before its batch came; flops: what it needed here."""
         terms = {f"{name}_loss": value for name, value in metrics.terms.items()}
         self._state["rows"].append({"loss": metrics.loss, **terms, "grad_norm": metrics.grad_norm})
         self._state["latest"] = {"lr": metrics.lr}
@@ -112,7 +112,7 @@ class MetricsWindow:
 
     @property
     def flops_per_sec(self) -> float:
-        """Since the last flush."""
+        """The rate of operations since the last flush."""
         return self._state["flops"] / max(self._state["seconds"], 1e-9)
 
     @property
@@ -120,11 +120,11 @@ class MetricsWindow:
         return not self._state["rows"]
 
     def state(self) -> dict[str, Any]:
-        """In JSON's types, for a checkpoint."""
+        """What a checkpoint keeps of the window, in JSON's types."""
         return self._state
 
     def flush(self) -> dict[str, float]:
-        """Means over the steps since the last flush, and begins anew."""
+        """Returns means over the steps since the last flush, and empties the window."""
         rows, seconds = self._state["rows"], max(self._state["seconds"], 1e-9)
         means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[-1]}
         means |= self._state["latest"]

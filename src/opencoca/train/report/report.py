@@ -92,7 +92,7 @@ def _write_picture(run: RunLog, source: SampleSource | None, title: str) -> Path
 
 
 def _literally(text: str) -> str:
-    """Without the formulas that matplotlib would see between two dollar signs."""
+    """The text with its dollar signs masked, between which matplotlib would read a formula."""
     return text.replace("$", r"\$")
 
 

@@ -12,7 +12,7 @@ from opencoca.train.report.metrics_log import read_metrics
 
 @dataclass(frozen=True)
 class RunLog:
-    """name: of the folder; lines: of metrics.jsonl; recipe: as it was stored, by dotted key."""
+    """What a run's folder tells. name: of the folder; lines: of metrics.jsonl; recipe: as stored, by dotted key."""
 
     name: str
     folder: Path
@@ -38,7 +38,7 @@ class RunLog:
 
 
 def read_run(folder: str | Path) -> RunLog:
-    """Raises ValueError if the folder holds no metrics."""
+    """Reads a run's folder. Raises ValueError if it holds no metrics."""
     folder = Path(folder)
     path = folder / "metrics.jsonl"
     if not path.is_file():

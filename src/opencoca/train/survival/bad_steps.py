@@ -27,7 +27,7 @@ class SpikeRule:
         self.recipe, self.progress = recipe, progress
 
     def limit(self) -> float:
-        """For the step that comes; infinite if there is none."""
+        """The limit for the next step; infinite if there is none."""
         deviations = self.recipe.safety.spike_deviations
         norms = self.progress.get("gradient_norms", [])
         warming_up = self.progress["step"] < self.recipe.optimizer.warmup_steps
@@ -44,7 +44,7 @@ class SpikeRule:
 
 
 def too_many_non_finite(recipe: Recipe, progress: dict[str, Any]) -> bool:
-    """Counts the step that comes as one whose loss or gradient is not finite; whether that is one too many."""
+    """Counts the present step as one whose loss or gradient is not finite; True if the run has too many such steps."""
     step = progress["step"]
     recent = [bad for bad in progress.get("non_finite_steps", []) if bad > step - _LIMIT_SPAN]
     progress["non_finite_steps"] = [*recent, step]

@@ -51,7 +51,7 @@ class Watchdog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While something goes on that takes as long as it takes."""
+        """Watches nothing while work goes on that may take any time."""
         self._paused = True
         try:
             yield
@@ -72,7 +72,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def _arm(self) -> None:
-        """What holds Python's lock stops the watching thread as well, but not the one that this starts anew."""
+        """Starts anew a timer outside of Python, which also ends a process whose Python threads are all blocked."""
         if self.exits:
             faulthandler.dump_traceback_later(self.limit_s + 2 * self.grace_s + 1, exit=True)
 
