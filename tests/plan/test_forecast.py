@@ -58,7 +58,7 @@ def test_the_precision_is_chosen_as_training_chooses_it(
 ) -> None:
     monkeypatch.setattr("opencoca.system.devices.multiplies_bfloat16", lambda: has_instructions)
     auto, low, full = (
-        plan_of(replace(TINY, precision=precision), Cluster(device=device)).chosen
+        plan_of(replace(TINY, precision=precision), Cluster(device=device)).chosen.activations
         for precision in ("auto", "bf16", "fp32")
     )
     assert auto == (low if device == "h200" or has_instructions else full)
