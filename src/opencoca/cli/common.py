@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    from opencoca.data import SampleSource
     from opencoca.inference.pipeline import Pipeline
 
 raw_help = argparse.RawDescriptionHelpFormatter
@@ -77,6 +78,68 @@ def add_model_options(parser: argparse.ArgumentParser, batch_size: int | None = 
         metavar="N",
         help=f"images at a time (default: {default})",
     )
+
+
+def add_model_and_folder(parser: argparse.ArgumentParser, out_dir: str = "folder to write") -> None:
+    """Adds the arguments MODEL and OUT_DIR."""
+    parser.add_argument("model", metavar="MODEL", help="name of a model, or a model's or training run's folder")
+    parser.add_argument("out_dir", metavar="OUT_DIR", help=out_dir)
+
+
+def add_captioned_images(parser: argparse.ArgumentParser, required: bool) -> None:
+    """Adds --images, --captions and --limit, which `open_captioned` reads."""
+    parser.add_argument("--images", required=required, metavar="DIR", help="folder of images, or tar shards")
+    parser.add_argument(
+        "--captions",
+        metavar="CSV",
+        help="table (CSV, TSV, JSONL or Parquet) with the columns image and caption; several captions of an image "
+        "are several rows or a list; tar shards contain their own captions",
+    )
+    add_limit(parser)
+
+
+def add_limit(parser: argparse.ArgumentParser) -> None:
+    """Adds --limit, which `some_images` takes."""
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N images")
+
+
+def add_by(parser: argparse.ArgumentParser) -> None:
+    """Adds --by: what compares texts with images."""
+    parser.add_argument(
+        "--by",
+        choices=("similarity", "likelihood", "both"),
+        default="similarity",
+        help="compare embeddings (similarity), or how much more probable the image makes a text for the captioner "
+        "(likelihood), or add both (default: similarity)",
+    )
+
+
+def add_templates(parser: argparse.ArgumentParser, default: str | None, meaning: str) -> None:
+    """Adds --templates; meaning: what its default is."""
+    parser.add_argument(
+        "--templates",
+        default=default,
+        metavar="T",
+        help="sentences around a label: clip (80 of them), simple (one), or a text file with one on each line and {} "
+        f"for the label (default: {meaning})",
+    )
+
+
+def open_captioned(arguments: argparse.Namespace) -> "SampleSource":
+    """The images and captions that --images, --captions and --limit name."""
+    from opencoca.data import ImageFolder, open_source
+
+    source = open_source(arguments.images, arguments.captions)
+    if arguments.captions is None and isinstance(source, ImageFolder):
+        raise CommandError(f"{arguments.images!r} is a folder of images without captions; add --captions CSV")
+    return some_images(source, arguments.limit)
+
+
+def some_images(source: "SampleSource", limit: int | None) -> "SampleSource":
+    """The first images of a source, at most `limit`."""
+    from opencoca.data import Subset
+
+    return source if limit is None else Subset(source, range(min(limit, len(source))))
 
 
 def load_pipeline(arguments: argparse.Namespace) -> "Pipeline":

@@ -1,21 +1,28 @@
 """`opencoca evaluate`: scores a model on labelled or captioned images; prints a table and writes JSON."""
 
 import argparse
+import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opencoca.cli.common import (
     CommandError,
+    add_by,
+    add_captioned_images,
     add_command,
     add_group,
+    add_limit,
     add_model_options,
+    add_templates,
     check_writable,
     complain,
     format_table,
     load_pipeline,
+    open_captioned,
     positive_int,
+    some_images,
     write_json,
 )
 from opencoca.cli.generation_options import add_generation_options, chosen_generation_options
@@ -23,30 +30,54 @@ from opencoca.cli.generation_options import add_generation_options, chosen_gener
 if TYPE_CHECKING:
     from opencoca.data import SampleSource
     from opencoca.evaluation.encoding import BrokenImage
-    from opencoca.evaluation.prompts import ClassificationScores
+    from opencoca.inference.pipeline import Pipeline
 
 _CAPTIONS = "--model runs/coca --images DIR --captions val.csv --out scores.json"
-_LEFT_OUT = "Images that cannot be read are left out, counted, and named on stderr and in the JSON file."
+# The tasks that models are finetuned on, by their names in recipes: what is measured, and the data of an example.
+_FINETUNED = {
+    "classification": (
+        "Measure how often a finetuned classifier names the right class: accuracy, in percent, over all and per class.",
+        "--images DIR --labels test.csv",
+    ),
+}
+_TITLES = {f"bleu_{n}": f"BLEU-{n}" for n in (1, 2, 3, 4)}
+_TITLES |= {
+    f"{way}_r{k}": f"{way.replace('_', ' ')} R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)
+}
+_TITLES |= {"rouge_l": "ROUGE-L", "cider_d": "CIDEr-D", "meteor": "METEOR", "spice": "SPICE"}
+_TITLES |= {"top1": "top-1", "top5": "top-5"}
+
+
+class _Found(NamedTuple):
+    """What an evaluation found; its fields go into the JSON file by these names, but for `titles` and `problem`.
+
+    written: more entries of the file; settings: more settings than the command line shows; titles: what scores are
+    called in the table; problem: why some scores are missing.
+    """
+
+    scores: Mapping[str, float]
+    counts: Mapping[str, int]
+    broken: "Sequence[BrokenImage]"
+    written: Mapping[str, Any] = {}
+    settings: Mapping[str, Any] = {}
+    titles: Mapping[str, str] = _TITLES
+    problem: str | None = None
+
+
+_Measure = Callable[[argparse.Namespace, "Pipeline", "SampleSource"], _Found]
 
 
 def add_commands(commands: Any) -> None:
-    group = add_group(commands, "evaluate", "Score a model: retrieval, captioning, or zero-shot classification.")
-    _add_retrieval(group)
-    _add_captioning(group)
-    _add_zero_shot(group)
-    _add_classification(group)
-
-
-def _add_retrieval(group: Any) -> None:
-    parser = add_command(
+    group = add_group(
+        commands, "evaluate", "Score a model: retrieval, captioning, zero-shot or trained classification."
+    )
+    parser = _add(
         group,
         "retrieval",
-        run_retrieval,
+        _retrieval,
         "Measure how well images find their captions and captions their images: recall at 1, 5 and 10, in percent.",
-        example=f"opencoca evaluate retrieval {_CAPTIONS}",
-        more=_LEFT_OUT,
+        _CAPTIONS,
     )
-    _add_captioned_images(parser)
     parser.add_argument(
         "--rerank-top",
         type=positive_int,
@@ -55,20 +86,14 @@ def _add_retrieval(group: Any) -> None:
         help="with --by likelihood or both: the number of best matches of each image and text that the captioner "
         "ranks again (default: 16)",
     )
-    _add_by(parser)
-    _add_common(parser)
-
-
-def _add_captioning(group: Any) -> None:
-    parser = add_command(
+    add_by(parser)
+    parser = _add(
         group,
         "captioning",
-        run_captioning,
+        _captioning,
         "Compare generated captions with human ones: BLEU-1 to 4, ROUGE-L and CIDEr-D, times 100.",
-        example=f"opencoca evaluate captioning {_CAPTIONS} --save-captions captions.jsonl",
-        more=_LEFT_OUT,
+        f"{_CAPTIONS} --save-captions captions.jsonl",
     )
-    _add_captioned_images(parser)
     parser.add_argument("--save-captions", metavar="FILE", help="write JSON lines: image, caption, references")
     parser.add_argument(
         "--coco",
@@ -76,126 +101,122 @@ def _add_captioning(group: Any) -> None:
         help="also METEOR and SPICE (need the extra coco-metrics and Java; SPICE also a network)",
     )
     add_generation_options(parser.add_argument_group("generation, as in `opencoca caption`"))
-    _add_common(parser)
-
-
-def _add_zero_shot(group: Any) -> None:
-    parser = add_command(
+    parser = _add(
         group,
         "zero-shot",
-        run_zero_shot,
+        _zero_shot,
         "Measure how often the right label's sentences fit an image best: accuracy, in percent.",
-        example="opencoca evaluate zero-shot --images DIR --labels labels.csv --out scores.json",
-        more=_LEFT_OUT,
+        "--images DIR --labels labels.csv --out scores.json",
+        labelled=True,
     )
-    _add_labelled_images(parser)
     parser.add_argument(
         "--class-names",
         metavar="CSV",
         help="table with the columns label and name: what a label is called in prompts (default: the label itself)",
     )
-    parser.add_argument(
-        "--templates",
-        default="clip",
-        metavar="T",
-        help="sentences around a label: clip (80 of them), simple (one), or a text file with one on each line and {} "
-        "for the label (default: clip)",
-    )
-    _add_by(parser)
-    _add_common(parser)
+    add_templates(parser, "clip", "clip")
+    add_by(parser)
+    for task, (purpose, data) in _FINETUNED.items():
+        _add(group, task, _finetuned, purpose, f"--model runs/{task} {data}", labelled=True)
 
 
-def _add_classification(group: Any) -> None:
-    parser = add_command(
-        group,
-        "classification",
-        run_classification,
-        "How often a finetuned classifier names the right class: accuracy, in percent, over all and for each class.",
-        example="opencoca evaluate classification --model runs/classes --images DIR --labels test.csv",
-        more=_LEFT_OUT,
-    )
-    _add_labelled_images(parser)
-    _add_common(parser)
+def _add(group: Any, name: str, measure: _Measure, purpose: str, example: str, labelled: bool = False) -> Any:
+    """Adds a command that scores a model on captioned, or on labelled, images."""
 
+    def run(arguments: argparse.Namespace) -> int:
+        return _run(arguments, _open_labelled if labelled else open_captioned, measure)
 
-def _add_labelled_images(parser: Any) -> None:
-    parser.add_argument("--images", required=True, metavar="DIR", help="folder of images")
-    parser.add_argument(
-        "--labels",
-        metavar="CSV",
-        help="table with the columns image and label (default: the sub-folder that an image lies in is its label)",
-    )
-
-
-def _add_captioned_images(parser: Any) -> None:
-    parser.add_argument("--images", required=True, metavar="DIR", help="folder of images, or tar shards")
-    parser.add_argument(
-        "--captions",
-        metavar="CSV",
-        help="table (CSV, TSV, JSONL or Parquet) with the columns image and caption; several captions of an image "
-        "are several rows or a list; tar shards contain their own captions",
-    )
-
-
-def _add_by(parser: Any) -> None:
-    parser.add_argument(
-        "--by",
-        choices=("similarity", "likelihood", "both"),
-        default="similarity",
-        help="compare embeddings (similarity), or how much more probable the image makes a text for the captioner "
-        "(likelihood), or add both (default: similarity)",
-    )
-
-
-def _add_common(parser: Any) -> None:
+    more = "Images that cannot be read are left out, counted, and named on stderr and in the JSON file."
+    parser = add_command(group, name, run, purpose, example=f"opencoca evaluate {name} {example}", more=more)
+    if labelled:
+        parser.add_argument("--images", required=True, metavar="DIR", help="folder of images")
+        parser.add_argument(
+            "--labels",
+            metavar="CSV",
+            help="table with the columns image and label (default: the sub-folder that an image lies in is its label)",
+        )
+        add_limit(parser)
+    else:
+        add_captioned_images(parser, required=True)
     parser.add_argument("--out", metavar="FILE", help="write scores, counts and settings as JSON")
-    parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N images")
     add_model_options(parser)
+    return parser
 
 
-def run_retrieval(arguments: argparse.Namespace) -> int:
-    from opencoca.evaluation.retrieval import evaluate_retrieval
+def _open_labelled(arguments: argparse.Namespace) -> "SampleSource":
+    from opencoca.data import open_labelled
 
-    check_writable(arguments.out)
-    source = _open_captioned(arguments)
+    return some_images(open_labelled(arguments.images, arguments.labels), arguments.limit)
+
+
+def _run(
+    arguments: argparse.Namespace, open_source: Callable[[argparse.Namespace], "SampleSource"], measure: _Measure
+) -> int:
+    """Prints the table of scores and, with --out, writes them with everything that tells how they were measured."""
+    check_writable(arguments.out, getattr(arguments, "save_captions", None))
+    source = open_source(arguments)
     pipeline = load_pipeline(arguments)
     started = time.perf_counter()
-    report = evaluate_retrieval(
-        pipeline,
-        source,
-        by=arguments.by,
-        rerank_top=arguments.rerank_top,
-        batch_size=arguments.batch_size,
-        progress=True,
-    )
-    scores = asdict(report.scores)
-    counts = {
-        "images": scores.pop("num_images"),
-        "captions": scores.pop("num_texts"),
-        "images_without_captions": report.num_images_without_captions,
-    }
-    rows = [(f"{direction} R@{k}", scores[f"{key}_r{k}"]) for key, direction in _DIRECTIONS for k in (1, 5, 10)]
-    table = [(name, f"{100 * value:.2f}") for name, value in rows]
-    table += [(f"{direction} median rank", f"{scores[f'{key}_median_rank']:g}") for key, direction in _DIRECTIONS]
-    _finish(arguments, "retrieval", scores, table, counts, report.broken_images, started)
+    found = measure(arguments, pipeline, source)
+    seconds = time.perf_counter() - started
+    for image in found.broken:
+        complain(image.reason)
+    counts = {**found.counts, "broken_images": len(found.broken)}
+    table = [
+        (found.titles.get(name, name.replace("_", " ")), _shown(name, value)) for name, value in found.scores.items()
+    ]
+    print(format_table([*table, *((name.replace("_", " "), f"{count:,}") for name, count in counts.items())]))
+    if arguments.out:
+        write_json(arguments.out, _content(arguments, found, counts, seconds))
+    if found.problem:
+        raise CommandError(found.problem)
     return 0
 
 
-_DIRECTIONS = (("image_to_text", "image to text"), ("text_to_image", "text to image"))
+def _shown(name: str, value: float) -> str:
+    return f"{value:g}" if name.endswith("rank") else f"{100 * value:.2f}"
 
 
-def run_captioning(arguments: argparse.Namespace) -> int:
+def _content(arguments: argparse.Namespace, found: _Found, counts: Mapping[str, int], seconds: float) -> dict[str, Any]:
+    import opencoca
+    from opencoca.inference.loading import DEFAULT_MODEL
+
+    places = ("images", "captions", "labels", "class_names")
+    settings = ("batch_size", "limit", "device", "dtype", "templates", "by", "rerank_top")
+    given = vars(arguments)
+    return {
+        "task": arguments.evaluate_command,
+        "metrics": dict(found.scores),
+        "model": arguments.model or DEFAULT_MODEL,
+        "data": {name: given[name] for name in places if name in given},
+        "counts": counts,
+        "broken_images": [asdict(image) for image in found.broken],
+        **found.written,
+        "seconds": round(seconds, 3),
+        "opencoca_version": opencoca.__version__,
+        "settings": {**{name: given[name] for name in settings if name in given}, **found.settings},
+    }
+
+
+def _retrieval(arguments: argparse.Namespace, pipeline: "Pipeline", source: "SampleSource") -> _Found:
+    from opencoca.evaluation.retrieval import evaluate_retrieval
+
+    by, top, size = arguments.by, arguments.rerank_top, arguments.batch_size
+    report = evaluate_retrieval(pipeline, source, by=by, rerank_top=top, batch_size=size, progress=True)
+    scores = asdict(report.scores)
+    counts = {"images": scores.pop("num_images"), "captions": scores.pop("num_texts")}
+    return _Found(
+        scores, counts | {"images_without_captions": report.num_images_without_captions}, report.broken_images
+    )
+
+
+def _captioning(arguments: argparse.Namespace, pipeline: "Pipeline", source: "SampleSource") -> _Found:
     from opencoca.evaluation.captioning import evaluate_captioning
-    from opencoca.generation.rerank import check_rerank, rerank_weight
+    from opencoca.generation.rerank import rerank_weight
 
-    check_writable(arguments.out, arguments.save_captions)
-    source = _open_captioned(arguments)
-    options = chosen_generation_options(arguments)
-    check_rerank(options, arguments.rerank)
-    pipeline = load_pipeline(arguments)
-    started = time.perf_counter()
+    options, rerank = chosen_generation_options(arguments), arguments.rerank
     report = evaluate_captioning(
-        pipeline, source, options, rerank=arguments.rerank, batch_size=arguments.batch_size, progress=True
+        pipeline, source, options, rerank=rerank, batch_size=arguments.batch_size, progress=True
     )
     if arguments.save_captions:
         _write_captions(arguments.save_captions, report.captions, report.references)
@@ -210,16 +231,8 @@ def run_captioning(arguments: argparse.Namespace) -> int:
     if arguments.coco:
         more, problem = _coco_scores(report.captions, report.references)
         scores |= more
-    table = [(_METRICS[name], f"{100 * value:.2f}") for name, value in scores.items()]
-    decoding = {**asdict(options), "rerank": rerank_weight(arguments.rerank)}
-    _finish(arguments, "captioning", scores, table, counts, report.broken_images, started, decoding=decoding)
-    if problem:
-        raise CommandError(problem)
-    return 0
-
-
-_METRICS = {f"bleu_{n}": f"BLEU-{n}" for n in (1, 2, 3, 4)}
-_METRICS |= {"rouge_l": "ROUGE-L", "cider_d": "CIDEr-D", "meteor": "METEOR", "spice": "SPICE"}
+    settings = {**asdict(options), "rerank": rerank_weight(rerank)}
+    return _Found(scores, counts, report.broken_images, settings=settings, problem=problem)
 
 
 def _coco_scores(
@@ -236,118 +249,38 @@ def _coco_scores(
         return {}, str(error)
 
 
-def run_zero_shot(arguments: argparse.Namespace) -> int:
-    from opencoca.data import open_labelled
+def _zero_shot(arguments: argparse.Namespace, pipeline: "Pipeline", source: "SampleSource") -> _Found:
+    from opencoca.evaluation.classification import named_confusions
     from opencoca.evaluation.prompts import load_templates
     from opencoca.evaluation.zero_shot import evaluate_zero_shot, read_class_names
 
-    check_writable(arguments.out)
-    source = _limited(open_labelled(arguments.images, arguments.labels), arguments.limit)
     names = read_class_names(arguments.class_names) if arguments.class_names else None
     templates = load_templates(arguments.templates)
-    pipeline = load_pipeline(arguments)
-    started = time.perf_counter()
-    report = evaluate_zero_shot(
-        pipeline, source, templates, names, by=arguments.by, batch_size=arguments.batch_size, progress=True
-    )
-    scores, table = _accuracies(report.scores)
+    by, size = arguments.by, arguments.batch_size
+    report = evaluate_zero_shot(pipeline, source, templates, names, by=by, batch_size=size, progress=True)
+    scores = {name: getattr(report.scores, name) for name in ("top1", "top5", "mean_per_class")}
     counts = {"images": report.scores.num_images, "labels": len(report.labels), "templates": len(templates)}
-    confusions = _confusions(report.labels, report.scores)
-    _finish(arguments, "zero-shot", scores, table, counts, report.broken_images, started, confusions=confusions)
-    return 0
+    confusions = named_confusions(report.scores, report.labels)
+    return _Found(scores, counts, report.broken_images, {"confusions": confusions})
 
 
-def run_classification(arguments: argparse.Namespace) -> int:
-    from opencoca.data import open_labelled
-    from opencoca.evaluation.classification import evaluate_classification
+def _finetuned(arguments: argparse.Namespace, pipeline: "Pipeline", source: "SampleSource") -> _Found:
+    """Scores a model by the task that it was finetuned on."""
+    from opencoca.evaluation.encoding import encode_images
+    from opencoca.evaluation.runner import Scores, evaluate
+    from opencoca.tasks import stored_task
 
-    check_writable(arguments.out)
-    source = _limited(open_labelled(arguments.images, arguments.labels), arguments.limit)
-    pipeline = load_pipeline(arguments)
-    started = time.perf_counter()
-    report = evaluate_classification(pipeline, source, batch_size=arguments.batch_size, progress=True)
-    scores, table = _accuracies(report.scores)
-    counts = {"images": report.scores.num_images, "labels": len(report.classes)}
-    more = {"per_class": report.per_class, "confusions": _confusions(report.classes, report.scores)}
-    _finish(arguments, "classification", scores, table, counts, report.broken_images, started, **more)
-    return 0
-
-
-def _accuracies(found: "ClassificationScores") -> tuple[dict[str, float], list[tuple[str, str]]]:
-    """Accuracies by name, and the rows of the table that shows them."""
-    titles = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
-    scores = {name: getattr(found, name) for name in titles}
-    return scores, [(title, f"{100 * scores[name]:.2f}") for name, title in titles.items()]
-
-
-def _confusions(labels: Sequence[str], scores: "ClassificationScores") -> list[dict[str, Any]]:
-    return [
-        {"label": labels[found.target], "taken_for": labels[found.predicted], "images": found.count}
-        for found in scores.confusions
-    ]
-
-
-def _open_captioned(arguments: argparse.Namespace) -> "SampleSource":
-    from opencoca.data import ImageFolder, open_source
-
-    source = open_source(arguments.images, arguments.captions)
-    if arguments.captions is None and isinstance(source, ImageFolder):
-        raise CommandError(f"{arguments.images!r} is a folder of images without captions; add --captions CSV")
-    return _limited(source, arguments.limit)
-
-
-def _limited(source: "SampleSource", limit: int | None) -> "SampleSource":
-    from opencoca.data import Subset
-
-    return source if limit is None else Subset(source, range(min(limit, len(source))))
-
-
-def _finish(
-    arguments: argparse.Namespace,
-    task: str,
-    scores: Mapping[str, float],
-    table: list[tuple[str, str]],
-    counts: Mapping[str, int],
-    broken: "Sequence[BrokenImage]",
-    started: float,
-    *,
-    confusions: Sequence[Mapping[str, Any]] | None = None,
-    per_class: Mapping[str, float] | None = None,
-    decoding: Mapping[str, Any] | None = None,
-) -> None:
-    """Prints the table and, with --out, writes the scores with everything that tells how they were measured."""
-    import opencoca
-    from opencoca.inference.loading import DEFAULT_MODEL
-
-    seconds = time.perf_counter() - started
-    for image in broken:
-        complain(image.reason)
-    counts = {**counts, "broken_images": len(broken)}
-    print(format_table([*table, *((name.replace("_", " "), f"{count:,}") for name, count in counts.items())]))
-    if not arguments.out:
-        return
-    places = ("images", "captions", "labels", "class_names")
-    settings = ("batch_size", "limit", "device", "dtype", "templates", "by", "rerank_top")
-    given = vars(arguments)
-    content = {
-        "task": task,
-        "metrics": dict(scores),
-        "model": arguments.model or DEFAULT_MODEL,
-        "data": {name: given[name] for name in places if name in given},
-        "counts": counts,
-        "broken_images": [asdict(image) for image in broken],
-        **({} if confusions is None else {"confusions": confusions}),
-        **({} if per_class is None else {"per_class": dict(per_class)}),
-        "seconds": round(seconds, 3),
-        "opencoca_version": opencoca.__version__,
-        "settings": {**{name: given[name] for name in settings if name in given}, **(decoding or {})},
-    }
-    write_json(arguments.out, content)
+    task, wanted = stored_task(pipeline.task), arguments.evaluate_command
+    if task.name != wanted:
+        raise CommandError(f"this model was finetuned on {task.name}; use `opencoca evaluate {task.name}`")
+    batches = encode_images(pipeline, source, arguments.batch_size, progress=True, description="encoding images")
+    parts, broken = evaluate(batches, *task.evaluators(source, pipeline.tokenizer))
+    found = Scores.joined(parts)
+    titles = {score.name: score.label for score in task.scores}
+    return _Found(found.values, found.counts, broken, found.written, titles=titles)
 
 
 def _write_captions(path: str, captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
-    import json
-
     from opencoca.system.files import atomic_write
 
     with atomic_write(path) as partial, open(partial, "w", encoding="utf-8") as file:

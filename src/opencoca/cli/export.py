@@ -4,12 +4,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opencoca.cli.common import CommandError, add_command, add_group, check_writable, format_table
+from opencoca.cli.common import CommandError, add_command, add_group, add_model_and_folder, check_writable, format_table
 
 if TYPE_CHECKING:
     from opencoca.export.onnx_check import CheckReport
 
 _FAILED = 1
+_FOLDER = "folder to write; files of an earlier export are replaced"
 
 
 def add_commands(commands: Any) -> None:
@@ -29,8 +30,7 @@ def _add_onnx(group: Any) -> None:
         "the graphs are compared with the model in ONNX Runtime, and the largest differences are printed; the exit\n"
         "code is 1 if one is too large. Needs the extra onnx: pip install 'opencoca[onnx]'.",
     )
-    parser.add_argument("model", metavar="MODEL", help="name of a model, or a model's or training run's folder")
-    parser.add_argument("out_dir", metavar="OUT_DIR", help="folder to write; files of an earlier export are replaced")
+    add_model_and_folder(parser, _FOLDER)
     parser.add_argument("--no-check", action="store_true", help="do not compare the graphs with the model")
     parser.add_argument(
         "--photos",
@@ -92,8 +92,7 @@ def _add_open_clip(group: Any) -> None:
         more="For models that were converted from open_clip, finetuned or not: open_clip has no other CoCa. Tensors\n"
         "that were not trained have the bytes that they came in with.",
     )
-    parser.add_argument("model", metavar="MODEL", help="name of a model, or a model's or training run's folder")
-    parser.add_argument("out_dir", metavar="OUT_DIR", help="folder to write; files of an earlier export are replaced")
+    add_model_and_folder(parser, _FOLDER)
 
 
 def run_open_clip(arguments: argparse.Namespace) -> int:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from opencoca.cli.common import (
     CommandError,
+    add_by,
     add_command,
     add_model_options,
+    add_templates,
     check_writable,
     complain,
     expand_images,
@@ -42,19 +44,8 @@ def add_commands(commands: Any) -> None:
         metavar="A,B,C",
         help="what to choose from, separated by commas (default: the classes that the model was finetuned on)",
     )
-    classify.add_argument(
-        "--templates",
-        metavar="T",
-        help="sentences around a label: clip (80 of them), simple (one), or a text file with one on each line and {} "
-        "for the label (default: three general ones)",
-    )
-    classify.add_argument(
-        "--by",
-        choices=("similarity", "likelihood", "both"),
-        default="similarity",
-        help="compare embeddings (similarity), or how much more probable the image makes a label's sentence for the "
-        "captioner (likelihood), or add both (default: similarity)",
-    )
+    add_templates(classify, None, "three general ones")
+    add_by(classify)
     classify.add_argument(
         "--top", type=positive_int, default=5, metavar="K", help="number of labels to print for each image (default: 5)"
     )

@@ -2,15 +2,17 @@
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opencoca.cli.common import (
     CommandError,
+    add_captioned_images,
     add_command,
+    add_model_and_folder,
     check_writable,
     format_table,
+    open_captioned,
     positive_int,
     write_json,
 )
@@ -34,11 +36,8 @@ def add_commands(commands: Any) -> None:
         "(CIDEr-D, recall at 1 in both directions) falls by more than --max-loss; the exit code is 1 if one does.\n"
         "The folder is used like any other: opencoca caption photo.jpg --model coca-int8.",
     )
-    parser.add_argument("model", metavar="MODEL", help="name of a model, or a model's or training run's folder")
-    parser.add_argument("out_dir", metavar="OUT_DIR", help="folder to write")
-    parser.add_argument("--images", metavar="DIR", help="folder of images, or tar shards, to score the model on")
-    parser.add_argument("--captions", metavar="CSV", help="table with the columns image and caption")
-    parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N images")
+    add_model_and_folder(parser)
+    add_captioned_images(parser, required=False)
     parser.add_argument(
         "--max-loss", type=float, default=1.0, metavar="X", help="points of 100 that a score may fall (default: 1.0)"
     )
@@ -54,7 +53,9 @@ def run_quantize(arguments: argparse.Namespace) -> int:
     from opencoca.store.quantization import is_quantized, quantize
 
     check_writable(Path(arguments.out_dir) / WEIGHTS_FILE, arguments.out)
-    source = _open_source(arguments)
+    if arguments.captions and arguments.images is None:
+        raise CommandError("--captions needs --images, the folder of the images that are captioned")
+    source = open_captioned(arguments) if arguments.images is not None else None
     loaded = load_model(arguments.model)
     if is_quantized(loaded.model):
         raise CommandError(f"{arguments.model} is quantized already")
@@ -80,22 +81,10 @@ def run_quantize(arguments: argparse.Namespace) -> int:
             "--max-loss, or keep the model as it is",
             _LOST,
         )
-    save_model_folder(arguments.out_dir, loaded.model, loaded.tokenizer, loaded.preprocess, info=loaded.info)
+    parts = loaded.model, loaded.tokenizer, loaded.preprocess
+    save_model_folder(arguments.out_dir, *parts, info=loaded.info, task=loaded.task)
     print(f"wrote {arguments.out_dir}")
     return 0
-
-
-def _open_source(arguments: argparse.Namespace) -> "SampleSource | None":
-    from opencoca.data import ImageFolder, Subset, open_source
-
-    if arguments.images is None:
-        if arguments.captions:
-            raise CommandError("--captions needs --images, the folder of the images that are captioned")
-        return None
-    source = open_source(arguments.images, arguments.captions)
-    if arguments.captions is None and isinstance(source, ImageFolder):
-        raise CommandError(f"{arguments.images!r} is a folder of images without captions; add --captions CSV")
-    return source if arguments.limit is None else Subset(source, range(min(arguments.limit, len(source))))
 
 
 def _pipeline_of(loaded: "LoadedModel") -> "Pipeline":
@@ -120,13 +109,11 @@ def _scores(pipeline: "Pipeline", source: "SampleSource", batch_size: int) -> di
     from opencoca.evaluation.retrieval import evaluate_retrieval
 
     started = time.perf_counter()
-    run: dict[str, Callable[..., Any]] = {"captions": evaluate_captioning, "retrieval": evaluate_retrieval}
-    found = {
-        name: evaluate(pipeline, source, batch_size=batch_size, progress=True).scores for name, evaluate in run.items()
-    }
+    captions = evaluate_captioning(pipeline, source, batch_size=batch_size, progress=True).scores
+    retrieval = evaluate_retrieval(pipeline, source, batch_size=batch_size, progress=True).scores
     return {
-        "cider_d": _PERCENT * found["captions"].cider_d,
-        "image_to_text_r1": _PERCENT * found["retrieval"].image_to_text_r1,
-        "text_to_image_r1": _PERCENT * found["retrieval"].text_to_image_r1,
+        "cider_d": _PERCENT * captions.cider_d,
+        "image_to_text_r1": _PERCENT * retrieval.image_to_text_r1,
+        "text_to_image_r1": _PERCENT * retrieval.text_to_image_r1,
         "seconds": time.perf_counter() - started,
     }

@@ -88,6 +88,6 @@ def evaluate_captioning(
     check_rerank(options, rerank)
     evaluator = CaptioningEvaluator(captioned, pipeline.tokenizer, options, rerank_weight(rerank))
     batches = encode_images(pipeline, captioned, batch_size, progress=progress, description="captioning images")
-    found, broken = evaluate(batches, evaluator, "images that can be read and have captions")
+    (found,), broken = evaluate(batches, evaluator, wanted="images that can be read and have captions")
     scores, references = found.detail
     return CaptioningReport(scores, found.texts, references, broken, len(source) - len(captioned))

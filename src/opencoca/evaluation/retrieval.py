@@ -96,7 +96,7 @@ def evaluate_retrieval(
     captioned = with_captions(source)
     batches = encode_images(pipeline, captioned, batch_size, progress=progress, description="embedding images")
     evaluator = RetrievalEvaluator(captioned, pipeline.tokenizer)
-    report, broken = evaluate(batches, evaluator, "images that can be read and have captions")
+    (report,), broken = evaluate(batches, evaluator, wanted="images that can be read and have captions")
     scores, embedded = report.detail
     if by != "similarity":
         indices, image_embed, text_embed, image_of_text = embedded

@@ -84,9 +84,9 @@ def evaluate_zero_shot(
     logits_of = _logits_of(pipeline, list(names.values()), templates, by, progress)
     position = {label: number for number, label in enumerate(labels)}
     targets = [position[name] for name in classes]
-    evaluator = ClassificationEvaluator(lambda images: logits_of(images.tokens, images.embed), targets)
+    evaluator = ClassificationEvaluator(lambda images: logits_of(images.tokens, images.embed), targets, labels)
     batches = encode_images(pipeline, source, batch_size, progress=progress, description="classifying images")
-    report, broken = evaluate(batches, evaluator)
+    (report,), broken = evaluate(batches, evaluator)
     return ZeroShotReport(report.detail, labels, tuple(names.values()), broken)
 
 

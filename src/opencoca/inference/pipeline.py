@@ -29,12 +29,20 @@ Images = ImageLike | Iterable[ImageLike]
 """One image or several, of any kind that `ImageLike` lists."""
 
 
+class _Keywords(GenerationKeywords, total=False):
+    """What `Pipeline.caption` takes beside images, options and num_captions."""
+
+    rerank: bool | float
+    batch_size: int
+
+
 class Pipeline:
     """A model together with its tokenizer and its preprocessing, ready for images and texts.
 
     Attributes: `model` (CoCa, in eval mode), `tokenizer`, `preprocess` (images of any kind -> (I, 3, height, width)),
-    `classes` (the names of the classes that the model was finetuned on, or None), `info` (where the model comes
-    from), `session` (what decoding keeps from one call to the next), `device`, `dtype`.
+    `task` (what its folder keeps of the task that it was finetuned on, or None), `classes` (the names of what its own
+    head tells apart, or None), `info` (where the model comes from), `session` (what decoding keeps from one call to
+    the next), `device`, `dtype`.
 
     Images are one or several of: a path, the bytes of a file, a PIL image, an array (H, W, 3) or (H, W), a tensor
     (3, H, W); arrays and tensors hold uint8, or floating point in 0..1. One that cannot be used raises ImageError,
@@ -56,8 +64,8 @@ class Pipeline:
         self.tokenizer = tokenizer
         self.preprocess = preprocess
         self.info = info or {}
-        classes = (task or {}).get("classes")
-        self.classes: tuple[str, ...] | None = None if classes is None else tuple(classes)
+        self.task = task
+        self.classes: tuple[str, ...] | None = tuple(task["classes"]) if task and "classes" in task else None
 
     @property
     def device(self) -> torch.device:
@@ -69,28 +77,12 @@ class Pipeline:
 
     @overload
     def caption(
-        self,
-        images: Images,
-        options: None = None,
-        *,
-        num_captions: Literal[1] = 1,
-        rerank: bool | float = False,
-        batch_size: int = 32,
-        **keywords: Unpack[GenerationKeywords],
+        self, images: Images, options: None = None, *, num_captions: Literal[1] = 1, **keywords: Unpack[_Keywords]
     ) -> list[str]: ...
-
     @overload
     def caption(
-        self,
-        images: Images,
-        options: None = None,
-        *,
-        num_captions: int,
-        rerank: bool | float = False,
-        batch_size: int = 32,
-        **keywords: Unpack[GenerationKeywords],
+        self, images: Images, options: None = None, *, num_captions: int, **keywords: Unpack[_Keywords]
     ) -> list[list[str]]: ...
-
     @overload
     def caption(
         self,
@@ -98,11 +90,8 @@ class Pipeline:
         options: GenerationOptions,
         *,
         num_captions: int | None = None,
-        rerank: bool | float = False,
-        batch_size: int = 32,
-        **keywords: Unpack[GenerationKeywords],
+        **keywords: Unpack[_Keywords],
     ) -> list[str] | list[list[str]]: ...
-
     @shows_generation_options
     def caption(
         self,
@@ -294,10 +283,9 @@ class Pipeline:
         by: Rule = "similarity",
     ) -> Classifier:
         """What `classify` ranks labels with, for images that are encoded already; raises ValueError as it does."""
-        if labels is None and self.classes is None:
-            raise ValueError("this model was not trained on classes of its own; give the labels to choose from")
         if labels is None:
-            assert self.classes is not None
+            if self.classes is None:
+                raise ValueError("this model was not trained on classes of its own; give the labels to choose from")
             return Classifier(self.classes, lambda features: self.model.head_logits(features).float().cpu())
         logits_of = self.label_logits(labels, templates, by)
 
@@ -308,7 +296,7 @@ class Pipeline:
         return Classifier(tuple(labels), pooled_logits)
 
     def label_logits(
-        self, labels: Sequence[str], templates: str | Sequence[str] = DEFAULT_TEMPLATES, by: Rule = "similarity"
+        self, labels: Sequence[str], templates: str | Sequence[str], by: Rule
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """The logits of `Classifier` for these labels, which pass the text decoder once, here.
 

@@ -18,7 +18,7 @@ SCORES_FILE = "scores.json"
 _TASKS = {
     "captioning": ("image-to-text", "Captioning"),
     "retrieval": ("image-text-retrieval", "Retrieval"),
-    "zero_shot": ("zero-shot-image-classification", "Zero-shot classification"),
+    "zero-shot": ("zero-shot-image-classification", "Zero-shot classification"),
 }
 _RAW_SCORES = ("loss", "rank", "num_", "seconds", "perplexity")  # parts of the names of scores that are no fractions
 
@@ -27,7 +27,7 @@ _RAW_SCORES = ("loss", "rank", "num_", "seconds", "perplexity")  # parts of the 
 class Result:
     """Scores of one evaluation, as `opencoca evaluate ... --out FILE` writes them.
 
-    task: captioning, retrieval or zero_shot. data: the files it was run on. counts: the numbers of images and texts.
+    task: such as captioning. data: the files it was run on. counts: the numbers of images and texts.
     """
 
     task: str
@@ -93,8 +93,8 @@ def write_repository(
         ValueError: a weight is not finite in `dtype`.
         WriteError: a file cannot be written.
     """
-    info = _without_paths(loaded.info)
-    save_model_folder(folder, loaded.model, loaded.tokenizer, loaded.preprocess, dtype=dtype, info=info)
+    info, parts = _without_paths(loaded.info), (loaded.model, loaded.tokenizer, loaded.preprocess)
+    save_model_folder(folder, *parts, dtype=dtype, info=info, task=loaded.task)
     with atomic_write(Path(folder) / CARD_FILE) as partial:
         partial.write_text(model_card(loaded, repo_id, licence=licence, results=results), encoding="utf-8")
 

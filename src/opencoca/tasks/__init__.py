@@ -1,5 +1,8 @@
 """What a run trains and how it is scored; one file a task, and the table of them."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from opencoca.data import SampleSource
 from opencoca.tasks.classification import Classification, ClassificationOptions
 from opencoca.tasks.pretraining import Pretraining, PretrainingOptions
@@ -19,4 +22,18 @@ def make_task(options: TaskOptions, source: SampleSource | None = None) -> Task:
     return TASKS[options.name][1](options, source)
 
 
-__all__ = ["TASKS", "Task", "TaskOptions", "make_task"]
+def stored_task(content: Mapping[str, Any] | None) -> Task:
+    """The task that a model was finetuned on, from what its folder keeps (`LoadedModel.task`).
+
+    Raises ValueError if it keeps nothing, or names a task that this version does not have.
+    """
+    if content is None:
+        raise ValueError(
+            "this model was not finetuned on a task of its own; zero-shot, retrieval and captioning score any model"
+        )
+    if content["name"] not in TASKS:
+        raise ValueError(f"this model was finetuned on {content['name']!r}; known tasks: {', '.join(TASKS)}")
+    return TASKS[content["name"]][1].from_stored(content)
+
+
+__all__ = ["TASKS", "Task", "TaskOptions", "make_task", "stored_task"]

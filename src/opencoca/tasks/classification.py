@@ -4,7 +4,7 @@ Paper, sections 3.3 and 4.2.1: the pooler is learned anew for the task, and the 
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -115,6 +115,10 @@ class Classification:
 
     def stored(self) -> dict[str, Any] | None:
         return {"name": self.name, "classes": list(self.classes)}
+
+    @classmethod
+    def from_stored(cls, content: Mapping[str, Any]) -> "Classification":
+        return cls(ClassificationOptions(), counts=Counter(content["classes"]))
 
     def unreached(self, network: CoCa) -> Sequence[nn.Parameter]:
         parts = {part.name for part in network.structure().parts} - {"image_encoder", "task_head"}

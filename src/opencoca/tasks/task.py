@@ -6,7 +6,7 @@ tasks/ is one task; the table of them is in tasks/__init__.py.
 Letters: S samples of a batch, R rows of embeddings, E embed_dim.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -103,7 +103,15 @@ class Task(Protocol):
         ...
 
     def stored(self) -> dict[str, Any] | None:
-        """What a model folder keeps of the task, in JSON's types; None if nothing is needed to use the model."""
+        """What a model folder keeps of the task, in JSON's types; None if nothing is needed to use the model.
+
+        `name` is the task's; `classes`, if it is there, names the outputs of the head, which `Pipeline.classify` ranks.
+        """
+        ...
+
+    @classmethod
+    def from_stored(cls, content: Mapping[str, Any]) -> "Task":
+        """The inverse of `stored`: a task whose evaluators score the trained model. Only for tasks that store."""
         ...
 
     def unreached(self, network: CoCa) -> Sequence[nn.Parameter]:

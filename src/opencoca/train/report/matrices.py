@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from opencoca.evaluation.classification import CountMatrix
+from opencoca.evaluation.runner import CountMatrix
 
 _MOST_NAMES = 60
 
