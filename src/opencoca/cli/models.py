@@ -70,17 +70,9 @@ def _shipped() -> list[dict[str, Any]]:
     found = []
     for model in available_models():
         weights = model.folder / WEIGHTS_FILE
-        found.append(
-            {
-                "name": model.name,
-                "default": model.name == DEFAULT_MODEL,
-                "description": model.description,
-                "licence": model.licence,
-                "scores": model.scores,
-                "size_bytes": weights.stat().st_size if weights.is_file() else None,
-                "folder": str(model.folder),
-            }
-        )
+        size = {"size_bytes": weights.stat().st_size if weights.is_file() else None}
+        scores = {"default": model.name == DEFAULT_MODEL, "scores": model.scores}
+        found.append({**vars(model), **scores, **size, "folder": str(model.folder)})
     return found
 
 
@@ -91,21 +83,6 @@ def _published() -> list[dict[str, Any]]:
     found = []
     for model in PUBLISHED_MODELS:
         file = find_downloaded(model.repo_id, model.file_name, model.revision)
-        found.append(
-            {
-                "name": model.name,
-                "weights": model.weights,
-                "repository": model.repo_id,
-                "revision": model.revision,
-                "file_name": model.file_name,
-                "sha256": model.sha256,
-                "size_bytes": model.size_bytes,
-                "num_parameters": model.num_parameters,
-                "licence": model.licence,
-                "training_data": model.training_data,
-                "scores": dict(model.scores),
-                "note": model.note,
-                "file": None if file is None else str(file),
-            }
-        )
+        facts = {**vars(model), "scores": dict(model.scores), "file": None if file is None else str(file)}
+        found.append({"repository": facts.pop("repo_id"), **facts})
     return found

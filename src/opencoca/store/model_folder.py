@@ -16,7 +16,15 @@ from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
 from opencoca.model.init import without_values
 from opencoca.store.quantization import INT8, is_quantized, quantize
-from opencoca.store.safetensors_file import TensorInfo, non_finite, read_tensor_infos, read_tensors, write_tensors
+from opencoca.store.safetensors_file import (
+    differences,
+    first_names,
+    listed_names,
+    non_finite,
+    read_tensor_infos,
+    read_tensors,
+    write_tensors,
+)
 from opencoca.system.files import atomic_write
 from opencoca.tokenizer import Tokenizer
 
@@ -68,7 +76,7 @@ def save_model_folder(
     tensors = {name: _cast(tensor.detach(), dtype).cpu().contiguous() for name, tensor in tensors.items()}
     if broken := non_finite(tensors):
         kind = f" in {dtype}" if dtype is not None else ""
-        raise ValueError(f"the model was not saved: these weights are not finite{kind}: {_first(broken)}")
+        raise ValueError(f"the model was not saved: these weights are not finite{kind}: {first_names(broken)}")
     config = {
         "format": FORMAT,
         "model": model.config.to_dict(),
@@ -109,10 +117,9 @@ def load_model_folder(
     model, rest = _read_config(folder / CONFIG_FILE, len(stored))
     tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
     _check_vocabulary(model.config, tokenizer, str(folder / TOKENIZER_FILE))
-    _check_tensors(weights, model.stored_weights(), stored)
+    _check_same(weights, differences(model.stored_weights(), stored))
     tensors = read_tensors(weights, str(device))
-    if broken := non_finite(tensors):
-        raise _wrong_weights(weights, f"{len(broken)} not finite ({_first(broken)})")
+    _check_same(weights, listed_names({"not finite": non_finite(tensors)}))
     for name in tuple(tensors):
         tensors[name] = _cast(tensors[name], dtype)
     model.load_state_dict(tensors, strict=False, assign=True)
@@ -220,28 +227,9 @@ def _build_without_weights(config: CoCaConfig) -> CoCa:
     return CoCa(config)
 
 
-def _check_tensors(file: Path, expected: Mapping[str, Tensor], found: Mapping[str, TensorInfo]) -> None:
-    common = expected.keys() & found.keys()
-    shapes = [
-        f"{name} {found[name].shape} instead of {tuple(expected[name].shape)}"
-        for name in sorted(common)
-        if found[name].shape != expected[name].shape
-    ]
-    problems = {
-        "missing": sorted(expected.keys() - common),
-        "not part of the model": sorted(found.keys() - common),
-        "of another shape": shapes,
-        "of another type": sorted(
-            name for name in common if found[name].is_floating_point != expected[name].is_floating_point()
-        ),
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{len(names)} {kind} ({_first(names)})" for kind, names in problems.items() if names)
-        raise _wrong_weights(file, listed)
-
-
-def _wrong_weights(file: Path, listed: str) -> ValueError:
-    return ValueError(f"{file} does not hold the weights of the model in its {CONFIG_FILE}: {listed}")
+def _check_same(file: Path, wrong: str) -> None:
+    if wrong:
+        raise ValueError(f"{file} does not hold the weights of the model in its {CONFIG_FILE}: {wrong}")
 
 
 def _check_vocabulary(config: CoCaConfig, tokenizer: Tokenizer, name: str) -> None:
@@ -254,10 +242,6 @@ def _check_vocabulary(config: CoCaConfig, tokenizer: Tokenizer, name: str) -> No
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() and tensor.ndim else tensor
-
-
-def _first(names: list[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def _write_text(file: Path, text: str) -> None:

@@ -74,6 +74,36 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name, tensor in tensors.items() if not _is_finite(tensor)]
 
 
+def differences(expected: Mapping[str, Tensor], found: Mapping[str, TensorInfo]) -> str:
+    """How the tensors found differ from those expected in names, shapes and types, in words; empty if in nothing."""
+    common = sorted(expected.keys() & found.keys())
+    wanted = {name: TensorInfo(tuple(expected[name].shape), expected[name].is_floating_point()) for name in common}
+    return listed_names(
+        {
+            "missing": sorted(expected.keys() - found.keys()),
+            "not part of the model": sorted(found.keys() - expected.keys()),
+            "of another shape": [
+                f"{name} {found[name].shape} instead of {wanted[name].shape}"
+                for name in common
+                if found[name].shape != wanted[name].shape
+            ],
+            "of another type": [
+                name for name in common if found[name].is_floating_point != wanted[name].is_floating_point
+            ],
+        }
+    )
+
+
+def listed_names(problems: Mapping[str, list[str]]) -> str:
+    """Lists, for each problem, how many tensors have it and the first of their names; empty if none has any."""
+    return "; ".join(f"{len(names)} {kind} ({first_names(names)})" for kind, names in problems.items() if names)
+
+
+def first_names(names: list[str], count: int = 3) -> str:
+    """The first few of the names, in one line."""
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
 def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True

@@ -14,7 +14,7 @@ from torch import nn
 from opencoca.model.encoders.efficientnet_lite import ConvNorm, EfficientNetLite
 from opencoca.model.encoders.timm_backbone import TimmBackbone
 from opencoca.store.interop import efficientnet_weights
-from opencoca.store.interop.efficientnet_weights import imagenet_preprocess, load_imagenet_weights
+from opencoca.store.interop.efficientnet_weights import load_imagenet_weights
 
 NATIVE_SIZES = {0: 224, 1: 240, 2: 260}
 
@@ -68,8 +68,6 @@ def test_without_head_there_is_one_stage_less(variant: int, width: int):
 def test_unknown_variant_is_named():
     with pytest.raises(ValueError, match="7"):
         EfficientNetLite(7)
-    with pytest.raises(ValueError, match="7"):
-        imagenet_preprocess(7)
 
 
 @settings(max_examples=15, deadline=None)
@@ -209,14 +207,6 @@ def test_wrong_weights_name_the_tensor(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(efficientnet_weights, "_find_weights", lambda variant: path)
     with pytest.raises(ValueError, match=r"broken\.pth.*_blocks\.3\._bn2\.running_var"):
         load_imagenet_weights(EfficientNetLite(0))
-
-
-@pytest.mark.parametrize("variant", [0, 1, 2])
-def test_preprocess_is_that_of_the_weights(variant: int):
-    preprocess = imagenet_preprocess(variant)
-    assert preprocess.image_size == NATIVE_SIZES[variant] == EfficientNetLite(variant).image_size
-    black, white = ((value - preprocess.mean[0]) / preprocess.std[0] for value in (0.0, 1.0))
-    assert (black, white) == pytest.approx((-127 / 128, 1.0))
 
 
 @pytest.mark.peers

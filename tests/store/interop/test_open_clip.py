@@ -17,8 +17,6 @@ from opencoca.data.transforms import CLIP_MEAN, CLIP_STD, PreprocessConfig
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
 from opencoca.store.interop.open_clip import (
-    CONFIGS,
-    OpenClipConfig,
     config_from_open_clip,
     config_to_open_clip,
     convert_state_dict,
@@ -28,6 +26,7 @@ from opencoca.store.interop.open_clip import (
     preprocess_to_open_clip,
     read_config,
 )
+from opencoca.store.interop.open_clip_options import CONFIGS, OpenClipConfig
 
 SIZES = {"context_length": 9, "vocab_size": 49_408, "width": 8, "heads": 2, "layers": 1}
 OPTIONS: dict[str, Any] = {
@@ -261,13 +260,16 @@ def test_a_temperature_beyond_the_usual_limit_is_kept(tmp_path: Path, config_fil
 PROJECTION = "text_decoder.text_projection"
 DAMAGE = {
     "missing": (lambda t: t.pop(PROJECTION), rf"1 missing \({PROJECTION}\)"),
-    "unknown": (lambda t: t.update(extra=torch.zeros(1)), r"1 unknown \(extra\)"),
+    "unknown": (lambda t: t.update(extra=torch.zeros(1)), r"1 not part of the model \(extra\)"),
     "shape": (lambda t: t.update({"text.cls_emb": torch.zeros(9)}), r"text.cls_emb \(9,\) instead of \(8,\)"),
     "huge": (lambda t: t.update({"text.cls_emb": torch.zeros(1).expand(10**12)}), "1 of another shape"),
-    "integers": (lambda t: t.update({"text.cls_emb": torch.zeros(8).long()}), r"numbers \(text.cls_emb\)"),
+    "integers": (lambda t: t.update({"text.cls_emb": torch.zeros(8).long()}), r"1 of another type \(text.cls_emb\)"),
     "NaN": (lambda t: t["visual.proj"].fill_(float("nan")), r"1 not finite \(visual.proj\)"),
     "infinite": (lambda t: t["visual.proj"][0].fill_(float("inf")), r"1 not finite \(visual.proj\)"),
-    "all": (lambda t: t.clear() or t.update(x=torch.zeros(1)), r"\d+ missing \(.*, \.\.\.\); 1 unknown \(x\)"),
+    "all": (
+        lambda t: t.clear() or t.update(x=torch.zeros(1)),
+        r"\d+ missing \(.*, \.\.\.\); 1 not part of the model \(x\)",
+    ),
 }
 
 

@@ -16,13 +16,13 @@ from opencoca.generation import GenerationOptions, generate
 from opencoca.generation.decoding.session import DecodingSession
 from opencoca.model.coca import CoCa
 from opencoca.store.interop.open_clip import (
-    CONFIGS,
     config_from_open_clip,
     export_open_clip,
     load_open_clip,
     preprocess_from_open_clip,
     read_config,
 )
+from opencoca.store.interop.open_clip_options import CONFIGS
 from opencoca.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.peers

@@ -204,7 +204,7 @@ def test_logits_and_embeddings_are_those_of_the_reference(options: dict[str, boo
 
 
 def test_configuration_is_read_from_the_tensors_and_survives_storing():
-    config = torchmultimodal.config_from_state_dict(make_state_dict(class_token=True), **HEADS)
+    config = torchmultimodal.load_torchmultimodal(make_state_dict(class_token=True), **HEADS).config
     assert CoCaConfig.from_dict(config.to_dict()) == config
     assert (config.pooler.arrangement, config.pooler.num_queries) == ("cascade", 4)
     assert (config.text.context_length, config.text.mlp_width, config.compat.text_multimodal_mlp_width) == (9, 20, 28)

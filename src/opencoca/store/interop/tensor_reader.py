@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opencoca.store.interop.checkpoint_files import named_tensors, read_checkpoint
-from opencoca.store.safetensors_file import non_finite
+from opencoca.store.safetensors_file import first_names, non_finite
 
 StateDictSource = Mapping[str, Tensor] | str | os.PathLike[str]
 
@@ -65,6 +65,11 @@ class TensorReader:
         self.taken.add(name)
         return tensor.detach().clone(memory_format=torch.contiguous_format)
 
+    def affine(self, theirs: str, ours: str, *shape: int) -> dict[str, Tensor]:
+        """Takes weight, of this shape, and bias of a linear map, a convolution or a norm, under our names."""
+        weight, bias = self.take(f"{theirs}.weight", *shape), self.take(f"{theirs}.bias", shape[0])
+        return {f"{ours}.weight": weight, f"{ours}.bias": bias}
+
     def take_scale(self, name: str, *shape: int) -> float:
         """Returns 1 / temperature, whose logarithm the tensor stores. Raises ValueError for an impossible value."""
         log_scale = float(self.take(name, *shape))
@@ -80,7 +85,7 @@ class TensorReader:
         """Raises ValueError if there are tensors that were neither taken nor skipped."""
         left = sorted(self.tensors.keys() - self.taken)
         if left:
-            listed = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+            listed = first_names(left)
             raise ValueError(f"{self.label} has {len(left)} tensors that the model has no place for: {listed}")
 
     def _find(self, name: str) -> Tensor:

@@ -22,21 +22,6 @@ _SCALE = "contrastive_loss.logit_scale"
 _CLASS_TOKEN = "vision_encoder.embeddings.cls_token"
 
 
-def config_from_state_dict(
-    state_dict: StateDictSource,
-    *,
-    pooler_num_heads: int = 8,
-    num_heads: int | None = None,
-    multimodal_num_heads: int | None = None,
-    image_num_heads: int | None = None,
-    image_size: tuple[int, int] | None = None,
-    pad_id: int = 0,
-) -> CoCaConfig:
-    """Derives the configuration from the weights; arguments and errors are those of `load_torchmultimodal`."""
-    heads = _Heads(num_heads, multimodal_num_heads, image_num_heads, pooler_num_heads)
-    return _read_config(_Names(TensorReader(state_dict)), heads, image_size, pad_id)
-
-
 def load_torchmultimodal(
     state_dict: StateDictSource,
     *,
@@ -103,18 +88,28 @@ class _Names:
         return self.reader.take(self.prefix + name, *shape)
 
     def affine(self, theirs: str, ours: str, *shape: int) -> dict[str, Tensor]:
-        """Takes weight, of this shape, and bias of a linear map, a convolution or a norm."""
-        weight, bias = self.take(f"{theirs}.weight", *shape), self.take(f"{theirs}.bias", shape[0])
-        return {f"{ours}.weight": weight, f"{ours}.bias": bias}
+        return self.reader.affine(self.prefix + theirs, ours, *shape)
 
     def attention(self, theirs: str, ours: str, width: int, context_width: int) -> dict[str, Tensor]:
         """Takes an attention layer: theirs has three input projections or, in a ViT, one; ours has two."""
         tensors = self.affine(f"{theirs}.output_proj", f"{ours}.out_proj", width, width)
-        tensors |= self.affine(f"{theirs}.q_proj", f"{ours}.q_proj", width, width)
-        for part, shape in (("weight", (width, context_width)), ("bias", (width,))):
-            keys, values = (self.take(f"{theirs}.{kind}_proj.{part}", *shape) for kind in "kv")
-            tensors[f"{ours}.kv_proj.{part}"] = torch.cat((keys, values))
-        return tensors
+        is_fused = f"{theirs}.input_proj.weight" in self
+        for part, row in (("weight", (context_width,)), ("bias", ())):
+            if is_fused:
+                fused = self.take(f"{theirs}.input_proj.{part}", 3 * width, *row)
+                tensors[f"{ours}.q_proj.{part}"] = fused[:width].clone()
+                tensors[f"{ours}.kv_proj.{part}"] = fused[width:].clone()
+            else:
+                keys, values = (self.take(f"{theirs}.{kind}_proj.{part}", width, *row) for kind in "kv")
+                tensors[f"{ours}.kv_proj.{part}"] = torch.cat((keys, values))
+        return tensors if is_fused else tensors | self.affine(f"{theirs}.q_proj", f"{ours}.q_proj", width, width)
+
+    def block(self, theirs: str, ours: str, width: int, mlp_width: int) -> dict[str, Tensor]:
+        """Takes a block of self-attention and an MLP."""
+        tensors = self.affine(f"{theirs}attention_layernorm", f"{ours}norm1", width)
+        tensors |= self.affine(f"{theirs}feedforward_layernorm", f"{ours}norm2", width)
+        tensors |= self.attention(f"{theirs}attention", f"{ours}attn", width, width)
+        return tensors | self.mlp(f"{theirs}feedforward", f"{ours}mlp", width, mlp_width)
 
     def mlp(self, theirs: str, ours: str, width: int, mlp_width: int) -> dict[str, Tensor]:
         """Takes an MLP; with dropout, theirs has one more module before the second map."""
@@ -204,15 +199,7 @@ def _image_tensors(names: _Names, config: CoCaConfig) -> dict[str, Tensor]:
     if config.compat.image_class_token:
         tensors[f"{ours}0.class_token"] = names.take(_CLASS_TOKEN, 1, 1, width).flatten()
     for index in range(image.depth):
-        layer, block = f"{theirs}encoder.layer.{index}.", f"{ours}{index + 1}."
-        tensors |= names.affine(f"{layer}attention_layernorm", f"{block}norm1", width)
-        tensors |= names.affine(f"{layer}feedforward_layernorm", f"{block}norm2", width)
-        tensors |= names.affine(f"{layer}attention.output_proj", f"{block}attn.out_proj", width, width)
-        tensors |= names.mlp(f"{layer}feedforward", f"{block}mlp", width, image.mlp_width)
-        for part, shape in (("weight", (3 * width, width)), ("bias", (3 * width,))):
-            fused = names.take(f"{layer}attention.input_proj.{part}", *shape)
-            tensors[f"{block}attn.q_proj.{part}"] = fused[:width].clone()
-            tensors[f"{block}attn.kv_proj.{part}"] = fused[width:].clone()
+        tensors |= names.block(f"{theirs}encoder.layer.{index}.", f"{ours}{index + 1}.", width, image.mlp_width)
     if config.compat.image_final_norm:
         norm = f"{ours}{image.depth + 1}"
         tensors |= names.affine(f"{theirs}encoder.final_layer_norm", norm, width)
@@ -250,11 +237,8 @@ def _text_tensors(names: _Names, config: CoCaConfig) -> dict[str, Tensor]:
     }
     tensors |= names.affine("text_decoder.ln_final", f"{ours}norm", width)
     for index in range(text.unimodal_depth):
-        layer, block = f"text_decoder.transformer_decoder.layer.{index}.", f"{ours}blocks.{index}."
-        tensors |= names.affine(f"{layer}attention_layernorm", f"{block}norm1", width)
-        tensors |= names.affine(f"{layer}feedforward_layernorm", f"{block}norm2", width)
-        tensors |= names.attention(f"{layer}attention", f"{block}attn", width, width)
-        tensors |= names.mlp(f"{layer}feedforward", f"{block}mlp", width, text.mlp_width)
+        layer = f"text_decoder.transformer_decoder.layer.{index}."
+        tensors |= names.block(layer, f"{ours}blocks.{index}.", width, text.mlp_width)
     mlp_width = config.multimodal_block().mlp_width
     for index in range(text.multimodal_depth):
         layer = f"multimodal_decoder.transformer_decoder.layer.{index}."

@@ -72,8 +72,7 @@ def vit_tensors(reader: TensorReader, prefix: str, model: CoCaConfig) -> dict[st
         layer = f"{prefix}transformer.layers.{index}."
         tensors |= _block_tensors(reader, layer, model.image_block(), f"stages.{index + 1}.")
     if model.compat.image_final_norm:
-        for part in ("weight", "bias"):
-            tensors[f"stages.{config.depth + 1}.{part}"] = reader.take(f"{prefix}transformer.norm.{part}", width)
+        tensors |= reader.affine(f"{prefix}transformer.norm", f"stages.{config.depth + 1}", width)
     # The classifier after the features.
     reader.skip(f"{prefix}mlp_head.", f"{prefix}linear_head.", f"{prefix}cls_token")
     return tensors
@@ -90,8 +89,7 @@ def _patch_tensors(reader: TensorReader, prefix: str, model: CoCaConfig) -> dict
     # The pixels of their patches are ordered by row, column, colour; ours by colour first.
     weight = (weight * scale).unflatten(1, (size, size, 3)).permute(0, 3, 1, 2).flatten(1).contiguous()
     tensors = {"stages.0.proj.weight": weight, "stages.0.proj.bias": bias}
-    for part in ("weight", "bias"):
-        tensors[f"stages.0.norm.{part}"] = reader.take(f"{embed}3.{part}", width)
+    tensors |= reader.affine(f"{embed}3", "stages.0.norm", width)
     if compat.image_class_token:
         shape = reader.tensors[f"{prefix}cls_token"].shape
         tensors["stages.0.class_token"] = reader.take(f"{prefix}cls_token", *shape).reshape(-1)
@@ -106,10 +104,8 @@ def _patch_tensors(reader: TensorReader, prefix: str, model: CoCaConfig) -> dict
 
 def _block_tensors(reader: TensorReader, layer: str, config: BlockConfig, ours: str) -> dict[str, Tensor]:
     width, inner, mlp_width = config.width, config.head_dim * config.num_heads, config.mlp_width
-    tensors = {}
-    for part in ("weight", "bias"):
-        tensors[f"{ours}norm1.{part}"] = reader.take(f"{layer}0.norm.{part}", width)
-        tensors[f"{ours}norm2.{part}"] = reader.take(f"{layer}1.net.0.{part}", width)
+    tensors = reader.affine(f"{layer}0.norm", f"{ours}norm1", width)
+    tensors |= reader.affine(f"{layer}1.net.0", f"{ours}norm2", width)
     qkv = reader.take(f"{layer}0.to_qkv.weight", 3 * inner, width)
     tensors[f"{ours}attn.q_proj.weight"] = qkv[:inner].clone()
     tensors[f"{ours}attn.kv_proj.weight"] = qkv[inner:].clone()
@@ -118,12 +114,9 @@ def _block_tensors(reader: TensorReader, layer: str, config: BlockConfig, ours: 
     tensors[f"{ours}attn.kv_proj.bias"] = qkv.new_zeros(2 * inner)
     tensors |= _out_proj_tensors(reader, f"{layer}0.to_out.", width, inner, f"{ours}attn.out_proj.", qkv)
     # Some of their classes have a dropout in between.
-    down = f"{layer}1.net.{3 if f'{layer}1.net.3.weight' in reader else 4}."
-    tensors[f"{ours}mlp.up_proj.weight"] = reader.take(f"{layer}1.net.1.weight", mlp_width, width)
-    tensors[f"{ours}mlp.up_proj.bias"] = reader.take(f"{layer}1.net.1.bias", mlp_width)
-    tensors[f"{ours}mlp.down_proj.weight"] = reader.take(f"{down}weight", width, mlp_width)
-    tensors[f"{ours}mlp.down_proj.bias"] = reader.take(f"{down}bias", width)
-    return tensors
+    down = f"{layer}1.net.{3 if f'{layer}1.net.3.weight' in reader else 4}"
+    tensors |= reader.affine(f"{layer}1.net.1", f"{ours}mlp.up_proj", mlp_width, width)
+    return tensors | reader.affine(down, f"{ours}mlp.down_proj", width, mlp_width)
 
 
 def _out_proj_tensors(
