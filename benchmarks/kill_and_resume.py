@@ -1,6 +1,6 @@
 """Kills a short training run again and again, and shows that what comes out of it is the same to the last bit.
 
-    python benchmarks/kill_and_resume.py --kills 20 --ranks 1 2 --out results/kill_and_resume.json
+    python benchmarks/kill_and_resume.py --kills 20 --ranks 1 2 [--task classification] --out results/kill_and_resume.json
 
 One run is left alone; another, of the same recipe, gets SIGKILL at random moments: in any step, and, every other time,
 while a checkpoint is being written. Of several processes (gloo, by torchrun) one dies, which torchrun notices and
@@ -48,23 +48,33 @@ class Kill:
     after_s: float
 
 
-def write_recipe(folder: Path, output: Path, steps: int, strategy: str) -> Path:
+TASKS = {
+    "pretraining": {"name": "pretraining", "select_by": "loss", "val_max_new_tokens": 4},
+    "classification": {"name": "classification", "label_smoothing": 0.1, "class_weights": "balanced"},
+}
+
+
+def write_recipe(folder: Path, output: Path, steps: int, strategy: str, task: str) -> Path:
     """A recipe of a tiny model on drawn images, with all that is random and all that is kept."""
     images = folder / "images"
     if not images.is_dir():
         images.mkdir(parents=True)
         things, places = ("dog", "cat", "boat", "tree", "child", "bus"), ("in the snow", "by a river", "on the sand")
-        rows = []
+        rows, classes = [], []
         for number in range(24):
             blocks = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
             Image.fromarray(blocks).resize((40, 40), Image.Resampling.NEAREST).save(images / f"{number}.png")
             rows += [(f"{number}.png", f"a {things[number % 6]} {place} number {number}") for place in places]
-        with open(folder / "captions.csv", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("image", "caption"), *rows])
+            classes.append((f"{number}.png", things[number % 6]))
+        for name, column, lines in (("captions", "caption", rows), ("labels", "label", classes)):
+            with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([("image", column), *lines])
     text = {"context_length": 24, "width": 64, "unimodal_depth": 1, "multimodal_depth": 1, "num_heads": 2}
     image = {"image_size": [32, 32], "patch_size": 8, "width": 64, "depth": 2, "num_heads": 2, "mlp_width": 128}
+    texts = "captions" if task == "pretraining" else "labels"
     recipe = {
         "output": str(output),
+        "task": TASKS[task],
         "size": "tiny",
         "model": {
             "embed_dim": 32,
@@ -74,14 +84,14 @@ def write_recipe(folder: Path, output: Path, steps: int, strategy: str) -> Path:
         },
         "data": {
             "train_images": str(images),
-            "train_captions": str(folder / "captions.csv"),
+            f"train_{texts}": str(folder / f"{texts}.csv"),
             "val_images": str(images),
-            "val_captions": str(folder / "captions.csv"),
-            "captions_per_image": 2,
+            f"val_{texts}": str(folder / f"{texts}.csv"),
+            "captions_per_image": 2 if texts == "captions" else 1,
             "resize_mode": "squash",
             "num_workers": 1,
         },
-        "tokenizer": {"source": "train", "vocab_size": 330, "min_frequency": 1},
+        "tokenizer": {"source": "train", "vocab_size": 330, "min_frequency": 1} if texts == "captions" else {},
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 10, "ema_decay": 0.99},
         "distributed": {"strategy": strategy},
         "checkpoint": {"every_steps": 2, "keep_last": 2},
@@ -91,9 +101,7 @@ def write_recipe(folder: Path, output: Path, steps: int, strategy: str) -> Path:
         "precision": "fp32",
         "device": "cpu",
         "validate_every_epochs": 20,
-        "val_max_new_tokens": 4,
         "log_every_steps": 3,
-        "select_by": "loss",
     }
     path = output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
@@ -218,12 +226,12 @@ def final_state(output: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, A
     return tensors, [{key: value for key, value in line.items() if key not in _TIMES} for line in lines]
 
 
-def compare(
-    ranks: int, strategy: str, kills: int, steps: int, seed: int, targets: tuple[str, ...], folder: Path
-) -> dict[str, Any]:
+def compare(arguments: argparse.Namespace, ranks: int, folder: Path) -> dict[str, Any]:
     """One run left alone and one that is killed, and whether they are equal."""
+    strategy, kills, seed, targets = arguments.strategy, arguments.kills, arguments.seed, tuple(arguments.targets)
+    steps = 20 + kills * arguments.steps_per_kill
     outputs = [folder / f"{name}-{ranks}-{strategy}" for name in ("alone", "killed")]
-    recipes = [write_recipe(folder, output, steps, strategy) for output in outputs]
+    recipes = [write_recipe(folder, output, steps, strategy, arguments.task) for output in outputs]
     alone, killed = (Run(recipe, output, ranks) for recipe, output in zip(recipes, outputs, strict=True))
     torture(alone, 0, 0, seed, targets)
     began = time.monotonic()
@@ -232,6 +240,7 @@ def compare(
     (expected, expected_lines), (found, found_lines) = final_state(outputs[0]), final_state(outputs[1])
     differing = [key for key in expected if key not in found or not torch.equal(found[key], expected[key])]
     return {
+        "task": arguments.task,
         "processes": ranks,
         "strategy": strategy if ranks > 1 else "none",
         "steps": steps,
@@ -253,18 +262,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of processes")
     parser.add_argument("--strategy", default="ddp", choices=["ddp", "fsdp"], help="of several processes")
+    parser.add_argument("--task", default="pretraining", choices=TASKS, help="what the runs train")
     parser.add_argument("--steps-per-kill", type=int, default=20, help="the run's length")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--targets", nargs="+", default=["one", "all"], choices=["one", "all"], help="what dies")
     parser.add_argument("--out", help="also writes the result there, as JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        steps = 20 + arguments.kills * arguments.steps_per_kill
-        targets = tuple(arguments.targets)
-        results = [
-            compare(ranks, arguments.strategy, arguments.kills, steps, arguments.seed, targets, Path(folder))
-            for ranks in arguments.ranks
-        ]
+        results = [compare(arguments, ranks, Path(folder)) for ranks in arguments.ranks]
     report({"command": " ".join(sys.argv), "runs": results}, arguments.out)
     equal = all(not run["tensors_differing"] and run["metric_lines_equal"] for run in results)
     sys.exit(0 if equal and all(run["kills"] == arguments.kills for run in results) else 1)
