@@ -1,6 +1,7 @@
 """Kills a short training run again and again, and shows that what comes out of it is the same to the last bit.
 
-    python benchmarks/kill_and_resume.py --kills 20 --ranks 1 2 [--task classification] --out results/kill_and_resume.json
+    python benchmarks/kill_and_resume.py --kills 20 --ranks 1 2 [--task classification]
+        [--out results/kill_and_resume.json]
 
 One run is left alone; another, of the same recipe, gets SIGKILL at random moments: in any step, and, every other time,
 while a checkpoint is being written. Of several processes (gloo, by torchrun) one dies, which torchrun notices and
