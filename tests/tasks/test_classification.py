@@ -19,6 +19,8 @@ from opencoca.train.trainer import Trainer
 from train.helpers import Pairs, merged, read_lines, run_until_stopped, tiny_values, write_pairs
 
 CLASSES = ("bird", "cat", "dog")
+GROCERY = Path(__file__).parent / "grocery"
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +158,19 @@ def test_finetuning_takes_the_whole_model(run: Path, pairs: Pairs, tmp_path: Pat
     differing = [name for name in resized if resized[name].shape != start[name].shape]
     assert len(differing) == 1
     assert "pos_embed" in differing[0]
+
+
+@pytest.mark.parametrize("recipe", ["classify_frozen", "classify_finetuned"])
+def test_the_recipes_learn_photographs_of_groceries(recipe: str, tmp_path: Path) -> None:
+    """On the shipped encoder, from six photographs of each of eight classes; chance is one in eight."""
+    out, run = tmp_path / "scores.json", tmp_path / "run"
+    data = [f"--data.{part}_images={GROCERY / 'images'}" for part in ("train", "val")]
+    data += [f"--data.train_labels={GROCERY / 'train.csv'}", f"--data.val_labels={GROCERY / 'test.csv'}"]
+    short = ["--batch_size=16", "--epochs=5", "--encoder.cache_views=1", "--optimizer.warmup_steps=3"]
+    short += ["--optimizer.ema_decay=0.7", "--validate_every_epochs=5"]
+    assert main(["train", str(RECIPES / f"{recipe}.yaml"), f"--output={run}", *data, *short]) == 0
+    test = ["--images", str(GROCERY / "images"), "--labels", str(GROCERY / "test.csv"), "--out", str(out)]
+    assert main(["evaluate", "classification", "--model", str(run), *test]) == 0
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["counts"]["images"] == 32
+    assert found["metrics"]["top1"] >= 0.75

@@ -18,7 +18,7 @@ def killed_runs(out: Path, *arguments: str) -> list[dict[str, Any]]:
     runs = json.loads(out.read_text(encoding="utf-8"))["runs"]
     for run in runs:
         assert run["tensors_differing"] == []
-        assert run["tensors_compared"] > 300
+        assert run["tensors_compared"] > 250
         assert run["metric_lines_equal"]
     return runs
 
@@ -30,8 +30,9 @@ def test_a_killed_run_is_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_twenty_kills_of_one_process_or_of_two(tmp_path: Path) -> None:
-    for run in killed_runs(tmp_path / "result.json", "--kills", "20", "--ranks", "1", "2"):
+@pytest.mark.parametrize("task", ["pretraining", "classification"])
+def test_twenty_kills_of_one_process_or_of_two(tmp_path: Path, task: str) -> None:
+    for run in killed_runs(tmp_path / "result.json", "--kills", "20", "--ranks", "1", "2", "--task", task):
         assert run["kills"] == 20
         assert run["kills_while_writing"] > 2
 
