@@ -50,7 +50,7 @@ class Kill:
 
 
 TASKS = {
-    "pretraining": {"name": "pretraining", "select_by": "loss", "val_max_new_tokens": 4},
+    "pretraining": {"name": "pretraining", "select_by": "loss", "max_new_tokens": 4},
     "classification": {"name": "classification", "label_smoothing": 0.1, "class_weights": "balanced"},
 }
 

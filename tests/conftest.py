@@ -1,5 +1,6 @@
 """What many tests share: a fixed seed, hypothesis without deadlines, and tiny configurations."""
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, 
 
 # Tiny tensors: several threads only wait for each other, seconds where another process keeps a core busy.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands and processes that tests start
 
 # Deadlines fail on a busy machine, and the default run is to give the same answer twice.
 settings.register_profile("opencoca", deadline=None, derandomize=True)

@@ -36,15 +36,17 @@ def test_release_gives_back_what_keeping_kept():
 SHAPES = """
 import torch
 from opencoca.system.allocator import keep_freed_memory, limit_kernel_caches, release_freed_memory
+from opencoca.system.cpu import multiplies_bfloat16
 from opencoca.system.memory_use import resident_bytes
 
 limit_kernel_caches()
 keep_freed_memory()
-weight = torch.zeros(384, 384, dtype=torch.bfloat16)
+dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32  # without instructions it would take a minute
+weight = torch.zeros(384, 384, dtype=dtype)
 
 def resident_after(rows):
     for count in rows:
-        torch.zeros(count, 384, dtype=torch.bfloat16) @ weight
+        torch.zeros(count, 384, dtype=dtype) @ weight
     release_freed_memory()
     return resident_bytes() >> 20
 
