@@ -76,6 +76,18 @@ def test_commands_use_the_head(run: Path, pairs: Pairs, labels: Path, capsys: An
     assert found["per_class"] == dict.fromkeys(CLASSES, 1.0)
 
 
+@pytest.mark.parametrize("command", ["quantize", "push"])
+def test_the_classes_go_along_with_the_model(
+    run: Path, pairs: Pairs, tmp_path: Path, capsys: Any, command: str
+) -> None:
+    out = tmp_path / "out"
+    target = [str(out)] if command == "quantize" else ["somebody/classes", "--out", str(out)]
+    assert main([command, str(run), *target]) == 0
+    capsys.readouterr()
+    assert main(["classify", str(pairs.images / "image0.png"), "--model", str(out), "--top", "1"]) == 0
+    assert capsys.readouterr().out.split("\t")[1].startswith("bird ")
+
+
 def test_a_model_without_a_head_says_so(pairs: Pairs, labels: Path, capsys: Any) -> None:
     command = ["evaluate", "classification", "--images", str(pairs.images), "--labels", str(labels)]
     assert main(command) == 2
