@@ -186,3 +186,12 @@ def test_a_model_section_of_before_is_read(tmp_path: Path) -> None:
     old, new = (load_recipe(tmp_path / name).model for name in ("old.yaml", "new.yaml"))
     assert old == new
     assert old.compat.text_self_attn_mlp
+
+
+def test_another_model_to_start_from_replaces_the_recipes_whole(recipe_file: Path) -> None:
+    """Weights that the recipe names are of its own model, and do not go with the command line's."""
+    recipe_file.write_text("init_from: {model: coca_ViT-B-32, weights: laion2b_s13b_b90k}", encoding="utf-8")
+    assert load_recipe(recipe_file).init_from.weights == "laion2b_s13b_b90k"
+    options = ["--init_from", "open_clip:coca_ViT-B-32", "--init_from.checkpoint", "weights.pt"]
+    start = load_recipe(recipe_file, options).init_from
+    assert (start.model, start.weights, start.checkpoint) == ("open_clip:coca_ViT-B-32", None, "weights.pt")

@@ -64,6 +64,8 @@ def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]
     size = _option(overrides, "size") or values.get("size", "small")
     if size not in NAMED_SIZES:
         raise ValueError(f"{where}: there is no size {size!r}; known sizes: {', '.join(NAMED_SIZES)}")
+    if _option(overrides, "init_from.model") and "init_from" in values:
+        values["init_from"] = {}  # weights and checkpoint there are of another model
     parser = recipe_parser(task, size, _start(values, overrides))
     try:
         if "model" in values:
