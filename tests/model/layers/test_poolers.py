@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from opencoca.model.config import BlockConfig
-from opencoca.model.layers.poolers import AttentionalPooler, ImagePooling, SharedPooler, TwoPoolers
+from opencoca.model.layers.poolers import AttentionalPooler, ImagePooling, OneQueryPooler, SharedPooler, TwoPoolers
 
 QUERIES = {"cascade": [0, 1, 5], "parallel": [0, 1, 5], "shared": [2, 5]}
 ARRANGEMENTS = [(arrangement, queries) for arrangement, counts in QUERIES.items() for queries in counts]
@@ -53,6 +54,28 @@ def test_pooler_equals_the_written_out_reference(project_queries: bool, batch_si
     features = torch.randn(batch_size, 7, 10, dtype=torch.float64)
     expected = torch.stack([naive_pooler(pooler, image) for image in features])
     torch.testing.assert_close(pooler(features), expected)
+
+
+@pytest.mark.parametrize("num_features", [3, 60])
+def test_one_query_gives_what_it_gave_over_keys_and_values(num_features: int):
+    config = BlockConfig(width=64, num_heads=4, num_kv_heads=4, head_dim=16, mlp_width=1)
+    pooler = OneQueryPooler(config, 64).double()
+    with torch.no_grad():
+        for parameter in pooler.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    features = torch.randn(5, num_features, 64, dtype=torch.float64)
+    outputs, gradients = [], []
+    for forward in (pooler, lambda x: AttentionalPooler.forward(pooler, x).squeeze(1)):
+        x = features.clone().requires_grad_()
+        outputs.append(forward(x))
+        inputs = [x, *pooler.parameters()]
+        gradients.append(torch.autograd.grad(outputs[-1].square().sum(), inputs))
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*gradients)
+    with FlopCounterMode(display=False) as counter:
+        pooler(features)
+    keys_and_values = 2 * 5 * num_features * 64 * 128
+    assert (counter.get_total_flops() < keys_and_values) == (num_features == 60)
 
 
 def test_projected_queries_cost_width_squared():

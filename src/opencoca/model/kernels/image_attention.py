@@ -53,7 +53,7 @@ class SharedImages:
 
 @dataclass(frozen=True)
 class FoldedImages:
-    """Images as one layer looks at them without gradient: tokens (I, N, C), one tensor for all layers.
+    """Images as one layer looks at them with few words each: tokens (I, N, C), one tensor for all layers.
 
     They are normalised if the layers normalise them. key_weight, value_weight (K, d, C); constant (H, 1, d): what is
     added to everything mixed.

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from opencoca.model.config import BlockConfig, CoCaConfig, HeadConfig
+from opencoca.model.kernels.choice import projects_words
 from opencoca.model.kernels.dropout import Dropout
+from opencoca.model.kernels.image_attention import FoldedImages
 from opencoca.model.layers.attention import Attention, Padded
 from opencoca.model.layers.blocks import make_norm
 
@@ -50,17 +52,37 @@ class AttentionalPooler(nn.Module):
         return self.norm(self.attn(query, Padded(*self.attn.project_context(context))))
 
 
+class OneQueryPooler(AttentionalPooler):
+    """A pooler of one query, which is projected instead of the features: (B, N, C) -> (B, D).
+
+    The same function (see `FoldedImages`) for a fraction of the products: of N positions none is projected.
+    """
+
+    def __init__(self, config: BlockConfig, context_width: int):
+        super().__init__(config, context_width, num_queries=1, project_queries=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        attn = self.attn
+        heads = attn.num_heads, attn.head_dim
+        if not projects_words(1, features.shape[1], *heads, attn.kv_proj):
+            return super().forward(features).squeeze(1)
+        context = self.norm_context(features)
+        images = FoldedImages.of(context, attn.kv_proj, nn.Identity(), attn.num_heads, attn.num_kv_heads)
+        queries = self.query.to(context.dtype).expand(len(context), -1).unflatten(-1, heads)
+        return self.norm(attn.out_proj(images.attend(queries).flatten(-2)))
+
+
 class TaskHead(nn.Module):
     """What a task adds: a pooler of one query over image features (B, N, C), then a linear map -> (B, num_outputs)."""
 
     def __init__(self, config: HeadConfig, context_width: int):
         super().__init__()
-        self.pooler = AttentionalPooler(config.block(context_width), context_width, 1, project_queries=False)
+        self.pooler = OneQueryPooler(config.block(context_width), context_width)
         self.dropout = Dropout(config.dropout)
         self.proj = nn.Linear(context_width, config.num_outputs)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.proj(self.dropout(self.pooler(features).squeeze(1)))
+        return self.proj(self.dropout(self.pooler(features)))
 
 
 class FeatureProjection(nn.Module):
