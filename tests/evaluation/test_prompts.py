@@ -1,4 +1,4 @@
-"""Prompts, the classifier made of them, and classification scores, against plain references."""
+"""Prompts and classification scores, against plain references."""
 
 import importlib.util
 from pathlib import Path
@@ -16,7 +16,6 @@ from opencoca.evaluation.prompts import (
     classification_scores,
     load_imagenet_class_names,
     load_templates,
-    zero_shot_weights,
 )
 
 
@@ -93,39 +92,6 @@ def test_bad_labels_and_templates_are_refused():
         fill_templates("dog", "a {}")
     with pytest.raises(ValueError, match="no prompt templates"):
         fill_templates("dog", [])
-
-
-def embed_texts(sentences: list[str]) -> torch.Tensor:
-    """A vector of its own for every sentence, of very different lengths."""
-    rows = [torch.randn(6, generator=torch.Generator().manual_seed(sum(map(ord, text)))) for text in sentences]
-    return torch.stack([row * len(text) ** 2 for row, text in zip(rows, sentences, strict=True)])
-
-
-def test_weights_are_means_of_normalised_embeddings():
-    labels, templates = ["dog", "small cat", "dog"], ["a {}", "many photographs of a {}", "{}"]
-    seen = []
-    weights = zero_shot_weights(embed_texts, labels, templates, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
-    for row, label in zip(weights.double().numpy(), labels, strict=True):
-        embed = embed_texts([template.replace("{}", label) for template in templates]).double().numpy()
-        mean = (embed / np.linalg.norm(embed, axis=1, keepdims=True)).mean(axis=0)
-        np.testing.assert_allclose(row, mean / np.linalg.norm(mean), atol=1e-6)
-    assert torch.equal(weights[0], weights[2])
-
-
-def test_the_length_of_an_embedding_does_not_matter():
-    weights = zero_shot_weights(lambda texts: 7 * embed_texts(texts), ["dog"], ["a {}", "the {}"])
-    torch.testing.assert_close(weights, zero_shot_weights(embed_texts, ["dog"], ["a {}", "the {}"]))
-    torch.testing.assert_close(weights.norm(dim=1), torch.ones(1))
-
-
-def test_weights_of_nothing_are_refused():
-    with pytest.raises(ValueError, match="at least one class name"):
-        zero_shot_weights(embed_texts, [], SIMPLE_TEMPLATES)
-    with pytest.raises(ValueError, match="at least one class name"):
-        zero_shot_weights(embed_texts, "dog", SIMPLE_TEMPLATES)
-    with pytest.raises(ValueError, match="label 'dog' are not finite"):
-        zero_shot_weights(lambda texts: embed_texts(texts) * torch.nan, ["dog"], SIMPLE_TEMPLATES)
 
 
 @st.composite

@@ -158,6 +158,15 @@ def test_class_names_are_what_prompts_say(pipeline: Pipeline, images: Path, tmp_
         evaluate_zero_shot(pipeline, source, SIMPLE_TEMPLATES, {"0": "red", "1": "green", "2": "blue"})
 
 
+def test_labels_may_share_a_name(pipeline: Pipeline, images: Path) -> None:
+    names = {"other": "blue", "crane": "red", "machine": "red"}
+    source = labelled(images, {"red.png": "crane", "blue.png": "machine"})
+    for by in ("similarity", "likelihood"):
+        scores = evaluate_zero_shot(pipeline, source, SIMPLE_TEMPLATES, names, by=by).scores
+        # Equal names are equally likely, so that the first is taken: the second is never right.
+        assert (scores.num_labels, scores.mean_per_class) in ((3, 0.0), (3, 0.5))
+
+
 def test_labels_that_no_image_has_are_to_choose_from(pipeline: Pipeline, images: Path) -> None:
     source = labelled(images, {"red.png": "red"})
     assert evaluate_zero_shot(pipeline, source, SIMPLE_TEMPLATES).scores.num_labels == 1

@@ -1,25 +1,19 @@
-"""Zero-shot classification without the model: prompts, the weights made of them, and the scores.
+"""Zero-shot classification without the model: templates of prompts, names of classes, and the scores.
 
-A label becomes many sentences ("a photo of a dog.", "a sketch of a dog."), their embeddings are averaged into one
-classifier row a label, and an image belongs to the row it is most similar to (CoCa paper, section 4.2.2; prompt
-ensembling from Radford et al., 2021, section 3.1.4).
-
-Letters: N images, L labels, E embed_dim.
+Letters: N images, L labels.
 """
 
 import importlib.resources
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from opencoca.data.labels import check_templates, fill_templates
+from opencoca.data.labels import check_templates
 
 SIMPLE_TEMPLATES = ("a photo of a {}.",)
 NUM_CONFUSIONS = 10
@@ -61,45 +55,6 @@ def load_imagenet_class_names() -> tuple[str, ...]:
 def _load_asset(name: str) -> list[str]:
     asset = importlib.resources.files("opencoca").joinpath("assets/prompts", name)
     return json.loads(asset.read_text(encoding="utf-8"))
-
-
-def zero_shot_weights(
-    embed_texts: Callable[[list[str]], Tensor],
-    labels: Sequence[str],
-    templates: Sequence[str],
-    progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """One classifier row a label: the mean of its normalised prompt embeddings, normalised again.
-
-    Args:
-        embed_texts: maps P sentences to their embeddings (P, E); it is called once a label with all of its prompts and
-            splits them into batches as it likes.
-        labels: class names. A name may stand for several classes, as two of ImageNet's do: their rows are equal.
-        templates: see ``load_templates``.
-        progress: called after each label with the number of labels done and of all labels.
-
-    Returns:
-        (L, E); similarities are ``image_embed @ weights.T``.
-
-    Raises:
-        ValueError: no labels, an empty label, bad templates, or embeddings that are not finite.
-    """
-    if isinstance(labels, str) or not labels:
-        raise ValueError(f"The labels are {labels!r}: give a list of at least one class name.")
-    rows = []
-    for done, label in enumerate(labels, start=1):
-        prompts = fill_templates(label, templates)
-        embed = embed_texts(prompts)
-        assert embed.shape[0] == len(prompts), "embed_texts must return one row a sentence"
-        row = F.normalize(F.normalize(embed.float(), dim=-1).mean(dim=0), dim=-1)
-        if not row.isfinite().all():
-            raise ValueError(
-                f"The text embeddings of the label {label!r} are not finite: the model gave NaN or infinity."
-            )
-        rows.append(row)
-        if progress is not None:
-            progress(done, len(labels))
-    return torch.stack(rows)
 
 
 class Confusion(NamedTuple):

@@ -4,17 +4,14 @@ Every image of the source has a class as its target: see `opencoca.data.open_lab
 """
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from tqdm import tqdm
 
 from opencoca.data import SampleSource
 from opencoca.evaluation.classification import ClassificationEvaluator, class_of
 from opencoca.evaluation.encoding import BrokenImage, encode_images
-from opencoca.evaluation.prompts import ClassificationScores, zero_shot_weights
+from opencoca.evaluation.prompts import ClassificationScores
 from opencoca.evaluation.runner import evaluate
 from opencoca.inference.labels import Rule
 from opencoca.inference.pipeline import Pipeline
@@ -81,29 +78,14 @@ def evaluate_zero_shot(
     if unnamed := sorted(present - names.keys()):
         raise ValueError(f"{len(unnamed)} labels have no class name: {', '.join(unnamed[:5])}; add them to the table")
     labels = tuple(names)
-    logits_of = _logits_of(pipeline, list(names.values()), templates, by, progress)
+    texts = list(dict.fromkeys(names.values()))  # two labels may have one name
+    logits_of = pipeline.label_logits(texts, templates, by, progress=progress)
+    columns = [texts.index(name) for name in names.values()]
     position = {label: number for number, label in enumerate(labels)}
     targets = [position[name] for name in classes]
-    evaluator = ClassificationEvaluator(lambda images: logits_of(images.tokens, images.embed), targets, labels)
+    evaluator = ClassificationEvaluator(
+        lambda images: logits_of(images.tokens, images.embed)[:, columns], targets, labels
+    )
     batches = encode_images(pipeline, source, batch_size, progress=progress, description="classifying images")
     (report,), broken = evaluate(batches, evaluator)
     return ZeroShotReport(report.detail, labels, tuple(names.values()), broken)
-
-
-def _logits_of(
-    pipeline: Pipeline, names: list[str], templates: Sequence[str], by: Rule, progress: bool
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """What ranks the labels of an image, as a function of its tokens and its embedding."""
-    if by != "similarity":
-        return pipeline.label_logits(names, templates, by)
-    weights = _weights(pipeline, names, templates, progress)
-    return lambda image_tokens, image_embed: image_embed @ weights.T
-
-
-def _weights(pipeline: Pipeline, names: list[str], templates: Sequence[str], progress: bool) -> torch.Tensor:
-    with tqdm(total=len(names), desc="embedding labels", unit="label", disable=not progress) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.update()
-
-        return zero_shot_weights(pipeline.embed_texts, names, templates, advance)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 if TYPE_CHECKING:  # the command line makes its options of these classes, and need not wait for PyTorch
@@ -213,3 +213,11 @@ def _as_words(words: Iterable[object], name: str) -> tuple[str, ...]:
             raise ValueError(f"{name} has {word!r}, which is no word")
         found.append(word)
     return tuple(found)
+
+
+def with_keywords(
+    options: GenerationOptions | None, num_captions: int | None, keywords: GenerationKeywords
+) -> GenerationOptions:
+    """The options with the fields replaced that were given as keywords."""
+    changes = dict(keywords) if num_captions is None else {**keywords, "num_captions": num_captions}
+    return replace(options or GenerationOptions(), **changes)

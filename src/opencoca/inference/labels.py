@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from opencoca.data.labels import check_templates, fill_templates
+from opencoca.generation.scoring import TextScorer, label_scores, pointwise_mutual_information
 
 DEFAULT_TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "{}")
 
@@ -42,6 +44,30 @@ class Classifier:
             [LabelScore(self.labels[position], value) for position, value in zip(positions, row, strict=True)]
             for positions, row in zip(order.tolist(), values.tolist(), strict=True)
         ]
+
+
+@dataclass(frozen=True)
+class LabelLogits:
+    """Compares images with labels by a rule: `embeds` (L, E) serve similarity, `scorer` and `prior` likelihood.
+
+    The logits of similarity are cosines times `scale`.
+    """
+
+    num_labels: int
+    scale: Tensor
+    embeds: Tensor | None
+    scorer: TextScorer | None
+    prior: Tensor | None
+
+    def __call__(self, image_tokens: Tensor, image_embed: Tensor) -> Tensor:
+        """Returns logits (I, L) float32 on the CPU, from image tokens (I, Q, D) and embeddings (I, E)."""
+        total = torch.zeros(len(image_tokens), self.num_labels)
+        if self.embeds is not None:
+            total += self.scale * (image_embed.float().cpu() @ self.embeds.T)
+        if self.scorer is not None and self.prior is not None:
+            information = pointwise_mutual_information(self.scorer.score_all(image_tokens), self.prior)
+            total += label_scores(information.float().cpu(), self.num_labels)
+        return total
 
 
 def label_texts(labels: Sequence[str], templates: str | Sequence[str]) -> list[str]:

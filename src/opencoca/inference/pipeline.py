@@ -3,30 +3,27 @@
 Letters: I images, B texts, L labels, E embed_dim.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, Unpack, get_args, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from opencoca.generation import GeneratedCaption, GenerationOptions, generate, seed_of_name
 from opencoca.generation.attention_maps import word_maps
 from opencoca.generation.decoding.session import DecodingSession
 from opencoca.generation.explanation import Explanation, visible_box
-from opencoca.generation.options import GenerationKeywords, shows_generation_options
+from opencoca.generation.options import GenerationKeywords, shows_generation_options, with_keywords
 from opencoca.generation.rerank import generate_reranked, rerank_weight
-from opencoca.generation.scoring import TextScorer, label_scores, pointwise_mutual_information, prior_of_texts
-from opencoca.inference.labels import DEFAULT_TEMPLATES, Classifier, LabelScore, Rule, label_texts
-from opencoca.inference.preprocess import ImageLike, Preprocess, as_pil
-from opencoca.model.coca import CoCa, ImageOutput
+from opencoca.generation.scoring import TextScorer, pointwise_mutual_information, prior_of_texts
+from opencoca.inference.labels import DEFAULT_TEMPLATES, Classifier, LabelLogits, LabelScore, Rule, label_texts
+from opencoca.inference.preprocess import ImageLike, Images, Preprocess, as_pil, check_batch_size
+from opencoca.model.coca import CoCa
 from opencoca.tokenizer import Tokenizer
 
 _TEXT_BATCH_SIZE = 256
-
-Images = ImageLike | Iterable[ImageLike]
-"""One image or several, of any kind that `ImageLike` lists."""
 
 
 class _Keywords(GenerationKeywords, total=False):
@@ -116,11 +113,10 @@ class Pipeline:
             batch_size: images at a time. No caption depends on it, or on the other images.
 
         Raises:
-            ImageError: an image cannot be used.
-            ValueError: options that cannot be met.
+            ValueError: options that cannot be met; ImageError for an image that cannot be used.
             TypeError: an option that does not exist.
         """
-        chosen = _with_keywords(options, num_captions, keywords)
+        chosen = with_keywords(options, num_captions, keywords)
         details = self.caption_details(images, chosen, rerank=rerank, batch_size=batch_size)
         if chosen.num_captions == 1:
             return [captions[0].text for captions in details]
@@ -138,7 +134,7 @@ class Pipeline:
         **keywords: Unpack[GenerationKeywords],
     ) -> list[tuple[GeneratedCaption, ...]]:
         """Captions with token ids, log-probabilities and more; a tuple for each image, best first. See `caption`."""
-        chosen = _with_keywords(options, num_captions, keywords)
+        chosen = with_keywords(options, num_captions, keywords)
         captions: list[tuple[GeneratedCaption, ...]] = []
         for pixels in self._batches(images, batch_size):
             names = [str(len(captions) + index) for index in range(len(pixels))]
@@ -152,29 +148,14 @@ class Pipeline:
 
         names: one for each image; what is drawn at random depends on the options' seed and on this name alone.
         """
-        with torch.inference_mode():
-            output = self.model.encode_image(pixels)
-        return self.caption_encoded(output.tokens, output.embed, options, names=names, rerank=rerank)
-
-    def caption_encoded(
-        self,
-        image_tokens: Tensor,
-        image_embed: Tensor,
-        options: GenerationOptions,
-        *,
-        names: Sequence[str],
-        rerank: bool | float = False,
-    ) -> list[tuple[GeneratedCaption, ...]]:
-        """As `caption_pixels`, for images that are encoded already: image tokens (I, Q, D) and embeddings (I, E)."""
         # A file's name may hold bytes that no encoding knows.
         seeds = [seed_of_name(name.encode("utf-8", "backslashreplace").decode()) for name in names]
-        weight = rerank_weight(rerank)
+        weight, model, tokenizer, session = rerank_weight(rerank), self.model, self.tokenizer, self.session
+        with torch.inference_mode():
+            images = model.encode_image(pixels)
         if weight is None:
-            return generate(self.model, image_tokens, self.tokenizer, options, image_seeds=seeds, session=self.session)
-        images = ImageOutput(image_tokens, image_embed)
-        return generate_reranked(
-            self.model, images, self.tokenizer, options, weight, image_seeds=seeds, session=self.session
-        )
+            return generate(model, images.tokens, tokenizer, options, image_seeds=seeds, session=session)
+        return generate_reranked(model, images, tokenizer, options, weight, image_seeds=seeds, session=session)
 
     def embed_images(self, images: Images, *, batch_size: int = 32) -> Tensor:
         """Embeddings (I, E) of images: float32, on the CPU, of length 1."""
@@ -184,12 +165,15 @@ class Pipeline:
                 embeds.append(self.model.encode_image(pixels).embed.float().cpu())
         return torch.cat(embeds)
 
-    def embed_texts(self, texts: str | Iterable[str], *, batch_size: int = _TEXT_BATCH_SIZE) -> Tensor:
+    def embed_texts(
+        self, texts: str | Iterable[str], *, batch_size: int = _TEXT_BATCH_SIZE, progress: bool = False
+    ) -> Tensor:
         """Embeddings (B, E) of texts: float32, on the CPU, of length 1."""
         texts = [texts] if isinstance(texts, str) else list(texts)
-        _check_batch_size(batch_size)
+        check_batch_size(batch_size)
         embeds = [torch.empty(0, self.model.config.embed_dim)]
-        for start in range(0, len(texts), batch_size):
+        starts = range(0, len(texts), batch_size)
+        for start in tqdm(starts, desc="embedding texts", unit="batch", disable=not progress):
             batch = self.tokenizer(texts[start : start + batch_size], self.model.config.text.context_length)
             with torch.inference_mode():
                 output = self.model.encode_text(batch.token_ids.to(self.device), batch.token_mask.to(self.device))
@@ -201,12 +185,7 @@ class Pipeline:
         return self.embed_images(images) @ self.embed_texts(texts).T
 
     def score_captions(
-        self,
-        images: Images,
-        texts: str | Iterable[str],
-        *,
-        prior_weight: float = 0.0,
-        batch_size: int = 32,
+        self, images: Images, texts: str | Iterable[str], *, prior_weight: float = 0.0, batch_size: int = 32
     ) -> Tensor:
         """Scores texts with the captioner: log p(text | image) (I, B) in nats, end token included; float32 on the CPU.
 
@@ -288,57 +267,33 @@ class Pipeline:
                 raise ValueError("this model was not trained on classes of its own; give the labels to choose from")
             return Classifier(self.classes, lambda features: self.model.head_logits(features).float().cpu())
         logits_of = self.label_logits(labels, templates, by)
-
-        def pooled_logits(features: Tensor) -> Tensor:
-            output = self.model.pool_image(features)
-            return logits_of(output.tokens, output.embed)
-
-        return Classifier(tuple(labels), pooled_logits)
+        return Classifier(tuple(labels), lambda features: logits_of(*self.model.pool_image(features)))
 
     def label_logits(
-        self, labels: Sequence[str], templates: str | Sequence[str], by: Rule
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        """The logits of `Classifier` for these labels, which pass the text decoder once, here.
+        self, labels: Sequence[str], templates: str | Sequence[str], by: Rule, *, progress: bool = False
+    ) -> LabelLogits:
+        """Prepares labels to be compared with encoded images; they pass the text decoder once, here.
 
         Raises ValueError as `classify` does.
         """
         if by not in get_args(Rule):
             raise ValueError(f"cannot classify by {by!r}; choose {', '.join(get_args(Rule))}")
-        texts = label_texts(labels, templates)
-        embeds = None if by == "likelihood" else self.embed_labels(labels, templates)
-        scorer = None if by == "similarity" else self.text_scorer(texts)
-        prior = None if scorer is None else self.text_prior(scorer)
-        scale = self.model.logit_scale.detach().float().cpu()
+        scorer = None if by == "similarity" else self.text_scorer(label_texts(labels, templates))
+        return LabelLogits(
+            num_labels=len(labels),
+            scale=self.model.logit_scale.detach().float().cpu(),
+            embeds=None if by == "likelihood" else self.embed_labels(labels, templates, progress=progress),
+            scorer=scorer,
+            prior=None if scorer is None else self.text_prior(scorer),
+        )
 
-        def logits_of(image_tokens: Tensor, image_embed: Tensor) -> Tensor:
-            total = torch.zeros(len(image_tokens), len(labels))
-            if embeds is not None:
-                total += scale * (image_embed.float().cpu() @ embeds.T)
-            if scorer is not None and prior is not None:
-                information = pointwise_mutual_information(scorer.score_all(image_tokens), prior)
-                total += label_scores(information.float().cpu(), len(labels))
-            return total
-
-        return logits_of
-
-    def embed_labels(self, labels: Sequence[str], templates: str | Sequence[str] = DEFAULT_TEMPLATES) -> Tensor:
+    def embed_labels(
+        self, labels: Sequence[str], templates: str | Sequence[str] = DEFAULT_TEMPLATES, *, progress: bool = False
+    ) -> Tensor:
         """Embeddings (L, E) of labels, as `classify` compares images with; raises ValueError as it does."""
-        embeds = self.embed_texts(label_texts(labels, templates)).unflatten(0, (len(labels), -1))
-        return F.normalize(embeds.mean(dim=1), dim=-1)
+        embeds = self.embed_texts(label_texts(labels, templates), progress=progress)
+        return F.normalize(embeds.unflatten(0, (len(labels), -1)).mean(dim=1), dim=-1)
 
     def _batches(self, images: Images, batch_size: int) -> Iterator[Tensor]:
         for pixels in self.preprocess.batches(images, batch_size):
             yield pixels.to(self.device, self.dtype)
-
-
-def _with_keywords(
-    options: GenerationOptions | None, num_captions: int | None, keywords: GenerationKeywords
-) -> GenerationOptions:
-    """The options with the fields replaced that were given as keywords."""
-    changes = dict(keywords) if num_captions is None else {**keywords, "num_captions": num_captions}
-    return replace(options or GenerationOptions(), **changes)
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")

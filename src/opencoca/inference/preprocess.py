@@ -25,6 +25,9 @@ ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
 Arrays and tensors hold uint8 in 0..255 or floating point in 0..1.
 """
 
+Images = ImageLike | Iterable[ImageLike]
+"""One image or several."""
+
 _DECODING_THREADS = 2
 
 
@@ -35,7 +38,7 @@ class Preprocess:
         self.config = config
         self._transform = EvalTransform(config)
 
-    def __call__(self, images: ImageLike | Iterable[ImageLike]) -> Tensor:
+    def __call__(self, images: Images) -> Tensor:
         """Prepares one image or several, of any size, as (I, 3, H, W) float32.
 
         Raises ImageError, which names the image, for one that cannot be used.
@@ -45,13 +48,12 @@ class Preprocess:
             return torch.empty(0, 3, *self.config.image_size)
         return torch.stack([self._prepare(image, position) for position, image in enumerate(images)])
 
-    def batches(self, images: ImageLike | Iterable[ImageLike], batch_size: int) -> Iterator[Tensor]:
+    def batches(self, images: Images, batch_size: int) -> Iterator[Tensor]:
         """Prepares images batch_size at a time; while one batch is in use, threads decode the next.
 
         Raises ValueError if batch_size is not positive, ImageError as a call does.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+        check_batch_size(batch_size)
         images = as_list(images)
 
         def prepare(position: int) -> Tensor:
@@ -64,7 +66,13 @@ class Preprocess:
         return self._transform(as_pil(image, position, as_stored=self.config.decoding == "as_stored"))
 
 
-def as_list(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
+def check_batch_size(batch_size: int) -> None:
+    """Raises ValueError for a batch_size that is not positive."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+
+
+def as_list(images: Images) -> list[ImageLike]:
     """Makes a list of one image or several; an array or tensor of four dimensions is a batch of images."""
     if isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image):
         return [images]  # pyright: ignore[reportReturnType]
