@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from opencoca.model.config import CoCaConfig, ImageEncoderConfig
+from opencoca.model.encoders import build_image_encoder
 from opencoca.model.encoders.efficientnet_lite import ConvNorm, EfficientNetLite
 from opencoca.model.encoders.timm_backbone import TimmBackbone
 from opencoca.store.interop import efficientnet_weights
@@ -57,17 +59,9 @@ def test_parameters_are_those_of_the_published_models(variant: int, with_classif
     assert encoder.num_stages == len(encoder.stages) == 8
 
 
-@pytest.mark.parametrize(("variant", "width"), [(0, 320), (1, 320), (2, 352)])
-def test_without_head_there_is_one_stage_less(variant: int, width: int):
-    encoder = EfficientNetLite(variant, include_head=False)
-    assert encoder.num_stages == len(encoder.stages) == 7
-    assert encoder.width == width
-    assert encoder(torch.randn(1, 3, 64, 64)).shape == (1, 4, width)
-
-
 def test_unknown_variant_is_named():
-    with pytest.raises(ValueError, match="7"):
-        EfficientNetLite(7)
+    with pytest.raises(ValueError, match="no image encoder 'efficientnet_lite7'"):
+        build_image_encoder(CoCaConfig(image=ImageEncoderConfig(name="efficientnet_lite7")))
 
 
 @settings(max_examples=15, deadline=None)
@@ -184,9 +178,8 @@ def test_bfloat16_training_step_is_close_to_float32(pretrained: EfficientNetLite
 
 
 @pytest.mark.parametrize("variant", [0, 1, 2])
-@pytest.mark.parametrize("include_head", [True, False])
-def test_imagenet_weights_fill_every_tensor(variant: int, include_head: bool):
-    encoder = EfficientNetLite(variant, include_head)
+def test_imagenet_weights_fill_every_tensor(variant: int):
+    encoder = EfficientNetLite(variant)
     for tensor in encoder.state_dict().values():
         tensor.fill_(math.nan)
     load_imagenet_weights(encoder)

@@ -14,17 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opencoca.model.encoders.stages import ImageEncoder
+
 _STEM_WIDTH = 32
 _HEAD_WIDTH = 1280
 _NORM_EPS = 1e-3
-
-
-class Variant(NamedTuple):
-    """What tells the variants apart; image_size is the side, in pixels, of the images that each was designed for."""
-
-    width_multiplier: float
-    depth_multiplier: float
-    image_size: int
 
 
 class _Group(NamedTuple):
@@ -35,7 +29,8 @@ class _Group(NamedTuple):
     width: int
 
 
-VARIANTS = {0: Variant(1.0, 1.0, 224), 1: Variant(1.0, 1.1, 240), 2: Variant(1.1, 1.2, 260)}
+# What the variants multiply widths and depths by.
+_MULTIPLIERS = {0: (1.0, 1.0), 1: (1.0, 1.1), 2: (1.1, 1.2)}
 
 _GROUPS = (
     _Group(num_blocks=1, kernel_size=3, stride=1, expansion=1, width=16),
@@ -48,30 +43,18 @@ _GROUPS = (
 )
 
 
-class EfficientNetLite(nn.Module):
-    """Images (B, 3, H, W) to image features (B, N, D), with N = ceil(H / 32) * ceil(W / 32).
+class EfficientNetLite(ImageEncoder):
+    """Images (B, 3, H, W) to image features (B, N, D), with N = ceil(H / 32) * ceil(W / 32) and D = 1280.
 
-    Images of any size and shape; `image_size` is the side of the square images that the variant was designed for.
-    Its stages are the stem with the first group of blocks, the other six groups, and the head convolution.
-    Batch normalisation always uses its stored statistics, so train mode and eval mode compute the same numbers;
-    its scale and bias are parameters and can be finetuned.
+    Images of any size and shape. Its stages are the stem with the first group of blocks, the other six groups, and the
+    last 1x1 convolution. Batch normalisation always uses its stored statistics, so train mode and eval mode compute the
+    same numbers; its scale and bias are parameters and can be finetuned.
 
-    Args:
-        variant: 0, 1 or 2: 3.4M, 4.1M or 4.8M parameters, for images of 224, 240 or 260 pixels.
-        include_head: with the last 1x1 convolution (D = 1280); without it, there is one stage less and D is 320 or 352.
-
-    Raises:
-        ValueError: unknown variant.
+    variant: 0, 1 or 2: 3.4M, 4.1M or 4.8M parameters, designed for square images of 224, 240 or 260 pixels.
     """
 
-    def __init__(self, variant: int, include_head: bool = True):
-        super().__init__()
-        if variant not in VARIANTS:
-            raise ValueError(f"EfficientNet-Lite variant {variant!r} does not exist here; use one of {list(VARIANTS)}.")
-        width_multiplier, depth_multiplier, self.image_size = VARIANTS[variant]
-        self.variant = variant
-        self.include_head = include_head
-
+    def __init__(self, variant: int):
+        width_multiplier, depth_multiplier = _MULTIPLIERS[variant]
         width = _STEM_WIDTH
         stages = []
         for group in _GROUPS:
@@ -81,32 +64,15 @@ class EfficientNetLite(nn.Module):
             stages.append(_build_group(width, group))
             width = group.width
         stages[0].insert(0, ConvNorm(3, _STEM_WIDTH, kernel_size=3, stride=2))
-        if include_head:
-            stages.append(nn.Sequential(ConvNorm(width, _HEAD_WIDTH, kernel_size=1)))
-            width = _HEAD_WIDTH
-        stages[-1].append(_FlattenMap())
-
-        self.stages = nn.ModuleList(stages)
-        self.num_stages = len(stages)
-        self.width = width
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to image features (B, N, D), row by row from the top left."""
-        return self.run_stages(images, 0, self.num_stages)
+        stages.append(nn.Sequential(ConvNorm(width, _HEAD_WIDTH, kernel_size=1), _FlattenMap()))
+        super().__init__(stages, _HEAD_WIDTH)
+        self.variant = variant
 
     def run_stages(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Run stages start to stop - 1, so that what frozen stages give can be computed once and stored.
-
-        Shapes: stage 0 takes images (B, 3, H, W); stage k takes what stage k - 1 gave, a feature map (B, C, h, w);
-        the last stage gives image features (B, N, D).
-        """
-        assert 0 <= start <= stop <= self.num_stages, (start, stop, self.num_stages)
         if start < stop:
             # Depthwise convolutions run several times faster on a CPU when the channels lie next to each other.
             x = x.contiguous(memory_format=torch.channels_last)
-        for stage in self.stages[start:stop]:  # pyright: ignore[reportGeneralTypeIssues]
-            x = stage(x)
-        return x
+        return super().run_stages(x, start, stop)
 
 
 class InvertedBottleneck(nn.Module):

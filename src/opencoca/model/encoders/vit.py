@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from opencoca.model.config import CoCaConfig
 from opencoca.model.encoders.normed_patches import NormedPatchEmbed
+from opencoca.model.encoders.stages import ImageEncoder
 from opencoca.model.kernels.dropout import Dropout
 from opencoca.model.layers.blocks import TransformerBlock
 
@@ -65,34 +66,26 @@ class PatchEmbed(nn.Module):
         return resized.flatten(2).transpose(1, 2)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(ImageEncoder):
     """Stages: the patches, each block, and the last norm if there is one.
 
     patch_dropout: this part of an image's patches, drawn anew each time, is left out in training (FLIP, arXiv
     2212.00794); the class token stays.
     """
 
+    patch_dropout = 0.0
+
     def __init__(self, model: CoCaConfig):
-        super().__init__()
-        self.width = model.image.width
+        width = model.image.width
         blocks = [TransformerBlock(model.image_block()) for _ in range(model.image.depth)]
         patch_embed = NormedPatchEmbed(model) if model.compat.image_patch_norm else PatchEmbed(model)
-        norm = [nn.LayerNorm(self.width)] if model.compat.image_final_norm else []
-        self.stages = nn.ModuleList([patch_embed, *blocks, *norm])
-        self.num_stages = len(self.stages)
-        self.patch_dropout = 0.0
-
-    def forward(self, images: Tensor) -> Tensor:
-        """images (B, 3, height, width) -> features (B, N, D)."""
-        return self.run_stages(images, 0, self.num_stages)
+        norm = [nn.LayerNorm(width)] if model.compat.image_final_norm else []
+        super().__init__([patch_embed, *blocks, *norm], width)
 
     def run_stages(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Runs stages start .. stop - 1 on what stage ``start`` takes."""
-        for number, stage in enumerate(self.stages[start:stop], start):
-            x = stage(x)
-            if number == 0 and self.training and self.patch_dropout:
-                x = self._drop_patches(x)
-        return x
+        if start == 0 < stop and self.training and self.patch_dropout:
+            x, start = self._drop_patches(self.stages[0](x)), 1
+        return super().run_stages(x, start, stop)
 
     def _drop_patches(self, x: Tensor) -> Tensor:
         """x (B, N, D) -> (B, fewer, D)."""

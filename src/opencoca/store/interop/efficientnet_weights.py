@@ -9,7 +9,6 @@ from torch import Tensor
 from opencoca.model.encoders.efficientnet_lite import ConvNorm, EfficientNetLite, InvertedBottleneck
 
 _CLASSIFIER = "_fc."
-_HEAD = ("_conv_head.", "_bn1.")
 _NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -21,11 +20,10 @@ def load_imagenet_weights(encoder: EfficientNetLite) -> None:
     """
     path = _find_weights(encoder.variant)
     tensors = torch.load(path, map_location="cpu", weights_only=True)
-    left_out = (_CLASSIFIER,) if encoder.include_head else (_CLASSIFIER, *_HEAD)
     tensors = {
         name: tensor
         for name, tensor in tensors.items()
-        if not name.startswith(left_out) and not name.endswith("num_batches_tracked")
+        if not name.startswith(_CLASSIFIER) and not name.endswith("num_batches_tracked")
     }
     encoder.load_state_dict(_rename(tensors, _names_in_file(encoder), path), strict=True)
 
@@ -52,8 +50,7 @@ def _names_in_file(encoder: EfficientNetLite) -> dict[str, str]:
         names.update({f"{ours}.norm.{tensor}": f"{norm}.{tensor}" for tensor in _NORM_TENSORS})
 
     add("stages.0.0", "_conv_stem", "_bn0")
-    if encoder.include_head:
-        add(f"stages.{encoder.num_stages - 1}.0", "_conv_head", "_bn1")
+    add(f"stages.{encoder.num_stages - 1}.0", "_conv_head", "_bn1")
     blocks = [(name, module) for name, module in encoder.named_modules() if isinstance(module, InvertedBottleneck)]
     for index, (ours, block) in enumerate(blocks):
         if isinstance(block.expand, ConvNorm):
