@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opencoca.generation import GenerationOptions, generate
-from opencoca.generation.logit_filters import MinimumLength, NoRepeatNgram, RepetitionPenalty, Suppress, make_filters
+from opencoca.generation.logit_filters import (
+    forbid_repeated_ngrams,
+    make_filters,
+    penalise_repetition,
+    require_length,
+    suppress,
+)
+from opencoca.generation.search import Limits
 from opencoca.tokenizer import Tokenizer
 
 VOCAB = 6
@@ -25,7 +32,7 @@ def log_probs_for(num_rows: int) -> torch.Tensor:
 def test_no_ngram_twice(texts, n):
     log_probs = log_probs_for(len(texts))
     filtered = log_probs.clone()
-    NoRepeatNgram(n).apply(filtered, torch.tensor(texts))
+    forbid_repeated_ngrams(filtered, torch.tensor(texts), n)
     for row, text in enumerate(texts):
         present = {tuple(text[i : i + n]) for i in range(len(text) - n + 1)}
         for token_id in range(VOCAB):
@@ -37,7 +44,7 @@ def test_no_ngram_twice(texts, n):
 def test_repetition_penalty(texts, penalty):
     log_probs = log_probs_for(len(texts))
     filtered = log_probs.clone()
-    RepetitionPenalty(penalty).apply(filtered, torch.tensor(texts))
+    penalise_repetition(filtered, torch.tensor(texts), penalty)
     for row, text in enumerate(texts):
         for token_id in range(VOCAB):
             factor = penalty if token_id in text else 1
@@ -48,8 +55,9 @@ def test_repetition_penalty(texts, penalty):
 def test_minimum_length_and_suppressed_tokens(length):
     log_probs = log_probs_for(2)
     filtered = log_probs.clone()
-    MinimumLength(7, eos_id=4).apply(filtered, torch.zeros(2, length, dtype=torch.int64))
-    Suppress([1, 3]).apply(filtered, torch.zeros(2, length, dtype=torch.int64))
+    texts = torch.zeros(2, length, dtype=torch.int64)
+    require_length(filtered, texts, 7, eos_id=4)
+    suppress(filtered, texts, torch.tensor([1, 3]))
     forbidden = [1, 3, 4] if length < 7 else [1, 3]
     assert (filtered[:, forbidden] == -torch.inf).all()
     kept = [i for i in range(VOCAB) if i not in forbidden]
@@ -101,12 +109,12 @@ def test_forbidden_words_are_in_no_caption(tokenizer, search):
 
 def tokens_of_filter(tokenizer: Tokenizer, options: GenerationOptions, text: str) -> set[int]:
     """Which next tokens the filters forbid after a text, beyond those that are always forbidden."""
-    ids = torch.tensor([tokenizer.encode(text)[:-1]])
+    ids, limits = torch.tensor([tokenizer.encode(text)[:-1]]), Limits(1, 30, tokenizer.eos_id)
     found = []
     for chosen in (GenerationOptions(), options):
         log_probs = torch.zeros(1, tokenizer.vocab_size)
-        for one in make_filters(chosen, tokenizer, 1, 30, tokenizer.vocab_size):
-            one.apply(log_probs, ids)
+        for one in make_filters(chosen, tokenizer, limits, tokenizer.vocab_size, "cpu"):
+            one(log_probs, ids)
         found.append({i for i, value in enumerate(log_probs[0].tolist()) if value == -torch.inf})
     return found[1] - found[0]
 
@@ -121,16 +129,16 @@ def test_a_forbidden_word_is_forbidden_however_it_is_spelled():
     assert tokens_of_filter(clip, options, "a police") == {cat, car}
     spelled = torch.tensor([[clip.bos_id, 66]])  # "c", which does not end its word
     log_probs = torch.zeros(1, clip.vocab_size)
-    filters = make_filters(options, clip, 1, 30, clip.vocab_size)
+    filters = make_filters(options, clip, Limits(1, 30, clip.eos_id), clip.vocab_size, "cpu")
     for one in filters:
-        one.apply(log_probs, spelled)
+        one(log_probs, spelled)
     assert log_probs[0, clip.encode("at")[1]] == -torch.inf
     assert clip.decode([66, clip.encode("at")[1]]) == "cat"
     # "bobcat" is another word.
     log_probs = torch.zeros(1, clip.vocab_size)
     bob = next(i for i in range(49406) if clip.decode([i, cat]) == "bobcat")
     for one in filters:
-        one.apply(log_probs, torch.tensor([[clip.bos_id, bob]]))
+        one(log_probs, torch.tensor([[clip.bos_id, bob]]))
     assert log_probs[0, cat] == 0
 
 

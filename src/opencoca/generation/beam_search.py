@@ -43,7 +43,7 @@ class _Candidates(NamedTuple):
 
 
 class BeamSearch:
-    """`num_beams` texts of each image, in groups; see `Search` for the methods.
+    """`num_beams` texts of each image, in groups; see `SingleTexts` for attributes and methods.
 
     Groups that no penalty keeps apart would find the same texts: one of them is searched, for all.
     """
@@ -95,18 +95,11 @@ class BeamSearch:
     def _candidates(self, allowed: Tensor, log_probs: Tensor) -> _Candidates:
         """The best ways to go on of every text in work: (R, K) each."""
         # The groups before may make as many of them worse as they have beams.
-        wanted = 2 * self.group_size + (self.num_beams_before(self.num_groups - 1) if self._penalises else 0)
+        wanted = 2 * self.group_size + (self.num_groups - 1) * self.group_size
         gained, token_ids = top_candidates(allowed, min(wanted, allowed.shape[1]))
         model_gained = gained if log_probs is allowed else log_probs.gather(1, token_ids)
         rows = torch.arange(allowed.shape[0], device=allowed.device)[:, None].expand_as(token_ids)
         return _Candidates(self.scores[:, None] + gained, self.log_probs[:, None] + model_gained, rows, token_ids)
-
-    @property
-    def _penalises(self) -> bool:
-        return self.options.diversity_penalty > 0
-
-    def num_beams_before(self, group: int) -> int:
-        return group * self.group_size
 
     def _best_of_group(
         self, candidates: _Candidates, group: int, chosen: list[_Candidates], silent: Tensor
@@ -117,9 +110,9 @@ class BeamSearch:
         """
         num_images = self.group_done.shape[0]
         starts = candidates.scores.shape[0] == num_images  # one text an image, the prompt
-        beams = slice(0, 1) if starts else slice(self.num_beams_before(group), self.num_beams_before(group + 1))
+        beams = slice(0, 1) if starts else slice(group * self.group_size, (group + 1) * self.group_size)
         own = _Candidates(*(x.unflatten(0, (num_images, -1))[:, beams].flatten(1) for x in candidates))
-        if self._penalises and group:
+        if group:
             used = torch.stack([other.token_ids for other in chosen], dim=1)
             used = used.masked_fill(silent[:, :group, None], -1).flatten(1)
             times_used = (own.token_ids[:, :, None] == used[:, None, :]).sum(dim=2)

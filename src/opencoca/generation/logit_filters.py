@@ -3,107 +3,71 @@
 Letters: R texts in work, T tokens of each, V vocabulary, n length of an n-gram.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from opencoca.generation.options import GenerationOptions
+from opencoca.generation.search import Limits
 from opencoca.generation.words import ForbidWords, RequireWords
 from opencoca.tokenizer import Tokenizer
 
-
-class LogitFilter(Protocol):
-    """Changes log_probs (R, V) of the next tokens, in place, given the tokens so far (R, T), prompt included.
-
-    only_forbids: no value but -inf is written, so that the others are still the model's log-probabilities.
-    """
-
-    only_forbids: bool
-
-    def apply(self, log_probs: Tensor, token_ids: Tensor) -> None: ...
+LogitFilter = Callable[[Tensor, Tensor], None]
+"""Changes log_probs (R, V) of the next tokens, in place, given the tokens so far (R, T), prompt included."""
 
 
-class Suppress:
-    """Forbids these tokens."""
-
-    only_forbids = True
-
-    def __init__(self, ids: Sequence[int]):
-        self.ids = torch.tensor(ids)
-
-    def apply(self, log_probs: Tensor, token_ids: Tensor) -> None:
-        self.ids = self.ids.to(log_probs.device)
-        log_probs.index_fill_(1, self.ids, -torch.inf)
+def suppress(log_probs: Tensor, token_ids: Tensor, ids: Tensor) -> None:
+    """Forbids the tokens with these ids."""
+    log_probs.index_fill_(1, ids, -torch.inf)
 
 
-class MinimumLength:
-    """Forbids the end token while a text has fewer than this many tokens."""
-
-    only_forbids = True
-
-    def __init__(self, length: int, eos_id: int):
-        self.length = length
-        self.eos_id = eos_id
-
-    def apply(self, log_probs: Tensor, token_ids: Tensor) -> None:
-        if token_ids.shape[1] < self.length:
-            log_probs[:, self.eos_id] = -torch.inf
+def require_length(log_probs: Tensor, token_ids: Tensor, length: int, eos_id: int) -> None:
+    """Forbids the end token while a text has fewer tokens than this length."""
+    if token_ids.shape[1] < length:
+        log_probs[:, eos_id] = -torch.inf
 
 
-class RepetitionPenalty:
+def penalise_repetition(log_probs: Tensor, token_ids: Tensor, penalty: float) -> None:
     """Multiplies the log-probability of tokens that the text has already (CTRL, arXiv 1909.05858, section 4.1).
 
     It takes no raw logits, whose sign means nothing: a constant added to all of them changes no probability, but would
     change the product.
     """
-
-    only_forbids = False
-
-    def __init__(self, penalty: float):
-        self.penalty = penalty
-
-    def apply(self, log_probs: Tensor, token_ids: Tensor) -> None:
-        log_probs.scatter_(1, token_ids, log_probs.gather(1, token_ids) * self.penalty)
+    log_probs.scatter_(1, token_ids, log_probs.gather(1, token_ids) * penalty)
 
 
-class NoRepeatNgram:
+def forbid_repeated_ngrams(log_probs: Tensor, token_ids: Tensor, n: int) -> None:
     """Forbids that a run of n tokens occurs twice in a text (arXiv 1705.04304, section 2.5)."""
-
-    only_forbids = True
-
-    def __init__(self, n: int):
-        self.n = n
-
-    def apply(self, log_probs: Tensor, token_ids: Tensor) -> None:
-        length = token_ids.shape[1]
-        if length < self.n:
-            return
-        ngrams = token_ids.unfold(1, self.n, 1)
-        begins_so = (ngrams[:, :, :-1] == token_ids[:, None, length - self.n + 1 :]).all(dim=2)
-        rows, places = begins_so.nonzero(as_tuple=True)
-        log_probs[rows, ngrams[rows, places, -1]] = -torch.inf
+    length = token_ids.shape[1]
+    if length < n:
+        return
+    ngrams = token_ids.unfold(1, n, 1)
+    begins_so = (ngrams[:, :, :-1] == token_ids[:, None, length - n + 1 :]).all(dim=2)
+    rows, places = begins_so.nonzero(as_tuple=True)
+    log_probs[rows, ngrams[rows, places, -1]] = -torch.inf
 
 
 def make_filters(
-    options: GenerationOptions, tokenizer: Tokenizer, prompt_length: int, max_length: int, vocab_size: int
-) -> list[LogitFilter]:
+    options: GenerationOptions, tokenizer: Tokenizer, limits: Limits, vocab_size: int, device: torch.device | str
+) -> Sequence[LogitFilter]:
     """The filters that the options ask for; vocab_size is the model's, which may have more ids than the tokenizer.
 
-    Raises ValueError if the required words do not fit into max_length, or a word cannot be written.
+    Raises ValueError if the required words do not fit into the text's length, or a word cannot be written.
     """
     without_text = [tokenizer.bos_id, tokenizer.pad_id, *range(tokenizer.vocab_size, vocab_size)]
     filters: list[LogitFilter] = []
     if options.repetition_penalty != 1:
-        filters.append(RepetitionPenalty(options.repetition_penalty))
-    filters.append(Suppress(without_text))
+        filters.append(partial(penalise_repetition, penalty=options.repetition_penalty))
+    filters.append(partial(suppress, ids=torch.tensor(without_text, device=device)))
     if options.min_new_tokens:
-        filters.append(MinimumLength(prompt_length + options.min_new_tokens, tokenizer.eos_id))
+        length = limits.prompt_length + options.min_new_tokens
+        filters.append(partial(require_length, length=length, eos_id=limits.eos_id))
     if options.no_repeat_ngram:
-        filters.append(NoRepeatNgram(options.no_repeat_ngram))
+        filters.append(partial(forbid_repeated_ngrams, n=options.no_repeat_ngram))
     if options.forbidden_words:
         filters.append(ForbidWords(options.forbidden_words, tokenizer))
     if options.required_words:
-        filters.append(RequireWords(options.required_words, tokenizer, prompt_length, max_length))
+        filters.append(RequireWords(options.required_words, tokenizer, limits.prompt_length, limits.max_length))
     return filters

@@ -15,7 +15,7 @@ from opencoca.generation.decoding.state import DecodingState
 from opencoca.generation.decoding.text_embed import embed_decoded
 from opencoca.generation.logit_filters import LogitFilter, make_filters
 from opencoca.generation.options import GeneratedCaption, GenerationOptions
-from opencoca.generation.search import Candidate, Limits, Search, SingleTexts
+from opencoca.generation.search import Candidate, Limits, SingleTexts
 from opencoca.model.coca import CoCa
 from opencoca.tokenizer import Tokenizer
 
@@ -66,8 +66,7 @@ def generate(
         max_length=min(len(prompt) + options.max_new_tokens, model.config.text.context_length),
         eos_id=tokenizer.eos_id,
     )
-    vocab_size = model.config.text.vocab_size
-    filters = make_filters(options, tokenizer, limits.prompt_length, limits.max_length, vocab_size)
+    filters = make_filters(options, tokenizer, limits, model.config.text.vocab_size, image_tokens.device)
     session = session or DecodingSession(model)
     if session.model is not model:
         raise ValueError("the session was made for another model; make one with DecodingSession(model)")
@@ -89,7 +88,7 @@ class _Job:
     options: GenerationOptions
     limits: Limits
     prompt: list[int]
-    filters: list[LogitFilter]
+    filters: Sequence[LogitFilter]
     with_text_embed: bool
 
 
@@ -117,14 +116,14 @@ class _Work:
 
     job: _Job
     state: DecodingState
-    search: Search
+    search: SingleTexts | BeamSearch
     images: Tensor
     finished: dict[int, tuple[GeneratedCaption, ...]]
 
     def run(self) -> None:
         """Makes every text one token longer, again and again, until no image is left."""
         job, search, state = self.job, self.search, self.state
-        only_forbids = all(logit_filter.only_forbids for logit_filter in job.filters)
+        only_forbids = job.options.repetition_penalty == 1  # else a filter changes probabilities of allowed tokens, too
         next_ids = search.token_ids
         while self.images.numel():
             starts = state.num_words == 0
@@ -136,7 +135,7 @@ class _Work:
             log_probs = torch.log_softmax(logits if wide is None else wide, -1, dtype, out=wide)
             allowed = log_probs if only_forbids else log_probs.clone()
             for logit_filter in job.filters:
-                logit_filter.apply(allowed, search.token_ids)
+                logit_filter(allowed, search.token_ids)
             parents = search.extend(allowed, log_probs, state.entries_of_texts() if search.shares_cache else None)
             if starts:
                 self._make_rows(parents)

@@ -160,27 +160,23 @@ class GeneratedCaption:
 
 
 def _check_ranges(options: GenerationOptions) -> None:
-    if options.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {options.max_new_tokens}; a caption needs at least 1")
-    if not 0 <= options.min_new_tokens <= options.max_new_tokens:
-        raise ValueError(
-            f"min_new_tokens is {options.min_new_tokens}; choose 0 to max_new_tokens, which is {options.max_new_tokens}"
-        )
+    infinity, temperature = float("inf"), options.temperature
     for name, least in (("num_captions", 1), ("num_beams", 1), ("num_groups", 1), ("top_k", 0), ("no_repeat_ngram", 0)):
         if getattr(options, name) < least:
             raise ValueError(f"{name} is {getattr(options, name)}; it must be {least} or more")
-    if options.temperature is not None and not 0 <= options.temperature < float("inf"):
-        raise ValueError(f"temperature is {options.temperature}; choose 0 (greedy) or more, such as 0.7")
-    if not 0 < options.top_p <= 1:
-        raise ValueError(f"top_p is {options.top_p}; choose more than 0 and at most 1, such as 0.9")
-    if not 0 <= options.min_p <= 1:
-        raise ValueError(f"min_p is {options.min_p}; choose 0 to 1, such as 0.05")
-    if not 0 < options.repetition_penalty < float("inf"):
-        raise ValueError(f"repetition_penalty is {options.repetition_penalty}; choose 1 for none or more, such as 1.2")
-    if not 0 <= options.diversity_penalty < float("inf"):
-        raise ValueError(f"diversity_penalty is {options.diversity_penalty}; choose 0 or more, such as 0.5")
-    if options.early_stopping not in (True, False, "never"):
-        raise ValueError(f"early_stopping is {options.early_stopping!r}; choose True, False or 'never'")
+    longest = options.max_new_tokens
+    for name, is_possible, wanted in (
+        ("max_new_tokens", longest >= 1, "a caption needs at least 1"),
+        ("min_new_tokens", 0 <= options.min_new_tokens <= longest, f"choose 0 to max_new_tokens, which is {longest}"),
+        ("temperature", temperature is None or 0 <= temperature < infinity, "choose 0 (greedy) or more, such as 0.7"),
+        ("top_p", 0 < options.top_p <= 1, "choose more than 0 and at most 1, such as 0.9"),
+        ("min_p", 0 <= options.min_p <= 1, "choose 0 to 1, such as 0.05"),
+        ("repetition_penalty", 0 < options.repetition_penalty < infinity, "choose 1 for none or more, such as 1.2"),
+        ("diversity_penalty", 0 <= options.diversity_penalty < infinity, "choose 0 or more, such as 0.5"),
+        ("early_stopping", options.early_stopping in (True, False, "never"), "choose True, False or 'never'"),
+    ):
+        if not is_possible:
+            raise ValueError(f"{name} is {getattr(options, name)!r}; {wanted}")
 
 
 def _check_search(options: GenerationOptions) -> None:

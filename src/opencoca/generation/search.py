@@ -4,7 +4,6 @@ Letters: I images in work, R texts in work (those of an image side by side), V v
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -36,43 +35,15 @@ class Candidate:
     visible: Tensor
 
 
-class Search(Protocol):
-    """Decides which texts of an image go on and by which token, and which of them are its result.
-
-    texts_per_image: how many are in work, from the first extension on (before it: one, the prompt).
-    shares_cache: they are read from one cache row, each seeing its own ancestors there; else each has its row.
-    token_ids (R, T): the texts in work. done (I,): whether nothing can change an image's result any more.
-    """
-
-    texts_per_image: int
-    shares_cache: bool
-    token_ids: Tensor
-
-    @property
-    def done(self) -> Tensor: ...
-
-    def extend(self, allowed: Tensor, log_probs: Tensor, visible: Tensor | None) -> Tensor:
-        """Makes the texts in work one token longer; returns which of the present texts each comes from: (R,).
-
-        allowed (R, V): the log-probabilities after all filters; log_probs (R, V): the model's own, equal to allowed
-        where that is not -inf unless a filter does more than forbid; visible (R, N): the cache entries of each text,
-        where they share rows.
-        """
-        ...
-
-    def results(self, images: Tensor) -> list[list[Candidate]]:
-        """Candidates of each of these images in work (I',), the best first."""
-        ...
-
-    def keep(self, images: Tensor) -> None:
-        """Keeps these images (I',) in work, in this order."""
-        ...
-
-
 class SingleTexts:
     """Texts that go on by themselves: each by its most probable token, or by one that is drawn.
 
     image_seeds (I,) int64 are needed for drawing only.
+
+    A search, this one or `BeamSearch`, decides which texts of an image go on, by which token, and which are the result.
+    texts_per_image: how many are in work, from the first extension on (before it: one, the prompt).
+    shares_cache: whether they are read from one cache row, each seeing its own ancestors there; else each has its row.
+    token_ids (R, T): the texts in work. done (I,): whether nothing can change an image's result any more.
     """
 
     shares_cache = False
@@ -92,6 +63,11 @@ class SingleTexts:
             self.uniforms = uniform_numbers(options.seed, seeds, limits.max_length - limits.prompt_length)
 
     def extend(self, allowed: Tensor, log_probs: Tensor, visible: Tensor | None) -> Tensor:
+        """Makes the texts in work one token longer; returns which of the present texts each comes from: (R,).
+
+        allowed (R, V): the log-probabilities after all filters; log_probs (R, V): the model's own; visible (R, N): the
+        cache entries of each text, where they share rows.
+        """
         num_texts = self.totals.shape[0]
         rows = torch.arange(allowed.shape[0], device=allowed.device)
         if allowed.shape[0] != num_texts:  # the prompt, of which all texts of an image are made
@@ -112,6 +88,7 @@ class SingleTexts:
         return draw(draws, self.uniforms[:, position])
 
     def results(self, images: Tensor) -> list[list[Candidate]]:
+        """Candidates of each of these images in work (I',), the best first."""
         per_image, start = self.texts_per_image, self.limits.prompt_length
         rows = (images[:, None] * per_image + torch.arange(per_image, device=images.device)).flatten()
         texts = [self._until_end(ids) for ids in self.token_ids[rows].tolist()]
@@ -128,6 +105,7 @@ class SingleTexts:
         return ids[: ids.index(self.limits.eos_id, start) + 1] if self.limits.eos_id in ids[start:] else ids
 
     def keep(self, images: Tensor) -> None:
+        """Keeps these images (I',) in work, in this order."""
         self.done = self.done[images]
         self.token_ids, self.totals, self.ended, self.uniforms = (
             x.unflatten(0, (-1, self.texts_per_image))[images].flatten(0, 1)

@@ -74,8 +74,6 @@ class ForbidWords:
     In a trained vocabulary this also forbids longer words that would be written as the forbidden one and more tokens.
     """
 
-    only_forbids = True
-
     def __init__(self, words: Sequence[str], tokenizer: Tokenizer):
         self.spelling = _spelling(tokenizer)
         self.endings: list[tuple[str, int]] = []
@@ -88,7 +86,7 @@ class ForbidWords:
                     if token_id is not None:
                         self.endings.append((spelled[:cut], token_id))
 
-    def apply(self, log_probs: Tensor, token_ids: Tensor) -> None:
+    def __call__(self, log_probs: Tensor, token_ids: Tensor) -> None:
         rows, columns = [], []
         for row, ids in enumerate(token_ids.tolist()):
             text = self.spelling.spell(ids)
@@ -102,8 +100,6 @@ class ForbidWords:
 
 class RequireWords:
     """Requires all of these words or phrases: no text ends without them, and nothing else comes when room runs out."""
-
-    only_forbids = True
 
     def __init__(self, words: Sequence[str], tokenizer: Tokenizer, prompt_length: int, max_length: int):
         self.spelling = _spelling(tokenizer)
@@ -148,7 +144,7 @@ class RequireWords:
             return begun
         return [sequence[0] for sequence, _ in unmet] if self.spelling.at_word_start(self.spelling.spell(ids)) else []
 
-    def apply(self, log_probs: Tensor, token_ids: Tensor) -> None:
+    def __call__(self, log_probs: Tensor, token_ids: Tensor) -> None:
         room = self.max_length - token_ids.shape[1]
         for row, ids in enumerate(token_ids.tolist()):
             if self.eos_id in ids:

@@ -203,28 +203,12 @@ def _paper_size(width: int, heads: int, image: tuple[int, int], text: tuple[int,
 
 
 def _small_size(width: int, image_depth: int, text_depth: int, image_size: int, patch_size: int) -> CoCaConfig:
-    heads = width // 64
-    return CoCaConfig(
-        embed_dim=width,
-        image=ImageEncoderConfig(
-            image_size=(image_size, image_size),
-            patch_size=patch_size,
-            width=width,
-            depth=image_depth,
-            num_heads=heads,
-            mlp_width=4 * width,
-        ),
-        pooler=PoolerConfig(num_queries=64, num_heads=heads),
-        text=TextConfig(
-            vocab_size=49_408,
-            context_length=76,
-            width=width,
-            num_heads=heads,
-            unimodal_depth=text_depth,
-            multimodal_depth=text_depth,
-            mlp_width=4 * width,
-            tie_embeddings=True,
-        ),
+    like_the_papers = _paper_size(width, width // 64, (image_depth, 4 * width), (text_depth, 4 * width), tied=True)
+    return replace(
+        like_the_papers,
+        image=replace(like_the_papers.image, image_size=(image_size, image_size), patch_size=patch_size),
+        pooler=replace(like_the_papers.pooler, num_queries=64),
+        text=replace(like_the_papers.text, vocab_size=49_408, context_length=76),
     )
 
 

@@ -1,6 +1,6 @@
 """What the configurations of a model ask of their values; every failure is a `ValueError` that names the value."""
 
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any, get_args, get_type_hints
 
 
@@ -33,26 +33,17 @@ def check_dropout(where: str, dropout: float) -> None:
         raise ValueError(f"{where} dropout {dropout} must be at least 0 and less than 1")
 
 
-def optional_parts(cls: type) -> dict[str, type]:
-    """The fields of a configuration that are another one or None, and what they are if they are one."""
-    hints = get_type_hints(cls)
-    found = {name: [kind for kind in get_args(hint) if is_dataclass(kind)] for name, hint in hints.items()}
-    return {name: kinds[0] for name, kinds in found.items() if kinds and isinstance(kinds[0], type)}
-
-
 def config_from_dict(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise ValueError(f"{where} must be a mapping of fields, got {values!r}")
-    known = {f.name: f for f in fields(cls)}
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ValueError(f"{where} has unknown fields {', '.join(unknown)}; known: {', '.join(known)}")
-    arguments = {}
+    hints = get_type_hints(cls)
+    if unknown := sorted(set(values) - set(hints)):
+        raise ValueError(f"{where} has unknown fields {', '.join(unknown)}; known: {', '.join(hints)}")
+    arguments = dict(values)
     for name, value in values.items():
-        default = known[name].default_factory
-        nested = default if isinstance(default, type) and is_dataclass(default) else optional_parts(cls).get(name)
-        nested = None if value is None else nested
-        arguments[name] = config_from_dict(nested, value, f"{where}.{name}") if nested else value
+        for part in (hints[name], *get_args(hints[name])):
+            if is_dataclass(part) and isinstance(part, type) and value is not None:
+                arguments[name] = config_from_dict(part, value, f"{where}.{name}")
     try:
         return cls(**arguments)
     except TypeError as error:

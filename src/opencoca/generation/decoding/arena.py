@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
-from opencoca.generation.decoding.cache import WordCache
+from opencoca.generation.decoding.state import WordCache
 from opencoca.model.coca import CoCa
 from opencoca.model.config import BlockConfig
 

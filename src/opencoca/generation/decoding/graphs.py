@@ -14,15 +14,13 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import chain
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from opencoca.generation.decoding.arena import ArenaSize, DecodingArena
-from opencoca.generation.decoding.cache import WordCache
-from opencoca.generation.decoding.image_memory import ImageKeysValues, num_images
-from opencoca.generation.decoding.state import DecodingState
+from opencoca.generation.decoding.state import DecodingState, ImageKeysValues, WordCache, num_images
 from opencoca.model.coca import CoCa
 from opencoca.model.layers.attention import NextWords
 
@@ -38,19 +36,11 @@ _TOLERANCE = 2e-2
 Replay = Callable[[], Tensor]
 
 
-class Recorder(Protocol):
-    """Records what a function does to tensors that are there; what it returns does that again to the same tensors.
-
-    memory: the device's, in bytes.
-    """
-
-    memory: float
-
-    def __call__(self, function: Callable[[], Tensor]) -> Replay: ...
-
-
 class CudaRecorder:
-    """Records CUDA graphs; those of one recorder share the memory of their intermediate results."""
+    """Records what a function does to tensors that are there, as a CUDA graph; what it returns does that again to them.
+
+    The graphs of one recorder share the memory of their intermediate results. memory: the device's, in bytes.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -100,7 +90,7 @@ class CudaRecorder:
             torch.zeros(1, device=self.device)
 
 
-RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
+RECORDERS: dict[str, Callable[[torch.device], CudaRecorder]] = {"cuda": CudaRecorder}
 
 
 def can_record(model: CoCa, device: torch.device, num_texts: int) -> bool:
@@ -114,7 +104,7 @@ class DecodingGraphs:
 
     def __init__(self, model: CoCa) -> None:
         self.model = model
-        self._recorder: Recorder | None = None
+        self._recorder: CudaRecorder | None = None
         self._arena: DecodingArena | None = None
         self._steps: dict[_Shape, _Step] = {}
         self._weights: list[tuple[object, ...]] = []
@@ -133,15 +123,17 @@ class DecodingGraphs:
             self._weights, self._failed, self._recorder = weights, False, None
             self._forget()
         self._recorder = self._recorder or RECORDERS[like.device.type](like.device)
-        most_memory = _MOST_MEMORY * self._recorder.memory
-        if self._failed or size.num_bytes(self.model, like.dtype) > most_memory:
+        if self._failed:
             return False
-        if self._arena is None or not self._arena.serves(size, like):
-            both = size if self._arena is None else size.joined(self._arena.size)
+        if self._arena is not None and self._arena.serves(size, like):
+            return True
+        sizes = [size] if self._arena is None else [size.joined(self._arena.size), size]
+        most_bytes = _MOST_MEMORY * self._recorder.memory
+        fitting = [one for one in sizes if one.num_bytes(self.model, like.dtype) <= most_bytes]
+        if fitting:
             self._forget()
-            fits = both.num_bytes(self.model, like.dtype) <= most_memory
-            self._arena = DecodingArena(self.model, both if fits else size, like)
-        return True
+            self._arena = DecodingArena(self.model, fitting[0], like)
+        return bool(fitting)
 
     def _forget(self) -> None:
         self._steps.clear()
@@ -158,7 +150,8 @@ class DecodingGraphs:
         if step is None and not self._failed:
             step = self._record(_Step(self.arena, shape), token_ids, words)
         if step is None:
-            unimodal, multimodal = (_seeing_first(part, state.num_entries) for part in words)
+            shown = (None if part.visible is None else part.visible[:, :, : state.num_entries] for part in words)
+            unimodal, multimodal = (part._replace(visible=seen) for part, seen in zip(words, shown, strict=True))
             return self.model.step(token_ids, (unimodal, multimodal), state)
         step.set(token_ids, words)
         return step.replay()[: token_ids.shape[0]]
@@ -221,7 +214,7 @@ class _Step:
             own.positions[: new.positions.shape[0]] = new.positions
             torch.arange(new.places.start, new.places.stop, out=own.places)
 
-    def record(self, model: CoCa, recorder: Recorder) -> None:
+    def record(self, model: CoCa, recorder: CudaRecorder) -> None:
         """Makes `replay`, which gives logits (rows x P, V)."""
         arena, (images, rows, _, entries) = self._arena, self.shape
         state = DecodingState(
@@ -230,11 +223,6 @@ class _Step:
             [WordCache(memory[:, :rows, :, :entries]) for memory in arena.multimodal],
         )
         self.replay = recorder(lambda: model.step(self.token_ids, self.words, state))
-
-
-def _seeing_first(words: NextWords, entries: int) -> NextWords:
-    assert words.visible is not None, "the texts share no rows"
-    return words._replace(visible=words.visible[:, :, :entries])
 
 
 def _places_of_weights(model: CoCa) -> list[tuple[object, ...]]:

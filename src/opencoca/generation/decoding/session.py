@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from opencoca.generation.decoding.arena import ArenaSize
-from opencoca.generation.decoding.cache import WordCache
 from opencoca.generation.decoding.graphs import RECORDERS, DecodingGraphs, can_record, power_of_two
-from opencoca.generation.decoding.image_memory import remember, words_like
-from opencoca.generation.decoding.state import DecodingState
+from opencoca.generation.decoding.state import DecodingState, WordCache, remember, words_like
 from opencoca.model.coca import CoCa
 from opencoca.model.config import BlockConfig
 from opencoca.model.kernels.linear import PackedWeight, pack_weights
@@ -97,7 +95,7 @@ class DecodingSession:
         The next step may overwrite the logits.
         """
         if state.recorded is not None and state.seen is not None:
-            return state.recorded.step(token_ids, state)
+            return state.recorded(token_ids, state)
         return self.model.step(token_ids, state.begin(token_ids, self.model.config.compat), state)
 
     def _start(self, image_tokens: Tensor, room: Room, graphs: DecodingGraphs | None) -> DecodingState:
@@ -116,7 +114,7 @@ class DecodingSession:
         else:
             unimodal = new(text.unimodal_depth, self.model.config.unimodal_block())
             multimodal = new(text.multimodal_depth, self.model.config.multimodal_block())
-        state = DecodingState(images, unimodal, multimodal, recorded=graphs)
+        state = DecodingState(images, unimodal, multimodal, recorded=None if graphs is None else graphs.step)
         if self.model.config.compat.text_hidden_id is not None:
             state.hidden = torch.zeros(rows, room.entries, dtype=torch.bool, device=image_tokens.device)
         return state

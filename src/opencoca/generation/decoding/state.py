@@ -1,29 +1,132 @@
 """What decoding carries from word to word, so that each step computes the new words alone.
 
-Texts of one image may share a cache row (beams): what they wrote lies there side by side, in the order in which it
-was written, and a mask says which entries each of them sees. Beams then change places, or go on from one parent, by
-the mask alone: no keys or values are moved, and what several texts have in common is there once.
+Of the words: keys and values, one object for each layer. Texts of one image may share a cache row (beams): what they
+wrote lies there side by side, in the order in which it was written, and a mask says which entries each of them sees.
+Beams then change places, or go on from one parent, by the mask alone: no keys or values are moved, and what several
+texts have in common is there once.
 
-Letters: I images, R texts (consecutive ones share an image), T new words of each, C cache rows, P texts of a row,
-N cache entries.
+Of an image: keys and values of every layer, or the tokens themselves with projections folded. Keys and values cost the
+same however few words look at them: for 255 tokens and twelve layers a fifth of a caption. On a CPU, where few words
+will come, queries are taken into the space of the tokens instead: nothing is projected beforehand, and every layer
+reads the same tokens (`opencoca.model.kernels.image_attention.FoldedImages`).
+
+Letters: I images, R texts (consecutive ones share an image), T next words of each, C or B cache rows, P texts of a row,
+N cache entries or image tokens, D their width, H heads, K key-value heads, d head width.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from opencoca.generation.decoding.cache import WordCache
-from opencoca.generation.decoding.image_memory import ImageMemories, num_images, select_images
-from opencoca.model.config_parts import Compat
-from opencoca.model.layers.attention import NextWords
+from opencoca.model.coca import CoCa
+from opencoca.model.config import BlockConfig, Compat
+from opencoca.model.kernels.choice import Mask
+from opencoca.model.kernels.image_attention import FoldedImages
+from opencoca.model.layers.attention import NextWords, Padded, attend
 
 
-class Steps(Protocol):
-    """Another way to compute the steps that follow the prompt: see `opencoca.generation.decoding.graphs`."""
+class KeysValues:
+    """Keys and values of one layer: memory (2, B, K, N, d), whose rows can be dropped, repeated and reordered.
 
-    def step(self, token_ids: Tensor, state: "DecodingState") -> Tensor: ...
+    home: a tensor whose first rows they are, if they must stay where they are; rows then change places within it.
+    """
+
+    def __init__(self, memory: Tensor, home: Tensor | None = None):
+        self.memory, self._home = memory, home
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these rows (B',), in this order; there may be more of them than before."""
+        kept = self.memory.index_select(1, rows)
+        self.memory = kept if self._home is None else self._home[:, : rows.shape[0]].copy_(kept)
+
+
+class WordCache(KeysValues):
+    """The words so far of one self-attention layer; texts that share a row have their words there side by side."""
+
+    @classmethod
+    def new(cls, num_rows: int, block: BlockConfig, entries: int, like: Tensor) -> "WordCache":
+        """An empty one of float32 at least on a CPU: attention in half precision takes up to three times as long."""
+        dtype = torch.promote_types(like.dtype, torch.float32) if like.is_cpu else like.dtype
+        return cls(like.new_empty(2, num_rows, block.num_kv_heads, entries, block.head_dim, dtype=dtype))
+
+    def attend(self, queries: Tensor, keys_values: Tensor, words: NextWords) -> Tensor:
+        """queries (R x T, H, d), keys and values (R x T, 2, K, d) of the next words -> what they mixed (R x T, H, d).
+
+        The keys and values are kept.
+        """
+        rows, dtype = self.memory.shape[1], queries.dtype
+        queries = queries.unflatten(0, (rows, -1)).to(self.memory.dtype)
+        keys_values = keys_values.unflatten(0, (rows, -1)).permute(2, 0, 3, 1, 4)
+        if isinstance(words.places, slice):
+            self.memory[:, :, :, words.places] = keys_values
+            keys, values = self.memory[:, :, :, : words.places.stop]
+        else:
+            keys, values = self.memory.index_copy_(3, words.places, keys_values)
+        mask = Mask("causal" if words.causal else "free", visible=words.visible)
+        return attend(queries, Padded(keys, values), mask).to(dtype).flatten(0, 1)
+
+    def branch(self, rows: Tensor, length: int, extra: int) -> "WordCache":
+        """A copy of the first entries of these rows (B',) with room for so many more."""
+        _, _, heads, _, head_dim = self.memory.shape
+        memory = self.memory.new_empty(2, rows.shape[0], heads, length + extra, head_dim)
+        memory[:, :, :, :length] = self.memory[:, rows, :, :length]
+        return WordCache(memory)
+
+
+class ImageKeysValues(KeysValues):
+    """Keys and values of the images in one layer, (2, I, K, N, d)."""
+
+    def attend(self, queries: Tensor) -> Tensor:
+        """queries (R x T, H, d) of the next words -> what they mixed (R x T, H, d)."""
+        queries = queries.unflatten(0, (self.memory.shape[1], -1))
+        return attend(queries, Padded(*self.memory)).flatten(0, 1)
+
+
+ImageMemories = list[ImageKeysValues] | list[FoldedImages]
+"""One for each layer, in their order; all of one kind."""
+
+
+def remember(
+    model: CoCa, image_tokens: Tensor, words_per_image: int, homes: Sequence[Tensor] | None = None
+) -> ImageMemories:
+    """What cross-attention needs of image_tokens (I, N, D), computed once for all words to come.
+
+    words_per_image: about how many words will look at each image, by which the cheaper form is chosen.
+    homes: where keys and values are to lie, if they must.
+    """
+    folded = model.fold_image(image_tokens, words_per_image) if homes is None else None
+    if folded is not None:
+        return folded
+    # Side by side in memory, since every word reads them.
+    pairs = map(torch.stack, model.project_image(image_tokens))
+    if homes is None:
+        return [ImageKeysValues(pair) for pair in pairs]
+    count = image_tokens.shape[0]
+    return [ImageKeysValues(home[:, :count].copy_(pair), home) for pair, home in zip(pairs, homes, strict=True)]
+
+
+def words_like(memories: ImageMemories) -> Tensor:
+    """A tensor of the type and on the device that the words' keys and values will have."""
+    first = memories[0]
+    return first.tokens if isinstance(first, FoldedImages) else first.memory
+
+
+def num_images(memories: ImageMemories) -> int:
+    """The number of images, I."""
+    first = memories[0]
+    return first.tokens.shape[0] if isinstance(first, FoldedImages) else first.memory.shape[1]
+
+
+def select_images(memories: ImageMemories, images: Tensor) -> ImageMemories:
+    """Keeps these images (I',), in this order."""
+    if isinstance(memories[0], FoldedImages):
+        tokens = memories[0].tokens.index_select(0, images)
+        return [replace(memory, tokens=tokens) for memory in memories]  # pyright: ignore
+    for memory in memories:
+        memory.select(images)  # pyright: ignore
+    return memories
 
 
 @dataclass
@@ -34,14 +137,15 @@ class DecodingState:
     texts_per_row: P.
     seen (C, P, capacity): the entries that hold each text's words, where texts share rows.
     hidden (C, capacity): the entries that unimodal attention does not see, for `Compat.text_hidden_id`.
-    last_ids (R, 1): the last word of each text. recorded: the recorded steps that this decoding has, if any.
+    last_ids (R, 1): the last word of each text. recorded: another way to compute the steps
+    after the prompt, if there is one: see `opencoca.generation.decoding.graphs`.
     """
 
     images: ImageMemories
     unimodal: list[WordCache]
     multimodal: list[WordCache]
     hidden: Tensor | None = None
-    recorded: Steps | None = None
+    recorded: "Callable[[Tensor, DecodingState], Tensor] | None" = None
     num_words: int = 0
     num_entries: int = 0
     texts_per_row: int = 1

@@ -1,4 +1,4 @@
-"""What all image encoders are: stages that follow each other, so that what comes after need not know which one it has."""
+"""What all image encoders are: stages that follow each other, so that the rest need not know which encoder it has."""
 
 from collections.abc import Sequence
 
