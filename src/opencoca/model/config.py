@@ -8,7 +8,6 @@ from typing import Any
 
 from opencoca.model.config_checks import check_counts, check_divides, config_from_dict
 from opencoca.model.config_parts import (
-    ACTIVATIONS,
     Activation,
     BlockConfig,
     Compat,
@@ -20,7 +19,6 @@ from opencoca.model.config_parts import (
 )
 
 __all__ = [
-    "ACTIVATIONS",
     "NAMED_SIZES",
     "Activation",
     "BlockConfig",

@@ -1,7 +1,7 @@
 """What the configurations of a model ask of their values; every failure is a `ValueError` that names the value."""
 
 from dataclasses import is_dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 def as_pair(value: Any, name: str) -> tuple[int, int]:
@@ -16,9 +16,12 @@ def check_divides(divisor_name: str, divisor: int, name: str, value: int) -> Non
         raise ValueError(f"{divisor_name} {divisor} must divide the {name} {value}")
 
 
-def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} {value!r} is none of {', '.join(allowed)}")
+def check_choices(where: str, config: Any) -> None:
+    """Checks the fields that have a few possible values, those of their `Literal`."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ValueError(f"{where} {name} {value!r} is none of {', '.join(get_args(hint))}")
 
 
 def check_counts(where: str, config: Any, *names: str) -> None:

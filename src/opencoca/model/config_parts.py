@@ -7,10 +7,9 @@ Letters: D width, E embed_dim, N image features, Q pooler queries, V vocabulary,
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from opencoca.model.config_checks import as_pair, check_choice, check_counts, check_divides, check_dropout
+from opencoca.model.config_checks import as_pair, check_choices, check_counts, check_divides, check_dropout
 
 Activation = Literal["gelu", "quick_gelu", "swiglu"]
-ACTIVATIONS = ("gelu", "quick_gelu", "swiglu")
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class ImageEncoderConfig:
         check_dropout("image", self.dropout)
         if self.name == "vit":
             check_counts("image", self, "patch_size", "width", "depth", "num_heads", "mlp_width", "head_dim")
-            check_choice("image activation", self.activation, ACTIVATIONS)
+            check_choices("image", self)
             check_divides("patch_size", self.patch_size, "image height", self.image_size[0])
             check_divides("patch_size", self.patch_size, "image width", self.image_size[1])
             if self.head_dim is None:
@@ -119,7 +118,7 @@ class PoolerConfig:
     num_kv_heads: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice("pooler arrangement", self.arrangement, ("cascade", "parallel", "shared", "class_token"))
+        check_choices("pooler", self)
         check_dropout("pooler", self.dropout)
         check_counts("pooler", self, "num_heads", "num_kv_heads")
         check_divides("pooler num_kv_heads", self.num_kv_heads or self.num_heads, "pooler num_heads", self.num_heads)
@@ -161,9 +160,7 @@ class TextConfig:
         if self.head_dim is None:
             check_divides("num_heads", self.num_heads, "width", self.width)
         check_divides("num_kv_heads", self.num_kv_heads or self.num_heads, "num_heads", self.num_heads)
-        check_choice("text block", self.block, ("serial", "parallel"))
-        check_choice("text positions", self.positions, ("learned", "rotary"))
-        check_choice("text activation", self.activation, ACTIVATIONS)
+        check_choices("text", self)
         head_dim = self.head_dim or self.width // self.num_heads
         if self.positions == "rotary" and head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {head_dim}")
@@ -224,8 +221,7 @@ class Compat:
     project_embeds: bool | None = None
 
     def __post_init__(self) -> None:
-        check_choice("image_positions", self.image_positions, ("learned", "sincos"))
-        check_choice("text_cls_position", self.text_cls_position, ("after_last_word", "after_padding"))
+        check_choices("compat", self)
         check_counts("compat", self, "pooler_head_dim", "text_multimodal_num_heads", "text_multimodal_mlp_width")
         if self.image_positions != "learned" and not self.image_patch_norm:
             raise ValueError("an image encoder with sincos positions must have image_patch_norm")

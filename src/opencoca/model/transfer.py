@@ -40,7 +40,7 @@ class Transfer:
 def take_weights(model: CoCa, start: CoCa, same_vocabulary: bool = True) -> Transfer:
     """Copies the weights of ``start`` into ``model``; without the same vocabulary, none that belong to words' ids."""
     theirs, ours = start.state_dict(keep_vars=True), _tensors(model)
-    patches, word_positions = (dict(_patch_embeds(start)), dict(_patch_embeds(model))), _word_positions(model)
+    patches = dict(_patch_embeds(start)), dict(_patch_embeds(model))
     by_word = set() if same_vocabulary else _vocabulary(model)
     copied, adapted, new, count = [], [], [], 0
     for name, tensor in ours.items():
@@ -55,7 +55,7 @@ def take_weights(model: CoCa, start: CoCa, same_vocabulary: bool = True) -> Tran
             tensor.copy_(_resized(patches[0][name], patches[1][name]))
             adapted.append(name)
             count += tensor.numel()
-        elif name in word_positions and found.shape[-1] == tensor.shape[-1]:
+        elif name == "unimodal_decoder.pos_embed" and found.shape[-1] == tensor.shape[-1]:
             both = min(len(found), len(tensor)) - 1
             tensor[:both].copy_(found[:both])
             tensor[-1].copy_(found[-1])  # the position of [CLS], wherever a text ends
@@ -88,10 +88,6 @@ def _patch_embeds(model: nn.Module) -> Iterator[tuple[str, PatchEmbed]]:
 def _vocabulary(model: CoCa) -> set[str]:
     owners = {"unimodal_decoder.token_embed": model.unimodal_decoder.token_embed, "lm_head": model.lm_head}
     return {f"{owner}.{name}" for owner, module in owners.items() for name, _ in module.named_parameters()}
-
-
-def _word_positions(model: CoCa) -> tuple[str, ...]:
-    return ("unimodal_decoder.pos_embed",) if model.unimodal_decoder.pos_embed is not None else ()
 
 
 def _resized(start: PatchEmbed, target: PatchEmbed) -> Tensor:

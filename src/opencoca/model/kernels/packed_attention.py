@@ -113,10 +113,8 @@ class PackedSelfAttention(torch.autograd.Function):
         keys, values = keys_values.reshape(-1, head_dim).index_select(0, kv_places.sources).chunk(2)
         mixed, weights, hides = torch.empty_like(padded_queries), [], None
         if hidden is not None:
-            # Padding is not hidden: behind every word, it is seen by padding alone.
-            own = buckets.places(1)
-            hides = hidden[own.sources].index_fill_(0, own.padding, False)
-            hides = hides.split([rows * length for rows, length in buckets.shapes])
+            # Padding counts as the first word, which is not hidden: a row of padding alone must see something.
+            hides = hidden[buckets.places(1).sources].split([rows * length for rows, length in buckets.shapes])
         parts = _by_bucket(buckets, num_kv_heads, padded_queries, keys, values, mixed)
         for number, ((rows, length), (q, k, v, out)) in enumerate(zip(buckets.shapes, parts, strict=True)):
             bias = q.new_full((1, length, length), -torch.inf).triu_(1)
