@@ -22,7 +22,7 @@ from opencoca.model.kernels.dense_attention import DenseAttention
 from opencoca.model.kernels.dropout import Dropout
 from opencoca.model.kernels.image_attention import SharedImages, attend_to_images
 from opencoca.model.kernels.linear import Linear, activate_and_project, pack_weights
-from opencoca.model.kernels.packed_attention import PackedCrossAttention, PackedSelfAttention
+from opencoca.model.kernels.packed_attention import PackedSelfAttention, packed_cross_attention
 from opencoca.model.layers.layout import TextLayout
 from opencoca.plan.planner import likely_lengths
 
@@ -117,7 +117,7 @@ def text_pairs(shapes: Shapes, dtype: torch.dtype) -> Iterator[Pair]:
 
     def packed_cross() -> Tensor:
         keys, values = context.permute(2, 0, 3, 1, 4)
-        return PackedCrossAttention.apply(queries, keys, values, layout.image_buckets(group)).flatten(1)
+        return packed_cross_attention(queries, keys, values, layout.image_buckets(group)).flatten(1)
 
     yield Pair(
         "cross-attention of packed words", step(plain_cross, [queries, context]), step(packed_cross, [queries, context])

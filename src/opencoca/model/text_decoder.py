@@ -17,10 +17,11 @@ from opencoca.model.config import CoCaConfig
 from opencoca.model.kernels.choice import CAUSAL, projects_words, trains_on_cpu
 from opencoca.model.kernels.dropout import Dropout
 from opencoca.model.kernels.image_attention import FoldedImages, SharedImages
+from opencoca.model.kernels.packed_attention import PutRows, TakeRows
 from opencoca.model.layers.attention import CachedWords, LookedAt, NextWords, SeenImages, SeenTokens, WordMemory
 from opencoca.model.layers.blocks import make_block, make_norm
 from opencoca.model.layers.foreign_texts import make_text_packer
-from opencoca.model.layers.layout import PutRows, TakeRows, TextLayout
+from opencoca.model.layers.layout import TextLayout
 
 
 @dataclass(frozen=True)

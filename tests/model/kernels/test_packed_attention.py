@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opencoca.model.kernels.packed_attention import Buckets, PackedCrossAttention, PackedSelfAttention
+from opencoca.model.kernels.packed_attention import Buckets, PackedSelfAttention, packed_cross_attention
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=9)
 HEADS = st.sampled_from([(1, 1), (4, 4), (4, 2), (4, 1), (6, 3)])
@@ -70,7 +70,7 @@ def test_what_is_hidden_is_seen_by_no_position(lengths: list[int], heads: tuple[
 def test_cross_attention_equals_a_loop_over_images(lengths: list[int], heads: tuple[int, int], num_tokens: int):
     queries = torch.randn(sum(lengths), heads[0], 6, dtype=torch.float64, requires_grad=True)
     keys, values = torch.randn(2, len(lengths), heads[1], num_tokens, 6, dtype=torch.float64).requires_grad_().unbind()
-    ours = PackedCrossAttention.apply(queries, keys, values, Buckets.of(torch.tensor(lengths), None))
+    ours = packed_cross_attention(queries, keys, values, Buckets.of(torch.tensor(lengths), None))
     images = zip(queries.split(lengths), keys.transpose(1, 2), values.transpose(1, 2), strict=True)
     reference = torch.cat([softmax_attention(q, k, v, causal=False) for q, k, v in images])
     assert_same_values_and_gradients(ours, reference, (queries, keys, values))

@@ -1,9 +1,9 @@
 """Attention over packed words for training on a CPU: short texts are padded to their like, not to the longest.
 
-Texts of similar length form a bucket, whose length is rounded up to whole vectors of the softmax. Gathering into
-buckets, attention and packing are one function with a gradient of its own, so that no intermediate is padded, copied
-or summed twice. Against padding and the fused kernel, in float32 on an AMD EPYC, 1.5 to 4 times as fast over the words
-of the text itself, 1.2 to 3.5 times over an image's keys (results/attention_forms.md).
+Texts of similar length form a bucket, whose length is rounded up to whole vectors of the softmax. Over the words of the
+text itself, gathering into buckets, attention and packing are one function with a gradient of its own, so that no
+intermediate is padded, copied or summed twice. Against padding and the fused kernel, in float32 on an AMD EPYC, 1.5 to
+4 times as fast over these words, 1.2 to 3.5 times over an image's keys (results/attention_forms.md).
 Letters: B texts, I images, S packed positions, N image tokens, H heads, K key-value heads, G = H / K, d head width,
 R rows of a bucket, T its length, P padded positions of all buckets.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opencoca.model.kernels.dense_attention import mix, mix_backward
+from opencoca.model.kernels.dense_attention import DenseAttention, mix, mix_backward
 
 # The softmax works on vectors of this many floats; a row that ends within one costs several times as much.
 _VECTOR = 16
@@ -148,38 +148,45 @@ class PackedSelfAttention(torch.autograd.Function):
         )
 
 
-class PackedCrossAttention(torch.autograd.Function):
+def packed_cross_attention(queries: Tensor, keys: Tensor, values: Tensor, buckets: Buckets) -> Tensor:
     """queries (S, H, d) in rows of I images, keys and values (I, K, N, d), one bucket -> (S, H, d), nothing masked."""
+    num_heads, head_dim = queries.shape[1:]
+    ((rows, length),) = buckets.shapes
+    slots = buckets.places(num_heads).slots
+    padded = PutRows.apply(queries.reshape(-1, head_dim), slots, rows * num_heads * length)
+    mixed = DenseAttention.apply(padded.view(rows, num_heads, length, head_dim), keys, values)
+    return TakeRows.apply(mixed.view(-1, head_dim), slots).view(queries.shape)
+
+
+class TakeRows(torch.autograd.Function):
+    """x (R, ...) and distinct rows (S,) -> (S, ...).
+
+    The gradient of a general gather must add up what was taken twice; here, where nothing is, it is a copy.
+    """
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, buckets: Buckets) -> Tensor:
-        num_heads, head_dim = queries.shape[1:]
-        keys, values = keys.contiguous(), values.contiguous()
-        places = buckets.places(num_heads)
-        padded_queries = queries.reshape(-1, head_dim).index_select(0, places.sources).mul_(head_dim**-0.5)
-        mixed = torch.empty_like(padded_queries)
-        batch = keys.shape[0] * keys.shape[1]
-        q, k, v, out = (x.view(batch, -1, head_dim) for x in (padded_queries, keys, values, mixed))
-        ctx.save_for_backward(padded_queries, keys, values, mix(q, k, v, out, None))
-        ctx.buckets = buckets
-        return mixed.index_select(0, places.slots).view(-1, num_heads, head_dim)
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.num_rows = x.shape[0]
+        return x.index_select(0, rows)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        padded_queries, keys, values, weights = ctx.saved_tensors
-        num_heads, head_dim = grad_outputs[0].shape[1:]
-        places = ctx.buckets.places(num_heads)
-        grad_mixed = grad_outputs[0].reshape(-1, head_dim).index_select(0, places.sources)
-        grad_mixed.index_fill_(0, places.padding, 0)
-        grads = [torch.empty_like(tensor) for tensor in (padded_queries, keys, values)]
-        batch = keys.shape[0] * keys.shape[1]
-        q, k, v, grad_out, *parts = (
-            x.view(batch, -1, head_dim) for x in (padded_queries, keys, values, grad_mixed, *grads)
-        )
-        mix_backward(q, k, v, weights, grad_out, parts)
-        grad_queries = grads[0].index_select(0, places.slots).mul_(head_dim**-0.5)
-        return grad_queries.view_as(grad_outputs[0]), grads[1], grads[2], None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grad_outputs
+        return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, ctx.saved_tensors[0], grad), None
+
+
+class PutRows(torch.autograd.Function):
+    """x (S, ...) and distinct rows (S,) -> (num_rows, ...) with x in these rows and zeros in the others."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(rows)
+        return x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, rows, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return grad_outputs[0].index_select(0, ctx.saved_tensors[0]), None, None
 
 
 def _by_bucket(buckets: Buckets, num_kv_heads: int, *tensors: Tensor) -> Iterator[list[Tensor]]:

@@ -15,7 +15,7 @@ from opencoca.model.kernels.choice import EVERYTHING, Mask, trains_on_cpu
 from opencoca.model.kernels.dense_attention import DenseAttention
 from opencoca.model.kernels.image_attention import SharedImages, attend_to_images
 from opencoca.model.kernels.linear import Linear
-from opencoca.model.kernels.packed_attention import PackedCrossAttention, PackedSelfAttention
+from opencoca.model.kernels.packed_attention import PackedSelfAttention, packed_cross_attention
 from opencoca.model.layers.layout import TextLayout
 
 # In float32 the fused kernel is as fast from this many query-key pairs a head on, and keeps no weights.
@@ -201,7 +201,7 @@ def attend(queries: Tensor, memory: LookedAt | OwnWords, mask: Mask = EVERYTHING
         case SeenImages(keys, values, layout):
             group = layout.batch_size // keys.shape[0]
             if sees_all and trains_on_cpu(queries):
-                return PackedCrossAttention.apply(queries, keys, values, layout.image_buckets(group))
+                return packed_cross_attention(queries, keys, values, layout.image_buckets(group))
             (padded,) = layout.pad_heads(queries.flatten(1), 1, queries.shape[2], group)
             mixed = attend(padded.transpose(1, 2), Padded(keys, values), mask)
             return layout.pack_heads(mixed.transpose(1, 2), group).unflatten(1, queries.shape[1:])

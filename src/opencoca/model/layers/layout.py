@@ -9,13 +9,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from opencoca.model.kernels.choice import Mask
-from opencoca.model.kernels.packed_attention import Buckets, running_index
+from opencoca.model.kernels.packed_attention import Buckets, PutRows, TakeRows, running_index
 
 
 @dataclass(frozen=True)
@@ -106,37 +106,6 @@ class TextLayout:
         heads = torch.arange(num_heads, device=slots.device) * span
         kinds = torch.arange(parts, device=slots.device) * (self.batch_size // group * num_heads * span)
         return (first[:, None, None] + kinds[None, :, None] + heads).flatten()
-
-
-class TakeRows(torch.autograd.Function):
-    """x (R, ...) and distinct rows (S,) -> (S, ...).
-
-    The gradient of a general gather must add up what was taken twice; here, where nothing is, it is a copy.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.num_rows = x.shape[0]
-        return x.index_select(0, rows)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grad_outputs
-        return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, ctx.saved_tensors[0], grad), None
-
-
-class PutRows(torch.autograd.Function):
-    """x (S, ...) and distinct rows (S,) -> (num_rows, ...) with x in these rows and zeros in the others."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-        ctx.save_for_backward(rows)
-        return x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, rows, x)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        return grad_outputs[0].index_select(0, ctx.saved_tensors[0]), None, None
 
 
 class PackedTexts(NamedTuple):
