@@ -95,10 +95,11 @@ def test_every_position_has_a_slot_of_its_own_in_a_bucket_of_its_length(lengths:
         assert sorted([*slots.tolist(), *padding.tolist()]) == list(range(len(sources)))
 
 
-def test_empty_texts_take_part_in_nothing():
+@pytest.mark.parametrize("hidden", [None, torch.tensor([False, True, False, False, True])], ids=["", "hidden"])
+def test_empty_texts_take_part_in_nothing(hidden: Tensor | None):
     queries, keys_values = torch.randn(5, 2, 4), torch.randn(5, 2, 2, 4)
-    with_empty = PackedSelfAttention.apply(queries, keys_values, Buckets.of(torch.tensor([0, 3, 0, 2])), None)
-    without = PackedSelfAttention.apply(queries, keys_values, Buckets.of(torch.tensor([3, 2])), None)
+    with_empty = PackedSelfAttention.apply(queries, keys_values, Buckets.of(torch.tensor([0, 3, 0, 2])), hidden)
+    without = PackedSelfAttention.apply(queries, keys_values, Buckets.of(torch.tensor([3, 2])), hidden)
     torch.testing.assert_close(with_empty, without)
 
 
