@@ -27,7 +27,7 @@ from opencoca.cli import (
     tokenizer,
     train,
 )
-from opencoca.cli.common import CommandError, Parser, raw_help
+from opencoca.cli.common import CommandError, HelpFormatter, Parser
 
 _BROKEN_PIPE, _INTERRUPTED, _MISTAKE = 141, 130, 2
 
@@ -76,7 +76,7 @@ def build_parser() -> Parser:
         prog="opencoca",
         description="Caption, classify, embed and find photographs with a CoCa model, and train one.",
         epilog="example:\n  opencoca caption photo.jpg\n\n`opencoca COMMAND --help` explains each command.",
-        formatter_class=raw_help,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)

@@ -58,16 +58,14 @@ def add_commands(commands: Any) -> None:
     files = parser.add_argument_group("files")
     files.add_argument("--out", metavar="FILE", help="write the captions to a .jsonl, .csv or .parquet file")
     files.add_argument(
-        "--beside",
-        action="store_true",
-        help="write photo.txt beside each photo.jpg, with a line for each caption",
+        "--beside", action="store_true", help="write photo.txt beside each photo.jpg, with a line for each caption"
     )
     files.add_argument("--overwrite", action="store_true", help="start over and replace what an earlier run wrote")
     files.add_argument(
         "--image-column",
         default="image",
         metavar="C",
-        help="column of the tables that names image files or, in Parquet, contains the images (default: image)",
+        help="column of the tables that names image files or, in Parquet, contains the images",
     )
     files.add_argument(
         "--image-root", metavar="DIR", help="folder that image files in tables are relative to (default: the table's)"

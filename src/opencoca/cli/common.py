@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from opencoca.data import SampleSource
     from opencoca.inference.pipeline import Pipeline
 
-raw_help = argparse.RawDescriptionHelpFormatter
 Run = Callable[[argparse.Namespace], int]
 
 
@@ -22,6 +21,15 @@ class CommandError(Exception):
     def __init__(self, sentence: str, exit_code: int = 2):
         super().__init__(sentence)
         self.exit_code = exit_code
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Ends an option's help with its default, unless the help speaks of that itself or the option is a switch."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        has_default = bool(action.default) and action.default not in (True, argparse.SUPPRESS)
+        return text + " (default: %(default)s)" if has_default and "default:" not in text else text
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 def add_command(commands: Any, name: str, run: Run, purpose: str, *, example: str, more: str = "") -> Parser:
     """Adds a command whose help says what it is for and shows an example."""
     epilog = f"example:\n  {example}" + (f"\n\n{more}" if more else "")
-    parser = commands.add_parser(name, help=purpose, description=purpose, epilog=epilog, formatter_class=raw_help)
+    parser = commands.add_parser(name, help=purpose, description=purpose, epilog=epilog, formatter_class=HelpFormatter)
     parser.set_defaults(run=run)
     return parser
 
@@ -57,10 +65,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         "hf-hub:ORGANISATION/NAME (default: the model that comes with the package)",
     )
     parser.add_argument(
-        "--device",
-        default="auto",
-        metavar="D",
-        help="auto (CUDA if there is a GPU), cpu, cuda, cuda:N or mps (default: auto)",
+        "--device", default="auto", metavar="D", help="auto (CUDA if there is a GPU), cpu, cuda, cuda:N or mps"
     )
     parser.add_argument(
         "--dtype", metavar="T", help="floating-point type: float32, bfloat16 or float16 (default: float32)"
@@ -70,14 +75,8 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
 def add_model_options(parser: argparse.ArgumentParser, batch_size: int | None = 32) -> None:
     """Adds the options of `add_load_options` and --batch-size; its default None means as many as fit into memory."""
     add_load_options(parser)
-    default = batch_size or "as many as fit into --memory"
-    parser.add_argument(
-        "--batch-size",
-        type=positive_int,
-        default=batch_size,
-        metavar="N",
-        help=f"images at a time (default: {default})",
-    )
+    text = "images at a time" if batch_size else "images at a time (default: as many as fit into --memory)"
+    parser.add_argument("--batch-size", type=positive_int, default=batch_size, metavar="N", help=text)
 
 
 def add_model_and_folder(parser: argparse.ArgumentParser, out_dir: str = "folder to write") -> None:
@@ -110,7 +109,7 @@ def add_by(parser: argparse.ArgumentParser) -> None:
         choices=("similarity", "likelihood", "both"),
         default="similarity",
         help="compare embeddings (similarity), or how much more probable the image makes a text for the captioner "
-        "(likelihood), or add both (default: similarity)",
+        "(likelihood), or add both",
     )
 
 

@@ -36,10 +36,7 @@ def _add_open_clip(group: Any) -> None:
     )
     parser.add_argument("out_dir", metavar="OUT_DIR", help="folder to write; it must be new or empty")
     parser.add_argument(
-        "--dtype",
-        default="float32",
-        metavar="T",
-        help="type of the stored weights: float32, bfloat16 or float16 (default: float32)",
+        "--dtype", default="float32", metavar="T", help="type of the stored weights: float32, bfloat16 or float16"
     )
 
 

@@ -37,15 +37,11 @@ def add_commands(commands: Any) -> None:
         more="The same input gives the same bytes; a run that was stopped continues when it is started again.",
     )
     pack.add_argument("--out", required=True, metavar="DIR", help="folder of the shards; made if need be")
-    pack.add_argument(
-        "--samples-per-shard", type=positive_int, default=1000, metavar="N", help="images a shard (default: 1000)"
-    )
+    pack.add_argument("--samples-per-shard", type=positive_int, default=1000, metavar="N", help="images a shard")
     pack.add_argument(
         "--resize", type=positive_int, metavar="N", help="shrink images to a shorter side of N pixels (default: never)"
     )
-    pack.add_argument(
-        "--quality", type=positive_int, default=95, metavar="N", help="JPEG quality if resized, 1 to 100 (default: 95)"
-    )
+    pack.add_argument("--quality", type=positive_int, default=95, metavar="N", help="JPEG quality if resized, 1 to 100")
     _add_index(group)
     for parser in (check, pack):
         parser.add_argument("--images", metavar="DIR", help="folder of images, or tar shards")
@@ -59,12 +55,8 @@ def add_commands(commands: Any) -> None:
             "an image lies in is its class",
         )
         for column in ("image", "caption", "label"):
-            parser.add_argument(
-                f"--{column}-column", default=column, metavar="NAME", help=f"of the table (default: {column})"
-            )
-        parser.add_argument(
-            "--num-workers", type=non_negative_int, default=4, metavar="N", help="decoding threads (default: 4)"
-        )
+            parser.add_argument(f"--{column}-column", default=column, metavar="NAME", help="of the table")
+        parser.add_argument("--num-workers", type=non_negative_int, default=4, metavar="N", help="decoding threads")
 
 
 def _add_index(group: Any) -> None:
@@ -86,7 +78,7 @@ def _add_index(group: Any) -> None:
         "--index-dir", metavar="DIR", help="put the indexes there (web servers take none); training needs the same"
     )
     index.add_argument("--force", action="store_true", help="also scan shards that have a valid index")
-    index.add_argument("--num-workers", type=positive_int, default=4, metavar="N", help="shards at a time (default: 4)")
+    index.add_argument("--num-workers", type=positive_int, default=4, metavar="N", help="shards at a time")
 
 
 def run_index(arguments: argparse.Namespace) -> int:

@@ -84,7 +84,7 @@ def add_commands(commands: Any) -> None:
         default=16,
         metavar="K",
         help="with --by likelihood or both: the number of best matches of each image and text that the captioner "
-        "ranks again (default: 16)",
+        "ranks again",
     )
     add_by(parser)
     parser = _add(

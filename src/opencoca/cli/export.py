@@ -44,7 +44,7 @@ def _add_onnx(group: Any) -> None:
         type=float,
         default=1e-4,
         metavar="X",
-        help="largest absolute difference of an embedding, an image token or a logit (default: 1e-4)",
+        help="largest absolute difference of an embedding, an image token or a logit",
     )
 
 

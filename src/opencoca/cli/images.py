@@ -47,7 +47,7 @@ def add_commands(commands: Any) -> None:
     add_templates(classify, None, "three general ones")
     add_by(classify)
     classify.add_argument(
-        "--top", type=positive_int, default=5, metavar="K", help="number of labels to print for each image (default: 5)"
+        "--top", type=positive_int, default=5, metavar="K", help="number of labels to print for each image"
     )
     classify.add_argument(
         "--json", action="store_true", help="print a JSON object on each line: image, labels [{label, probability}]"

@@ -29,20 +29,16 @@ def add_commands(commands: Any) -> None:
         metavar="KEY=VALUE",
         help="keys of the recipe to change, such as batch_size=1024 compute.recompute=all",
     )
-    parser.add_argument("--devices", type=positive_int, default=1, metavar="N", help="number of devices (default: 1)")
+    parser.add_argument("--devices", type=positive_int, default=1, metavar="N", help="number of devices")
     parser.add_argument(
         "--device",
         default="cpu",
         metavar="D",
         help="h200, h100, h100-pcie, h100-nvl, b200, a100, a100-40gb, l40s, l4, a10g, rtx-4090, rtx-3090, mi300x, or "
-        "cpu, which is measured here (default: cpu)",
+        "cpu, which is measured here",
     )
     parser.add_argument(
-        "--devices-per-node",
-        type=positive_int,
-        default=8,
-        metavar="N",
-        help="number of devices in a machine (default: 8)",
+        "--devices-per-node", type=positive_int, default=8, metavar="N", help="number of devices in a machine"
     )
     parser.add_argument(
         "--interconnect",
@@ -58,11 +54,7 @@ def add_commands(commands: Any) -> None:
         help="gigabytes a second that a device sends to others of its machine (default: as its maker states)",
     )
     parser.add_argument(
-        "--utilisation",
-        type=_share,
-        default=0.45,
-        metavar="X",
-        help="share of the device's peak rate that steps reach (default: 0.45)",
+        "--utilisation", type=_share, default=0.45, metavar="X", help="share of the device's peak rate that steps reach"
     )
     parser.add_argument(
         "--words",

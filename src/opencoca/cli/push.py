@@ -28,10 +28,7 @@ def add_commands(commands: Any) -> None:
         help="scores for the model card: files that `opencoca evaluate ... --out FILE` wrote",
     )
     parser.add_argument(
-        "--licence",
-        default="other",
-        metavar="L",
-        help="licence of the model, by the hub's name, such as apache-2.0 (default: other)",
+        "--licence", default="other", metavar="L", help="licence of the model, by the hub's name, such as apache-2.0"
     )
     parser.add_argument("--dtype", metavar="T", help="type of the stored weights (default: as they are)")
     parser.add_argument("--private", action="store_true", help="make a new repository private")

@@ -38,12 +38,8 @@ def add_commands(commands: Any) -> None:
     )
     add_model_and_folder(parser)
     add_captioned_images(parser, required=False)
-    parser.add_argument(
-        "--max-loss", type=float, default=1.0, metavar="X", help="points of 100 that a score may fall (default: 1.0)"
-    )
-    parser.add_argument(
-        "--batch-size", type=positive_int, default=32, metavar="N", help="images at a time (default: 32)"
-    )
+    parser.add_argument("--max-loss", type=float, default=1.0, metavar="X", help="points of 100 that a score may fall")
+    parser.add_argument("--batch-size", type=positive_int, default=32, metavar="N", help="images at a time")
     parser.add_argument("--out", metavar="FILE", help="write sizes, scores and seconds as JSON")
 
 

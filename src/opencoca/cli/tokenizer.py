@@ -28,27 +28,18 @@ def add_commands(commands: Any) -> None:
         "--out", required=True, metavar="FILE", help="tokenizer to write: a name that ends in .json, or a folder"
     )
     train.add_argument(
-        "--vocab-size",
-        type=positive_int,
-        default=8000,
-        metavar="N",
-        help="number of token ids, 259 to 65536 (default: 8000)",
+        "--vocab-size", type=positive_int, default=8000, metavar="N", help="number of token ids, 259 to 65536"
     )
     train.add_argument(
         "--min-frequency",
         type=positive_int,
         default=2,
         metavar="N",
-        help="how often a pair of tokens must occur to become one token (default: 2)",
+        help="how often a pair of tokens must occur to become one token",
     )
     train.add_argument("--keep-case", action="store_true", help="keep capital letters (default: all lower case)")
     train.add_argument("--keep-final-period", action="store_true", help="do not drop the full stop at a caption's end")
-    train.add_argument(
-        "--caption-column",
-        default="caption",
-        metavar="NAME",
-        help="column of captions in the tables (default: caption)",
-    )
+    train.add_argument("--caption-column", default="caption", metavar="NAME", help="column of captions in the tables")
 
 
 def run_train(arguments: argparse.Namespace) -> int:
