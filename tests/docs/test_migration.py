@@ -159,7 +159,7 @@ def run_lucidrains(monkeypatch: pytest.MonkeyPatch, change: Callable[[str], str]
     assert names["image_embeds"].shape == (4, 32)
     assert names["loss"].isfinite()
     # The network that is written out on the page is of the kind that weights convert to.
-    converted = lucidrains.config_from_state_dict(state_dict, image_size=256)
+    converted = lucidrains.load_lucidrains(state_dict, image_size=256).config
     for part in ("image", "pooler", "text"):
         ours, theirs = (vars(getattr(c, part)) for c in (names["config"], converted))
         sizes_of_it = {"width", "depth", "unimodal_depth", "multimodal_depth", "num_heads", "head_dim", "mlp_width"}
@@ -224,7 +224,7 @@ def test_lucidrains_gives_the_same():
         assert close(names["image_embeds"], image_embeds)
         assert close(names["loss"], coca(text=text, images=images, return_loss=True))
     # The network that is written out on the page is theirs.
-    stored = lucidrains.config_from_state_dict(coca.state_dict(), image_size=256)
+    stored = lucidrains.load_lucidrains(coca.state_dict(), image_size=256).config
     assert stored.initial_temperature == pytest.approx(names["config"].initial_temperature)
     assert replace(stored, initial_temperature=names["config"].initial_temperature) == names["config"]
 

@@ -1,7 +1,6 @@
 """Shared by all commands: the parser, common options, lists of images, output as tables and JSON files."""
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -208,12 +207,13 @@ def check_writable(*paths: str | Path | None) -> None:
             raise ValueError(f"cannot write {path} ({reason}); choose a folder that you may write to") from error
 
 
-def write_json(path: str | Path, content: Any) -> None:
-    """Writes a JSON file. Raises WriteError if that fails; an older file then stays as it was."""
-    from opencoca.system.files import atomic_write
-
-    with atomic_write(path) as partial:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def read_lines(path: str | Path, content: str) -> list[str]:
+    """Reads the lines of a UTF-8 text file that are not empty. Raises ValueError that says what its content is."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read the {content} in {str(path)!r}: it is not UTF-8 text ({error})") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def format_table(rows: Sequence[tuple[str, str]]) -> str:

@@ -12,8 +12,8 @@ from opencoca.cli.common import (
     complain,
     non_negative_int,
     positive_int,
-    write_json,
 )
+from opencoca.system.files import write_json
 
 
 def add_commands(commands: Any) -> None:

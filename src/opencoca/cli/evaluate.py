@@ -23,9 +23,9 @@ from opencoca.cli.common import (
     open_captioned,
     positive_int,
     some_images,
-    write_json,
 )
 from opencoca.cli.generation_options import add_generation_options, chosen_generation_options
+from opencoca.system.files import write_json
 
 if TYPE_CHECKING:
     from opencoca.data import SampleSource

@@ -16,6 +16,7 @@ from opencoca.cli.common import (
     expand_images,
     load_pipeline,
     positive_int,
+    read_lines,
     shows_progress,
 )
 
@@ -106,7 +107,7 @@ def run_embed(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     if out.suffix not in _EMBED_SUFFIXES:
         raise CommandError(f"cannot tell the format of {str(out)!r}: --out must end in {', '.join(_EMBED_SUFFIXES)}")
-    texts = [*arguments.texts, *_read_lines(arguments.texts_file)]
+    texts = [*arguments.texts, *(read_lines(arguments.texts_file, "texts") if arguments.texts_file else ())]
     if not arguments.images and not texts:
         raise CommandError("there is nothing to embed; give images, --texts or --texts-file")
     if out.suffix == ".npy" and arguments.images and texts:
@@ -146,8 +147,7 @@ def _write_embeddings(
     import numpy as np
     from safetensors.torch import save
 
-    from opencoca.cli.common import write_json
-    from opencoca.system.files import atomic_write
+    from opencoca.system.files import atomic_write, write_json
 
     if out.suffix == ".npy":
         write_json(out.with_name(out.name + ".names.json"), names or texts)
@@ -167,13 +167,3 @@ def _write_embeddings(
                     texts=np.array(texts, dtype=str),
                     text_embed=text_embed.numpy(),
                 )
-
-
-def _read_lines(path: str | None) -> list[str]:
-    if path is None:
-        return []
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"cannot read the texts in {path!r}: it is not UTF-8 text ({error})") from error
-    return [line.strip() for line in lines if line.strip()]

@@ -14,8 +14,8 @@ from opencoca.cli.common import (
     format_table,
     open_captioned,
     positive_int,
-    write_json,
 )
+from opencoca.system.files import write_json
 
 if TYPE_CHECKING:
     from opencoca.data import SampleSource

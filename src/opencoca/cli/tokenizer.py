@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from opencoca.cli.common import CommandError, add_command, add_group, check_writable, positive_int
+from opencoca.cli.common import CommandError, add_command, add_group, check_writable, positive_int, read_lines
 
 
 def add_commands(commands: Any) -> None:
@@ -43,7 +43,6 @@ def add_commands(commands: Any) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    from opencoca.system.files import atomic_write
     from opencoca.tokenizer import FILE_NAME, train_tokenizer
 
     out = Path(arguments.out)
@@ -61,8 +60,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         min_frequency=arguments.min_frequency,
         show_progress=sys.stderr.isatty(),
     )
-    with atomic_write(out) as partial:
-        partial.write_text(tokenizer.to_json(), encoding="utf-8", newline="\n")
+    tokenizer.save(out)
     print(f"{out}: {tokenizer.vocab_size:,} token ids from {len(captions):,} captions")
     return 0
 
@@ -78,11 +76,7 @@ def _read_captions(path: Path, column: str) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of captions {str(path)!r}")
     if suffix == ".txt":
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"cannot read the captions in {str(path)!r}: it is not UTF-8 text ({error})") from error
-        return [line.strip() for line in lines if line.strip()]
+        return read_lines(path, "captions")
     if suffix not in TABLE_SUFFIXES:
         endings = ", ".join((".txt", ".tar", *TABLE_SUFFIXES))
         raise ValueError(f"cannot read the captions in {str(path)!r}: its ending is none of {endings}")

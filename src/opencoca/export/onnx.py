@@ -25,7 +25,7 @@ from opencoca.inference.pipeline import Pipeline
 from opencoca.model.coca import CoCa
 from opencoca.model.traceable import DecoderGraph, ImageGraph, TextGraph, empty_cache
 from opencoca.store.quantization import dequantize, is_quantized
-from opencoca.system.files import atomic_write
+from opencoca.system.files import atomic_write, write_text
 from opencoca.tokenizer import Tokenizer
 
 FORMAT = "opencoca-onnx-1"
@@ -69,8 +69,7 @@ def export_onnx(pipeline: Pipeline, folder: str | os.PathLike[str]) -> list[Path
         README_FILE: _asset(README_FILE),
     }
     for name, text in texts.items():
-        with atomic_write(folder / name) as partial:
-            partial.write_text(text, encoding="utf-8", newline="\n")
+        write_text(folder / name, text)
         files.append(folder / name)
     return files
 

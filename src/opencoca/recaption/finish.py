@@ -15,7 +15,7 @@ from opencoca.recaption.journal import Journal
 from opencoca.recaption.outputs import write_rows, write_texts
 from opencoca.recaption.rows import Row, output_rows
 from opencoca.recaption.settings import Settings
-from opencoca.system.files import atomic_write, remove_partial_files
+from opencoca.system.files import remove_partial_files, write_json
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,7 @@ def make_files(
         write_texts((path, _text_file(row)) for path, row in rows if "error" not in row)
     report = _report(journal, _flagged_rows(journal, prefix, common))
     _write_errors(destination.errors, journal.rows(), report.unreadable)
-    with atomic_write(destination.record) as partial:
-        content = {"settings": settings, "report": asdict(report)}
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(destination.record, {"settings": settings, "report": asdict(report)})
     return report
 
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from opencoca.store.model_folder import LoadedModel, save_model_folder
-from opencoca.system.files import atomic_write
+from opencoca.system.files import write_json, write_text
 
 CARD_FILE = "README.md"
 SCORES_FILE = "scores.json"
@@ -54,8 +54,7 @@ class Result:
 def write_scores(folder: str | os.PathLike[str], dataset: str, results: Sequence[Result]) -> None:
     """Stores what a model scores on a data set in its folder, where `read_scores` finds it."""
     metrics = {name: value for result in results for name, value in result.metrics.items()}
-    with atomic_write(Path(folder) / SCORES_FILE) as partial:
-        partial.write_text(json.dumps({"dataset": dataset, "metrics": metrics}, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(folder) / SCORES_FILE, {"dataset": dataset, "metrics": metrics})
 
 
 def read_scores(folder: str | os.PathLike[str]) -> dict[str, float]:
@@ -95,8 +94,7 @@ def write_repository(
     """
     info, parts = _without_paths(loaded.info), (loaded.model, loaded.tokenizer, loaded.preprocess)
     save_model_folder(folder, *parts, dtype=dtype, info=info, task=loaded.task)
-    with atomic_write(Path(folder) / CARD_FILE) as partial:
-        partial.write_text(model_card(loaded, repo_id, licence=licence, results=results), encoding="utf-8")
+    write_text(Path(folder) / CARD_FILE, model_card(loaded, repo_id, licence=licence, results=results))
 
 
 def model_card(loaded: LoadedModel, repo_id: str, *, licence: str, results: Sequence[Result] = ()) -> str:

@@ -25,7 +25,7 @@ from opencoca.store.safetensors_file import (
     read_tensors,
     write_tensors,
 )
-from opencoca.system.files import atomic_write
+from opencoca.system.files import write_json, write_text
 from opencoca.tokenizer import Tokenizer
 
 FORMAT = "opencoca-1"
@@ -88,8 +88,8 @@ def save_model_folder(
     if task is not None:
         config["task"] = dict(task)
     folder = Path(folder)
-    _write_text(folder / TOKENIZER_FILE, tokenizer.to_json())
-    _write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / TOKENIZER_FILE, tokenizer.to_json())
+    write_json(folder / CONFIG_FILE, config)
     write_tensors(folder / WEIGHTS_FILE, tensors)
 
 
@@ -242,8 +242,3 @@ def _check_vocabulary(config: CoCaConfig, tokenizer: Tokenizer, name: str) -> No
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() and tensor.ndim else tensor
-
-
-def _write_text(file: Path, text: str) -> None:
-    with atomic_write(file) as partial:
-        partial.write_text(text, encoding="utf-8", newline="\n")

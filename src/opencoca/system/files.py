@@ -3,11 +3,13 @@
 import contextlib
 import errno
 import glob
+import json
 import os
 import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _PARTIAL_SUFFIX = ".partial"
 
@@ -51,6 +53,17 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file in UTF-8, whole or not at all; the same text gives the same bytes on every system."""
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Writes a JSON file, as `write_text` does."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_error(path: str | os.PathLike[str], error: OSError) -> WriteError:

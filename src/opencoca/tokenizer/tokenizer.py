@@ -13,7 +13,7 @@ import torch
 from tokenizers import normalizers
 from torch import Tensor
 
-from opencoca.system.files import atomic_write
+from opencoca.system.files import write_text
 from opencoca.tokenizer.backend import require_text
 from opencoca.tokenizer.clip import CLIP_WORD_END, build_clip_backend, clean_as_clip
 
@@ -106,8 +106,7 @@ class Tokenizer:
         file = Path(path)
         if file.suffix != ".json" or file.is_dir():
             file /= FILE_NAME
-        with atomic_write(file) as partial:
-            partial.write_text(self.to_json(), encoding="utf-8", newline="\n")
+        write_text(file, self.to_json())
         return file
 
     def to_json(self) -> str:

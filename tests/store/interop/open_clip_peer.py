@@ -52,10 +52,9 @@ def make_peer(options: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch
 
 def convert_peer(peer: nn.Module, options: dict[str, Any]) -> CoCa:
     """The peer's weights, not copied where possible, in our model."""
-    config = config_from_open_clip(options)
     with torch.device("meta"):
-        model = CoCa(config)
-    model.load_state_dict(convert_state_dict(peer.state_dict(), config), assign=True)
+        model = CoCa(config_from_open_clip(options))
+    model.load_state_dict(convert_state_dict(peer.state_dict(), model, "the peer"), assign=True)
     return model.eval()
 
 

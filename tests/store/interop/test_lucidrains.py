@@ -389,10 +389,7 @@ def test_cached_decoding_gives_the_same_logits():
 
 def test_configuration_is_read_from_the_tensors_and_survives_storing():
     for sizes in SIZES.values():
-        size = GRID * PATCH if sizes.simple else None
-        config = lucidrains.config_from_state_dict(
-            make_state_dict(sizes), image_size=size, image_head_dim=sizes.vit_dim_head, context_length=CONTEXT
-        )
+        config = load(make_state_dict(sizes), sizes).config
         assert CoCaConfig.from_dict(config.to_dict()) == config
         assert (config.text.num_heads, config.text.head_dim) == (sizes.heads, sizes.dim_head)
         assert config.text.mlp_width == sizes.ff_mult * sizes.dim
@@ -495,7 +492,7 @@ def test_a_custom_encoder_must_be_handed_over_and_no_other_may():
     state_dict = make_state_dict(sizes, encoder=False)
     with pytest.raises(ValueError, match="no image encoder; hand yours over"):
         lucidrains.load_lucidrains(state_dict)
-    config = lucidrains.config_from_state_dict(state_dict)
+    config = lucidrains.load_lucidrains(state_dict, image_encoder=Encoder(sizes.image_dim)).config
     assert config.image.name == "custom"
     with pytest.raises(ValueError, match="image_encoder, a module, is missing"):
         CoCa(config)

@@ -280,8 +280,10 @@ def test_damaged_weights_are_named_at_once_and_nothing_is_written(
     damage, sentence = DAMAGE[kind]
     tensors = {name: tensor.clone() for name, tensor in their_weights.items()}
     damage(tensors)
+    with torch.device("meta"):
+        model = CoCa(config_from_open_clip(OPTIONS))
     with pytest.raises(ValueError, match=sentence):
-        convert_state_dict(tensors, config_from_open_clip(OPTIONS))
+        convert_state_dict(tensors, model, "these")
     torch.save(tensors, tmp_path / "damaged.pt")
     before = sorted(tmp_path.iterdir())
     started = time.process_time()

@@ -220,6 +220,8 @@ def test_weights_of_pretraining_bring_their_temperature():
     assert float(torchmultimodal.load_torchmultimodal(make_state_dict(), **HEADS).logit_scale) == pytest.approx(
         1 / 0.07
     )
+    with pytest.raises(ValueError, match=r"no place for: model\.vision_proj\.weight"):
+        torchmultimodal.load_torchmultimodal(state_dict | {"vision_proj.weight": torch.zeros(16, 16)}, **HEADS)
 
 
 @pytest.mark.parametrize(

@@ -22,20 +22,6 @@ from opencoca.store.interop.vit_pytorch import vit_config, vit_tensors
 _ENCODER, _POOL = "img_encoder.", "img_attn_pool."
 
 
-def config_from_state_dict(
-    state_dict: StateDictSource,
-    *,
-    image_size: int | tuple[int, int] | None = None,
-    image_head_dim: int = 64,
-    context_length: int = 512,
-) -> CoCaConfig:
-    """Derives the configuration from the weights; arguments and errors are those of `load_lucidrains`.
-
-    The image encoder is ``custom`` where the state dict holds none.
-    """
-    return _read_config(TensorReader(state_dict), False, image_size, image_head_dim, context_length)
-
-
 def load_lucidrains(
     state_dict: StateDictSource,
     image_encoder: nn.Module | None = None,

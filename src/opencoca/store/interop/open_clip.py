@@ -4,7 +4,6 @@ An imported model computes open_clip's embeddings, next-word logits, temperature
 has, tensor by tensor, the bytes that were imported.
 """
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from opencoca.data.transforms import PreprocessConfig
 from opencoca.model.coca import CoCa
-from opencoca.model.config import CoCaConfig
 from opencoca.model.init import without_values
 from opencoca.store.interop.checkpoint_files import read_checkpoint
 from opencoca.store.interop.open_clip_config import (
@@ -29,7 +27,7 @@ from opencoca.store.interop.open_clip_config import (
 from opencoca.store.interop.open_clip_options import CONFIG_FILE, read_config
 from opencoca.store.interop.open_clip_tensors import tensor_maps
 from opencoca.store.safetensors_file import TensorInfo, differences, listed_names, non_finite, write_tensors
-from opencoca.system.files import atomic_write
+from opencoca.system.files import write_json
 from opencoca.tokenizer import Tokenizer
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -81,7 +79,7 @@ def load_open_clip(
         )
     with without_values():
         model = CoCa(config)
-    tensors = _convert(read_checkpoint(checkpoint), model, str(Path(checkpoint)))
+    tensors = convert_state_dict(read_checkpoint(checkpoint), model, str(Path(checkpoint)))
     tensors = {name: _cast(tensor, dtype) for name, tensor in tensors.items()}
     # open_clip limits the temperature in training alone.
     scale = math.exp(min(float(tensors["log_logit_scale"]), 80.0))
@@ -90,21 +88,13 @@ def load_open_clip(
     return OpenClipModel(model.requires_grad_().eval(), tokenizer, preprocess)
 
 
-def convert_state_dict(
-    state_dict: Mapping[str, Tensor], config: CoCaConfig, label: str = "the state dict"
-) -> dict[str, Tensor]:
-    """Converts open_clip's tensors to the names and shapes of a CoCa of this configuration.
+def convert_state_dict(state_dict: Mapping[str, Tensor], model: CoCa, label: str) -> dict[str, Tensor]:
+    """Converts open_clip's tensors to the names and shapes of a model, which may be without values.
 
     Most of the result are views of the given tensors. label: what errors call them, such as the file's name.
 
     Raises ValueError that names the tensors that are missing, unknown, of another shape or type, or not finite.
     """
-    with without_values():
-        model = CoCa(config)
-    return _convert(state_dict, model, label)
-
-
-def _convert(state_dict: Mapping[str, Tensor], model: CoCa, label: str) -> dict[str, Tensor]:
     maps, ours = tensor_maps(model.config), model.state_dict()
     assert {name for part in maps for name in part.ours} == ours.keys()
     expected = {name: tensor for part in maps for name, tensor in part.to_theirs(ours)}
@@ -136,8 +126,7 @@ def save_open_clip_folder(folder: str | os.PathLike[str], model: CoCa, preproces
     state_dict, options = export_open_clip(model)
     config = {"model_cfg": options, "preprocess_cfg": preprocess_to_open_clip(preprocess)}
     files = [Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE]
-    with atomic_write(files[0]) as partial:
-        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(files[0], config)
     write_tensors(files[1], state_dict)
     return files
 

@@ -11,6 +11,7 @@ from opencoca.store.interop.open_clip_options import DEFAULT_LOGIT_SCALE, VISION
 
 # open_clip ignores its own option multimodal_cfg.mlp_ratio.
 _MULTIMODAL_MLP_RATIO = 4
+_RESIZE_MODES = {"shortest": "crop", "squash": "squash"}
 
 
 def config_from_open_clip(options: Mapping[str, Any]) -> CoCaConfig:
@@ -81,12 +82,11 @@ def preprocess_from_open_clip(config: OpenClipConfig) -> PreprocessConfig:
     """Returns how open_clip prepares images for evaluation. Raises ValueError for an option that is not supported."""
     options, default = config.preprocess, PreprocessConfig()
     known = {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color"}
-    modes = {"shortest": "crop", "squash": "squash"}
     resize_mode = options.get("resize_mode") or "shortest"
     supported = {
         "mode": options.get("mode", "RGB") == "RGB",
         "interpolation": (options.get("interpolation") or "bicubic") == "bicubic",
-        "resize_mode": resize_mode in modes,
+        "resize_mode": resize_mode in _RESIZE_MODES,
     }
     for name in [*(options.keys() - known), *(name for name, good in supported.items() if not good)]:
         raise ValueError(f"open_clip's option preprocess_cfg.{name} = {options[name]!r} is not supported here")
@@ -97,7 +97,7 @@ def preprocess_from_open_clip(config: OpenClipConfig) -> PreprocessConfig:
                 "image_size": size if isinstance(size, list | tuple) else (size, size),
                 "mean": options.get("mean") or default.mean,
                 "std": options.get("std") or default.std,
-                "resize_mode": modes[resize_mode],
+                "resize_mode": _RESIZE_MODES[resize_mode],
             }
         )
     except TypeError as error:
@@ -106,7 +106,7 @@ def preprocess_from_open_clip(config: OpenClipConfig) -> PreprocessConfig:
 
 def preprocess_to_open_clip(preprocess: PreprocessConfig) -> dict[str, Any]:
     """Inverts `preprocess_from_open_clip`. Raises ValueError for a resize_mode that open_clip does not have."""
-    modes = {"crop": "shortest", "squash": "squash"}
+    modes = {ours: theirs for theirs, ours in _RESIZE_MODES.items()}
     if preprocess.resize_mode not in modes:
         raise ValueError(
             f"the model cannot be exported to open_clip: its images are resized by {preprocess.resize_mode!r}, which "
@@ -221,10 +221,10 @@ def _ratio(mlp_width: int, width: int) -> float | int:
 
 def _without_defaults(options: dict[str, Any]) -> dict[str, Any]:
     """Drops options that open_clip 3.3 does not know, where their values are what it does anyway."""
-    for section in ("vision_cfg", "text_cfg", "multimodal_cfg"):
+    for section in (options["vision_cfg"], options["text_cfg"], options["multimodal_cfg"]):
         for name in ("ls_init_value", "correct_cls_mask", "no_ln_pre", "pad_id"):
-            if not options[section].get(name, True):
-                del options[section][name]
+            if not section.get(name, True):
+                del section[name]
     if not options["quick_gelu"]:
         del options["quick_gelu"]
     if math.isclose(options["init_logit_scale"], DEFAULT_LOGIT_SCALE):

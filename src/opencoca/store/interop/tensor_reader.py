@@ -38,6 +38,13 @@ class TensorReader:
         """Whether the name of any tensor begins with ``prefix``."""
         return any(name.startswith(prefix) for name in self.tensors)
 
+    def drop_prefix(self, prefix: str) -> None:
+        """Shortens the names that begin with ``prefix``, except where a tensor has the shorter name already."""
+        shorter = {name: name.removeprefix(prefix) for name in self.tensors}
+        self.tensors = {
+            name if shorter[name] in self.tensors else shorter[name]: tensor for name, tensor in self.tensors.items()
+        }
+
     def count(self, prefix: str) -> int:
         """Returns the number of layers whose names begin with ``prefix`` and a number: one more than the highest."""
         parts = {name.removeprefix(prefix).split(".")[0] for name in self.tensors if name.startswith(prefix)}
