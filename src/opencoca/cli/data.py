@@ -32,12 +32,12 @@ def add_commands(commands: Any) -> None:
         group,
         "pack",
         run_pack,
-        "Pack images, captions and labels into tar shards (image, txt, json, cls a sample): faster than small files.",
+        "Pack images, captions and labels into tar shards (image, txt, json, cls for each): faster than small files.",
         example="opencoca data pack --images DIR --captions train.csv --out shards --resize 288",
         more="The same input gives the same bytes; a run that was stopped continues when it is started again.",
     )
-    pack.add_argument("--out", required=True, metavar="DIR", help="folder of the shards; made if need be")
-    pack.add_argument("--samples-per-shard", type=positive_int, default=1000, metavar="N", help="images a shard")
+    pack.add_argument("--out", required=True, metavar="DIR", help="folder for the shards, created if needed")
+    pack.add_argument("--samples-per-shard", type=positive_int, default=1000, metavar="N", help="images in each shard")
     pack.add_argument(
         "--resize", type=positive_int, metavar="N", help="shrink images to a shorter side of N pixels (default: never)"
     )
@@ -55,7 +55,9 @@ def add_commands(commands: Any) -> None:
             "an image lies in is its class",
         )
         for column in ("image", "caption", "label"):
-            parser.add_argument(f"--{column}-column", default=column, metavar="NAME", help="of the table")
+            parser.add_argument(
+                f"--{column}-column", default=column, metavar="NAME", help=f"the column of the table with the {column}"
+            )
         parser.add_argument("--num-workers", type=non_negative_int, default=4, metavar="N", help="decoding threads")
 
 

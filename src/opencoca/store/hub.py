@@ -13,7 +13,6 @@ from pathlib import Path
 
 # Imported when first used: the import is slow, and most commands need nothing from the hub.
 _SHA256_DIGITS, _GIT_DIGITS = 64, 40
-_CHUNK_BYTES = 1 << 22
 
 
 class HubError(ValueError):
@@ -156,9 +155,7 @@ def _checksum(path: Path, like: str) -> str:
     if len(like) == _GIT_DIGITS:
         digest.update(f"blob {path.stat().st_size}\0".encode())
     with open(path, "rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, lambda: digest).hexdigest()
 
 
 def _delete(path: Path) -> None:

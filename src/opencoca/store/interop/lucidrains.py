@@ -67,8 +67,7 @@ def load_lucidrains(
     tied = ["lm_head.weight"] if config.text.tie_embeddings else []
     assert missing == tied, missing
     assert not unexpected, unexpected
-    if tied:
-        model.lm_head.weight = model.unimodal_decoder.token_embed.weight
+    model.tie_head()
     return model.eval()
 
 

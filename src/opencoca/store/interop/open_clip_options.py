@@ -8,7 +8,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,20 +95,40 @@ _IGNORED = {
     "text_cfg": {"eos_id", "pool_type", "final_ln_after_pool", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"},
     "multimodal_cfg": {"dim_head", "n_queries", "attn_pooler_heads"} | (set(_TEXT) - set(_MULTIMODAL)),
 }
-_HERE = {
-    "layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "ls_init_value", "patch_dropout",
-    "attentional_pool", "attn_pooler_queries", "attn_pooler_heads", "no_ln_pre", "context_length", "vocab_size",
-    "heads", "pad_id", "correct_cls_mask", "embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "quick_gelu",
-    "init_logit_scale",
-}  # fmt: skip
-_ALLOWED = {
-    "block_type": (None, "default", "custom"),
-    "pos_embed_type": ("learnable", "sin_cos_2d"),  # stored as a table in either case
-    "act_kwargs": (None, {}),
-    "norm_kwargs": (None, {}),
-    "tokenizer_kwargs": (None, {}),
-    "output_tokens": (True,),
-    "embed_cls": (True,),
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
+
+
+def _is_image_size(value: Any) -> bool:
+    sides = value if isinstance(value, list | tuple) else [value]
+    return len(sides) in (1, 2) and all(map(_is_count, sides))
+
+
+_COUNTS = (
+    *("layers", "width", "head_width", "patch_size", "attn_pooler_queries", "attn_pooler_heads"),
+    *("context_length", "vocab_size", "heads", "embed_dim"),
+)
+# What an option may be; one that is not listed must have its default.
+_ALLOWED: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(_COUNTS, _is_count),
+    **dict.fromkeys(("vision_cfg", "text_cfg", "multimodal_cfg"), lambda value: isinstance(value, Mapping)),
+    **dict.fromkeys(("no_ln_pre", "correct_cls_mask", "quick_gelu"), lambda value: isinstance(value, bool)),
+    **dict.fromkeys(("mlp_ratio", "patch_dropout"), lambda value: _is_number(value) and 0 <= value < 1e4),
+    **dict.fromkeys(("act_kwargs", "norm_kwargs", "tokenizer_kwargs"), lambda value: value in (None, {})),
+    **dict.fromkeys(("output_tokens", "embed_cls"), lambda value: value is True),
+    "pad_id": lambda value: _is_count(value, least=0),
+    "init_logit_scale": _is_number,
+    "ls_init_value": lambda value: value is None or _is_number(value),
+    "image_size": _is_image_size,
+    "attentional_pool": lambda value: value in (False, True, "cascade", "parallel"),
+    "block_type": lambda value: value in (None, "default", "custom"),
+    "pos_embed_type": lambda value: value in ("learnable", "sin_cos_2d"),  # stored as a table in either case
 }
 
 
@@ -203,10 +223,8 @@ def read_options(options: Mapping[str, Any]) -> Options:
     return read
 
 
-def _read(options: Any, defaults: Mapping[str, Any], section: str) -> dict[str, Any]:
+def _read(options: Mapping[str, Any], defaults: Mapping[str, Any], section: str) -> dict[str, Any]:
     """Returns the options of a section with defaults filled in; raises ValueError for one that is not supported."""
-    if not isinstance(options, Mapping):
-        raise ValueError(f"open_clip's option {section} must be a mapping, got {options!r}")
     values = dict(defaults)
     for name, value in options.items():
         label = f"{section}.{name}" if section else name
@@ -216,40 +234,15 @@ def _read(options: Any, defaults: Mapping[str, Any], section: str) -> dict[str, 
             raise ValueError(f"open_clip's option {label} is unknown here, so that the model cannot be converted")
     for name, value in values.items():
         label = f"{section}.{name}" if section else name
-        if name in _HERE:
-            _check_kind(label, value, defaults[name])
-        elif value not in _ALLOWED.get(name, (defaults[name],)):
+        if not (_ALLOWED[name](value) if name in _ALLOWED else value == defaults[name]):
             raise ValueError(f"open_clip's option {label} = {value!r} is not supported here")
-    return values
-
-
-def _check_kind(label: str, value: Any, default: Any) -> None:
-    """Checks that an option's value is of the kind that open_clip takes."""
-    name = label.rpartition(".")[2]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if name in ("vision_cfg", "text_cfg", "multimodal_cfg"):
-        return
-    if name == "attentional_pool":
-        good = value in (False, True, "cascade", "parallel")
-    elif name == "image_size":
-        sides = value if isinstance(value, list | tuple) else [value]
-        good = len(sides) in (1, 2) and all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
-    elif name == "ls_init_value":
-        good = value is None or is_number
-    elif name in ("mlp_ratio", "init_logit_scale", "patch_dropout"):
-        good = is_number and (name == "init_logit_scale" or 0 <= value < 1e4)
-    elif isinstance(default, bool):
-        good = isinstance(value, bool)
-    else:
-        good = is_number and isinstance(value, int) and (0 if name == "pad_id" else 1) <= value < 2**31
-    if not good:
-        raise ValueError(f"open_clip's option {label} = {value!r} is not supported here")
-    if name == "patch_dropout" and value:
+    if values.get("patch_dropout"):
         warnings.warn(
-            f"open_clip's option {label} = {value} drops patches in training and is not carried over; outputs are the "
-            "same",
-            stacklevel=5,
+            f"open_clip's option {section}.patch_dropout = {values['patch_dropout']} drops patches in training and is "
+            "not carried over; outputs are the same",
+            stacklevel=4,
         )
+    return values
 
 
 def _check_widths(model: dict, vision: dict, text: dict, multimodal: dict) -> None:
