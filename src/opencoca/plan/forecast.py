@@ -13,10 +13,10 @@ from opencoca.plan.memory import GAP_SHARE, Memory, StepShape, Strategy, with_re
 from opencoca.plan.planner import Cluster, Planner, strategies_of
 from opencoca.system.devices import (
     DEVICES,
+    HOST_BUS_BYTES_PER_SEC,
     DeviceSpec,
     choose_precision,
     find_device,
-    link_bytes_per_sec,
     measured_flops,
 )
 from opencoca.train.flops import StepFlops
@@ -106,7 +106,8 @@ def make_plan(
     ]
     flops = planner.flops()
     again = planner.recomputed_flops(flops)
-    messages = exchanges(planner, strategy, cluster.link_bytes_per_sec or link_bytes_per_sec(spec))
+    link = cluster.link_bytes_per_sec or spec.link_bytes_per_sec or HOST_BUS_BYTES_PER_SEC
+    messages = exchanges(planner, strategy, link)
     compute = (flops.total + again) / (cluster.devices * spec.peak(recipe.precision) * cluster.utilisation)
     talk = sum(message.seconds for message in messages)
     usable = int(spec.memory_bytes * USABLE_SHARE)

@@ -6,8 +6,8 @@ device that is planned for: the network chooses its kernels by it. Autocast, whi
 done here by the same rule: which functions take low precision, which float32.
 """
 
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from opencoca.data import Batch
 from opencoca.model.coca import CoCa
@@ -90,20 +91,17 @@ def _inputs(model: CoCa, num_images: int, from_stage: int) -> Tensor:
         return model.image_features(images, 0, from_stage)
 
 
-class _on_device:
+@contextmanager
+def _on_device(device_type: str, low: torch.dtype | None) -> Iterator[None]:
     """Sets autocast's own state, which the network asks for: whether it is on, and its type."""
-
-    def __init__(self, device_type: str, low: torch.dtype | None):
-        self.device_type, self.low = device_type, low
-
-    def __enter__(self) -> None:
-        self.before = torch.is_autocast_enabled(self.device_type), torch.get_autocast_dtype(self.device_type)
-        torch.set_autocast_enabled(self.device_type, self.low is not None)
-        torch.set_autocast_dtype(self.device_type, self.low or torch.bfloat16)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_autocast_enabled(self.device_type, self.before[0])
-        torch.set_autocast_dtype(self.device_type, self.before[1])
+    before = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    torch.set_autocast_enabled(device_type, low is not None)
+    torch.set_autocast_dtype(device_type, low or torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device_type, before[0])
+        torch.set_autocast_dtype(device_type, before[1])
 
 
 class _ShapesOnly(TorchFunctionMode):
@@ -124,12 +122,11 @@ class _ShapesOnly(TorchFunctionMode):
             return func(*args, **kwargs | {"device": "meta"})
         if kwargs.get("device") is not None and torch.device(kwargs["device"]) == self.device:
             kwargs["device"] = "meta" if any(map(_is_shape, args)) else "cpu"
-        tensors = list(_tensors((args, kwargs)))
-        if not any(map(_is_shape, tensors)) or name in ("__set__", "__get__"):
+        if not any(map(_is_shape, tree_leaves((args, kwargs)))) or name in ("__set__", "__get__"):
             return func(*args, **kwargs)
         if name == "scaled_dot_product_attention":
             return self._fused_attention(*args, **kwargs)
-        args, kwargs = _mapped((args, kwargs), self._cast_for(name))
+        args, kwargs = tree_map_only(Tensor, self._cast_for(name), (args, kwargs))
         result = func(*args, **kwargs)
         if name == "to" and isinstance(args[0], nn.Parameter) and result is not args[0]:
             self.weight_copies[id(result)] = result  # the network's own casting, which nothing caches
@@ -226,25 +223,3 @@ def _storage(tensor: Tensor) -> int:
 
 def _is_shape(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_meta
-
-
-def _tensors(values: Any) -> Iterable[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, dict):
-        for value in values.values():
-            yield from _tensors(value)
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from _tensors(value)
-
-
-def _mapped(values: Any, change: Any) -> Any:
-    if isinstance(values, Tensor):
-        return change(values)
-    if isinstance(values, dict):
-        return {key: _mapped(value, change) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        changed = [_mapped(value, change) for value in values]
-        return values._make(changed) if hasattr(values, "_make") else type(values)(changed)  # pyright: ignore
-    return values

@@ -117,7 +117,7 @@ DEVICES: dict[str, DeviceSpec] = {
         "mi300x": ("AMD Instinct MI300X", 1307.4, 163.4, 191.5, 448, "AMD Instinct MI300X data sheet"),
     }.items()
 }
-_HOST_BUS_BYTES_PER_SEC = 32e9
+HOST_BUS_BYTES_PER_SEC = 32e9
 
 
 def find_device(name: str) -> DeviceSpec | None:
@@ -129,11 +129,6 @@ def find_device(name: str) -> DeviceSpec | None:
         if set(key.split("-")) <= set(words.split("-")):
             return spec
     return None
-
-
-def link_bytes_per_sec(spec: DeviceSpec) -> float:
-    """Returns the bytes a second, in one direction, between devices of one machine."""
-    return spec.link_bytes_per_sec or _HOST_BUS_BYTES_PER_SEC
 
 
 def peak_flops(device: torch.device, precision: str) -> float:

@@ -5,7 +5,8 @@ Paper, sections 3.3 and 4.2.1: the pooler is learned anew for the task, and the 
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -61,21 +62,11 @@ class ClassificationOptions:
             raise ValueError(f"task.num_heads {self.num_heads} must be at least 1")
 
 
-@dataclass(frozen=True)
-class ClassNumbers:
-    """Classes in the order of their numbers; called with a class's name, it gives the number as an array."""
-
-    classes: tuple[str, ...]
-    _numbers: dict[str, int] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_numbers", {name: number for number, name in enumerate(self.classes)})
-
-    def __call__(self, target: Target | None) -> np.ndarray:
-        """The number of a class. Raises ValueError for anything else."""
-        if not isinstance(target, str) or target not in self._numbers:
-            raise ValueError(f"{target!r} is none of the {len(self.classes)} classes of the training images")
-        return np.array(self._numbers[target], dtype=np.int64)
+def class_number(numbers: Mapping[str, int], target: Target | None) -> np.ndarray:
+    """The number of a class, as an array. Raises ValueError for anything else than a class."""
+    if not isinstance(target, str) or target not in numbers:
+        raise ValueError(f"{target!r} is none of the {len(numbers)} classes of the training images")
+    return np.array(numbers[target], dtype=np.int64)
 
 
 class Classification:
@@ -101,8 +92,9 @@ class Classification:
         self.options = options
         counts = count_classes(source) if counts is None else counts
         self.class_counts = counts
-        self.encode_target: Callable[[Target | None], np.ndarray] = ClassNumbers(tuple(sorted(counts)))
-        self.classes = self.encode_target.classes
+        self.classes = tuple(sorted(counts))
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        self.encode_target: Callable[[Target | None], np.ndarray] = partial(class_number, numbers)
         self.terms = (Term("classification", 1.0, "sample"),)
         self._weights = torch.ones(len(self.classes))
         if options.class_weights == "balanced":

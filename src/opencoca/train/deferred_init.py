@@ -1,7 +1,7 @@
-"""Initial values of a sharded model: those of one process, drawn a parameter at a time, of which each keeps its rows.
+"""Gives a sharded model the initial values that it would have in one process.
 
-A model of many billion bytes is built without values and sharded first; no process ever holds all of it. Each then
-draws every parameter as one process would, from the same seed and in the same order, and forgets what others hold.
+A model of many billion bytes is built without values and sharded first, so that no process ever holds all of it. Each
+process then draws one whole parameter after the other, from the same seed and in the same order, and keeps its rows.
 """
 
 import math
@@ -27,10 +27,10 @@ def fill_initial_values(model: CoCa, device: torch.device, seed: int) -> None:
     All processes must call. The image encoder must be one that `CoCa.init_weights` fills.
     """
     torch.manual_seed(seed)
-    with torch.device("meta"), _Draw(keep=False):  # what its constructors draw, and nobody keeps
+    with torch.device("meta"), _Draw(keep=False):  # takes the random numbers that the constructors take
         CoCa(model.config)
     model.to_empty(device=device)
-    model.tie_head()  # which `to_empty` has parted
+    model.tie_head()  # `to_empty` has given head and embedding a tensor each
     for parameter in model.parameters():
         local_part(parameter).fill_(math.nan)
     with _Draw(keep=True):

@@ -134,9 +134,10 @@ class _Pooling(NamedTuple):
 
 
 class _TextHalf(NamedTuple):
-    """sizes: of the products. passes: how often those of the weights are done (forward, by the input, by the weight).
+    """Counts the operations of one decoder.
 
-    pair_passes: how often those of attention are.
+    sizes: of its matrix products. passes: how often a product with weights is done in a step (forward, for the
+    gradient by the input, for that by the weight); pair_passes: how often a product of attention is.
     """
 
     sizes: ProductSizes

@@ -119,7 +119,9 @@ class ParallelModel:
             return self.model if wanted else None
         copy = None
         if wanted:
-            with torch.random.fork_rng(devices=[]):  # its initial values are not to cost random numbers
+            with torch.random.fork_rng(
+                devices=[]
+            ):  # drawing its initial values must not change the run's random numbers
                 copy = CoCa(self.model.config).to(self.device, next(_scalars(self.model)).dtype).eval()
         targets = {} if copy is None else {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):

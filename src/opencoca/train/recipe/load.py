@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,7 @@ from opencoca.train.recipe.recipe import Recipe
 _SHORT = {"task": "name", "init_from": "model"}
 # Keys of earlier versions, and what they are called now.
 _RENAMED = {"loss": "task", "select_by": "task.select_by", "val_max_new_tokens": "task.max_new_tokens"}
-_SECTIONS = (
-    *("model", "data", "tokenizer", "encoder", "task", "optimizer", "compute"),
-    *("distributed", "checkpoint", "safety", "init_from"),
-)
+_SECTIONS = frozenset(name for name, value in vars(Recipe()).items() if is_dataclass(value))
 
 
 def recipe_parser(

@@ -72,7 +72,7 @@ class ComputeRecipe:
     Args:
         recompute: blocks whose inside is not kept but computed again for the gradient (activation checkpointing, arXiv
             1604.06174): none, image (the image encoder's), text (the decoder's), or all. About a third more work.
-        recompute_every: only every so many-th of these blocks.
+        recompute_every: 1 recomputes all of these blocks, 2 every second one, 3 every third.
         compile: compiles the blocks (torch.compile), which takes a minute and, on a CPU, a C++ compiler.
     """
 

@@ -189,55 +189,34 @@ class Recipe:
         return asdict(self)
 
 
-# What each number may be: (least, most), both included; NEXT is the least float above 0.
+# What numbers may be: (least, most), both included; _NEXT is the least float above 0.
 _NEXT = math.ulp(0.0)
 _BELOW_ONE = math.nextafter(1.0, 0.0)
 _LARGEST = sys.float_info.max
-_RANGES: dict[str, tuple[float, float]] = {
-    "epochs": (1, _LARGEST),
-    "max_steps": (1, _LARGEST),
-    "batch_size": (1, _LARGEST),
-    "accumulation_steps": (1, _LARGEST),
-    "grad_cache_steps": (1, _LARGEST),
-    "validate_every_epochs": (1, _LARGEST),
-    "checkpoint_minutes": (0, _LARGEST),
-    "log_every_steps": (1, _LARGEST),
-    "report_images": (0, _LARGEST),
-    "seed": (0, _LARGEST),
-    "data.captions_per_image": (1, _LARGEST),
-    "data.flip_probability": (0, 1),
-    "data.color_jitter": (0, 1),
-    "data.num_workers": (0, _LARGEST),
-    "data.shuffle_window": (1, _LARGEST),
-    "data.cache_gb": (_NEXT, _LARGEST),
-    "data.max_bad_share": (0, 1),
-    "encoder.frozen_stages": (-1, _LARGEST),
-    "encoder.learning_rate": (_NEXT, _LARGEST),
-    "encoder.cache_views": (1, _LARGEST),
-    "encoder.patch_dropout": (0, _BELOW_ONE),
-    "compute.recompute_every": (1, _LARGEST),
-    "optimizer.layer_decay": (_NEXT, 1),
-    "optimizer.decay_fraction": (0, 1),
-    "optimizer.learning_rate": (_NEXT, _LARGEST),
-    "optimizer.eps": (_NEXT, _LARGEST),
-    "optimizer.weight_decay": (0, _LARGEST),
-    "optimizer.grad_clip": (0, _LARGEST),
-    "optimizer.warmup_steps": (0, _LARGEST),
-    "optimizer.final_lr_fraction": (0, 1),
-    "optimizer.ema_decay": (0, _BELOW_ONE),
-    "distributed.shard_size": (1, _LARGEST),
-    "distributed.timeout_minutes": (_NEXT, _LARGEST),
-    "checkpoint.every_steps": (1, _LARGEST),
-    "checkpoint.keep_last": (1, _LARGEST),
-    "checkpoint.keep_every_steps": (1, _LARGEST),
-    "safety.non_finite_limit": (0, _LARGEST),
-    "safety.spike_deviations": (0, _LARGEST),
-    "safety.hang_minutes": (0, _LARGEST),
+_RANGES: dict[tuple[float, float], str] = {
+    (1, _LARGEST): """
+        epochs max_steps batch_size accumulation_steps grad_cache_steps validate_every_epochs log_every_steps
+        data.captions_per_image data.shuffle_window encoder.cache_views compute.recompute_every distributed.shard_size
+        checkpoint.every_steps checkpoint.keep_last checkpoint.keep_every_steps
+        """,
+    (0, _LARGEST): """
+        checkpoint_minutes report_images seed data.num_workers optimizer.weight_decay optimizer.grad_clip
+        optimizer.warmup_steps safety.non_finite_limit safety.spike_deviations safety.hang_minutes
+        """,
+    (_NEXT, _LARGEST): """
+        data.cache_gb encoder.learning_rate optimizer.learning_rate optimizer.eps distributed.timeout_minutes
+        """,
+    (0, 1): """
+        data.flip_probability data.color_jitter data.max_bad_share optimizer.decay_fraction optimizer.final_lr_fraction
+        """,
+    (_NEXT, 1): "optimizer.layer_decay",
+    (0, _BELOW_ONE): "encoder.patch_dropout optimizer.ema_decay",
+    (-1, _LARGEST): "encoder.frozen_stages",
 }
 
 
 def _check_ranges(recipe: Recipe) -> None:
-    for name, (least, most) in _RANGES.items():
+    for name, (least, most) in ((name, bounds) for bounds, names in _RANGES.items() for name in names.split()):
         value = attrgetter(name)(recipe)
         if value is not None and not least <= value <= most:  # also if it is not a number
             low = "more than 0" if least == _NEXT else f"at least {least:g}"

@@ -11,6 +11,7 @@ from PIL import Image
 
 from opencoca.system.files import atomic_write
 from opencoca.train.report.charts import COLOURS, chart_svg, charts_of
+from opencoca.train.report.live_view import working_figures
 from opencoca.train.report.matrices import matrix_png, stored_matrices
 from opencoca.train.report.run_log import RunLog
 
@@ -72,12 +73,8 @@ def _summary(run: RunLog, number: int, many: bool) -> str:
     if train:
         last = train[-1]
         facts.append(f"epoch {last.get('epoch', 0):g}")
-        facts.append(f"{_mean(train, 'images_per_sec'):,.0f} images/s, {_mean(train, 'tokens_per_sec'):,.0f} tokens/s")
-        if "model_flops_utilisation" in last:
-            share = 100 * _mean(train, "model_flops_utilisation")
-            facts.append(f"{share:.{0 if share >= 10 else 2}f} % model FLOP utilisation")
-        if "memory_bytes" in last:
-            facts.append(f"{last['memory_bytes'] / 1e9:.1f} GB of memory at most")
+        rates = ("images_per_sec", "tokens_per_sec", "model_flops_utilisation", "step_ms", "data_wait_ms")
+        facts.append(working_figures(last | {name: _mean(train, name) for name in rates if name in last}))
     dot = (
         f'<span class="dot" style="background:{COLOURS[number % 7]}"></span><b>{escape(run.name)}</b>: ' if many else ""
     )
