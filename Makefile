@@ -29,7 +29,7 @@ demo: setup
 	$(PYTHON) demo/demo.py
 
 test: setup
-	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not java and not peers and not gpu and not slow"
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not java and not peers and not gpu and not slow"
 
 # Minutes each: full-size networks, many kills, a simulated object store.
 test-slow: setup
@@ -46,7 +46,7 @@ test-java: setup
 
 # Other projects' models against ours, in an environment of their own; it has not what all other tests import.
 test-peers: $(PEERS_VENV)/.installed
-	$(PEERS_VENV)/bin/python -m pytest -m "peers and not java and not gpu" $$(grep -rl --include='test_*.py' 'mark\.peers' tests)
+	$(PEERS_VENV)/bin/python -m pytest -n 2 -m "peers and not java and not gpu" $$(grep -rl --include='test_*.py' 'mark\.peers' tests)
 
 $(PEERS_VENV)/.installed: pyproject.toml constraints.txt scripts/make_peers_env.sh
 	rm -rf $(PEERS_VENV)

@@ -14,7 +14,7 @@ install() { "$dir/bin/python" -m pip install --disable-pip-version-check --no-in
 
 constraints=$dir/constraints.txt
 grep -v -E '^(huggingface_hub|tokenizers)==' constraints.txt >"$constraints"
-install -c "$constraints" -e ".[pretrained]" pytest hypothesis \
+install -c "$constraints" -e ".[pretrained]" pytest pytest-xdist hypothesis \
     transformers==4.49.0 huggingface_hub==0.34.4 tokenizers==0.21.4 regex ftfy einops
 # Without their dependencies: those would bring another PyTorch. torchvision 0.28 belongs to PyTorch 2.13.
 install --no-deps torchvision==0.28.0 timm==1.0.31 open_clip_torch==3.3.0 coca-pytorch==0.1.0 vit-pytorch==1.26.11

@@ -1,13 +1,9 @@
-"""A run that only notes which samples it saw: `python run_ledger.py FOLDER SHARDS RANK WORLD_SIZE WORKERS KIND`.
-
-It goes on where the ledger of its rank ends, and can be killed at any time.
-"""
+"""A run that only notes which samples it saw. It goes on where its ledger ends, and can be killed at any time."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 from opencoca.data import (
@@ -42,9 +38,8 @@ def make_loader(shards: str, kind: str, rank: int, world_size: int, num_workers:
     return TrainingLoader(source, NumberTokenizer(), transform, order, BATCH_SIZE, 1, 8, SEED, **options)
 
 
-def main() -> None:
-    folder, shards = Path(sys.argv[1]), sys.argv[2]
-    rank, world_size, num_workers, kind = int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), sys.argv[6]
+def run(folder: Path, shards: str, rank: int, world_size: int, num_workers: int, kind: str) -> None:
+    """Takes the steps of one of ``world_size`` processes."""
     loader = make_loader(shards, kind, rank, world_size, num_workers)
     start = int((folder / "start").read_text())
     with open(folder / f"{start}-{rank}-of-{world_size}.jsonl", "a") as ledger:
@@ -54,7 +49,3 @@ def main() -> None:
             ledger.flush()
             os.fsync(ledger.fileno())
             step += 1
-
-
-if __name__ == "__main__":
-    main()

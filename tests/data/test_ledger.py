@@ -2,22 +2,19 @@
 
 import itertools
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from .run_ledger import BATCH_SIZE, NUM_EPOCHS, make_loader
+from processes import kill, start
+
+from .run_ledger import BATCH_SIZE, NUM_EPOCHS, make_loader, run
 from .test_shards import sample, write_tar
 
-SCRIPT = Path(__file__).with_name("run_ledger.py")
 NUM_SAMPLES = 50
 
 
@@ -29,14 +26,6 @@ def shards(tmp_path):
     for shard, (first, end) in enumerate(itertools.pairwise(bounds)):
         write_tar(folder / f"{shard}.tar", [member for number in range(first, end) for member in sample(number)])
     return str(folder)
-
-
-def launch(folder, shards, kind, rank, world_size, num_workers):
-    arguments = [folder, shards, rank, world_size, num_workers, kind]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *map(str, arguments)], env=environment, start_new_session=True
-    )
 
 
 def whole_steps(folder, start, world_size):
@@ -59,19 +48,22 @@ def run_with_kills(folder, shards, kind, total_steps, seed):
     while len(seen) < total_steps:
         world_size, num_workers = draw.choice([(1, 0), (2, 1), (3, 0), (4, 1), (1, 2), (2, 0)])
         (folder / "start").write_text(str(len(seen)))
-        processes = [launch(folder, shards, kind, rank, world_size, num_workers) for rank in range(world_size)]
-        start, until = len(seen), len(seen) + draw.randint(1, 5)
+        processes = [
+            start(run, folder, shards, rank, world_size, num_workers, kind, output=folder / f"rank-{rank}.txt")
+            for rank in range(world_size)
+        ]
+        begin, until = len(seen), len(seen) + draw.randint(1, 5)
         deadline = time.monotonic() + 120
-        while any(process.poll() is None for process in processes):
+        while any(process.is_alive() for process in processes):
             assert time.monotonic() < deadline, "a run hangs"
-            if start + len(whole_steps(folder, start, world_size)) >= until:
+            if begin + len(whole_steps(folder, begin, world_size)) >= until:
                 for process in processes:
-                    if process.poll() is None:
-                        os.killpg(process.pid, signal.SIGKILL)
+                    if process.is_alive():
+                        kill(process)
                         kills += 1
             time.sleep(0.01)
-        assert all(process.wait() in (0, -signal.SIGKILL) for process in processes)
-        seen += whole_steps(folder, start, world_size)
+        assert all(process.exitcode in (0, -signal.SIGKILL) for process in processes)
+        seen += whole_steps(folder, begin, world_size)
     return seen[:total_steps], kills
 
 

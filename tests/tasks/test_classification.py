@@ -95,7 +95,10 @@ def test_a_model_without_a_head_says_so(pairs: Pairs, labels: Path, capsys: Any)
 
 
 @pytest.mark.parametrize("frozen_stages", [0, -1])
-def test_a_stopped_run_continues_to_the_bit(pairs: Pairs, labels: Path, tmp_path: Path, frozen_stages: int) -> None:
+def test_a_stopped_run_continues_to_the_bit(
+    pairs: Pairs, labels: Path, tmp_path: Path, frozen_stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opencoca.train.trainer.write_report", lambda *_: None)
     changes = {"encoder__frozen_stages": frozen_stages, "encoder__cache_features": frozen_stages == -1}
     changes |= {"optimizer__ema_decay": 0.9, "task__label_smoothing": 0.1, "epochs": 3}
     whole = recipe_of(pairs, labels, tmp_path / "whole", **changes)

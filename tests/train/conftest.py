@@ -6,6 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from opencoca.model.config import CoCaConfig
+from opencoca.tasks.task import Task
+from opencoca.train.flops import ModelFlops
+from opencoca.train.recipe.recipe import Recipe
+
 from .helpers import Pairs, write_pairs
 
 
@@ -21,6 +26,22 @@ def one_thread() -> Iterator[None]:
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing the report takes longer than a tiny run; the tests that look at it use a run made by a wider fixture."""
     monkeypatch.setattr("opencoca.train.trainer.write_report", lambda *_: None)
+
+
+@pytest.fixture(autouse=True, scope="package")
+def counted_once() -> Iterator[None]:
+    """Counting a tiny model's operations takes as long as some of its steps, so equal models share one count."""
+    known: dict[str, ModelFlops] = {}
+
+    def count(config: CoCaConfig, recipe: Recipe, task: Task | None = None) -> ModelFlops:
+        key = repr((config, recipe.encoder, recipe.optimizer, recipe.task, type(task)))
+        if key not in known:
+            known[key] = ModelFlops(config, recipe, task)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("opencoca.train.flops.ModelFlops", count)
+        yield
 
 
 @pytest.fixture(scope="package")

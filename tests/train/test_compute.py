@@ -41,7 +41,7 @@ def count_kept(trainer: Trainer) -> int:
 
 
 class TestRecompute:
-    @pytest.mark.parametrize("dropout", [0.0, 0.3])
+    @pytest.mark.parametrize("dropout", [0.3, pytest.param(0.0, marks=pytest.mark.slow)])
     @pytest.mark.parametrize("precision", ["fp32", "bf16"])
     @pytest.mark.parametrize(("kind", "every"), [("image", 1), ("text", 1), ("all", 1), ("all", 2)])
     def test_gradients_are_the_same_dropout_included(

@@ -64,7 +64,7 @@ def seeds(recipe: Recipe, step: int, monkeypatch: pytest.MonkeyPatch) -> list[in
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("steps", [2, 3, 5, 12])
+@pytest.mark.parametrize("steps", [*(pytest.param(steps, marks=pytest.mark.slow) for steps in (2, 3)), 5, 12])
 @pytest.mark.parametrize("arrangement", ["cascade", "parallel", "shared"])
 def test_equals_the_batch_in_one_pass(
     steps: int, dropout: float, arrangement: str, monkeypatch: pytest.MonkeyPatch

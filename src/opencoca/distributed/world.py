@@ -6,19 +6,22 @@ Letters: R ranks, S rows of one rank, N rows of all.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from threading import Thread
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opencoca.distributed.elastic import is_store_reused, store_of_this_attempt
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Result = TypeVar("Result")
 # While one process works alone (on a vocabulary, a feature cache, validation), the others wait as long as it takes.
@@ -196,19 +199,28 @@ def _part_after_failure() -> None:
     parting.join(_PARTING_S)
 
 
+def is_sharded(tensor: Tensor) -> TypeGuard["DTensor"]:
+    """Whether each process holds a part of the tensor."""
+    # Importing this module of torch takes a second, and no tensor is sharded where nobody has imported it.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """Returns this process's part of a sharded tensor, or the tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gathers a sharded tensor from all processes, which must all call; returns any other tensor itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def sharded_like(full: Tensor, like: Tensor) -> Tensor:
     """Shards ``full``, which every process holds, as ``like`` is sharded, on its device."""
     full = full.to(like.device)
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return full
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from distributed.cases import Case, make_batch, make_model, make_recipe
-from distributed.conftest import run_ranks
 from opencoca.distributed.world import World, full_tensor, join_world
 from opencoca.train.checkpoints import Checkpoints, TrainState
 from opencoca.train.checkpoints.shard_file import ShardFile
@@ -20,6 +18,7 @@ from opencoca.train.optim.optimizer import WeightAverage, build_optimizer
 from opencoca.train.parallel import ParallelModel
 from opencoca.train.recipe.safety import CheckpointRecipe
 from opencoca.train.step import TrainStep
+from processes import run_ranks
 
 from ..helpers import flip_bit
 from .states import Everything, equal
@@ -84,23 +83,21 @@ def resume(folder: Path, out: Path, world: World, way: str) -> None:
     torch.save({"step": step, "found": found, "next": run.everything(), "drawn": drawn}, out / f"{world.rank}.pt")
 
 
-def main(action: str, way: str, *folders: str) -> None:
+def work(action: str, way: str, *folders: Path) -> None:
     """save WAY FOLDER, or resume WAY FOLDER RESULTS [FOLDER RESULTS ...]."""
-    torch.set_num_threads(1)
-    paths = [Path(folder) for folder in folders]
     with join_world() as world:
         if action == "save":
-            save_some(paths[0], world, way)
+            save_some(folders[0], world, way)
         else:
-            for folder, out in zip(paths[::2], paths[1::2], strict=True):
+            for folder, out in zip(folders[::2], folders[1::2], strict=True):
                 resume(folder, out, world, way)
 
 
 def run_program(action: str, way: str, *folders: Path) -> None:
     if WAYS[way] == 1:
-        main(action, way, *map(str, folders))
+        work(action, way, *folders)
     else:
-        run_ranks(WAYS[way], ["-m", "train.checkpoints.test_ranks", action, way, *map(str, folders)])
+        run_ranks(WAYS[way], work, action, way, *folders, folder=folders[-1])
 
 
 Saved = Callable[[str], Path]
@@ -178,7 +175,3 @@ def test_one_damaged_file_of_several_means_the_one_before_for_all(saved: Saved, 
     for result in continued("damaged", way):
         assert result["step"] == 1
         assert equal(result["found"], contents(saved("fsdp"), 1))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -68,7 +68,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]
         if "model" in values:
             values["model"] = at_todays_places(values["model"])
         from_file = parser.parse_object(values, defaults=True)
-        namespace: Namespace = parser.parse_args(overrides, namespace=from_file)
+        namespace: Namespace = parser.parse_args(overrides, namespace=from_file) if overrides else from_file
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.49
         return Recipe(**vars(instantiate(namespace)))
     except Exception as error:
