@@ -119,9 +119,8 @@ class ParallelModel:
             return self.model if wanted else None
         copy = None
         if wanted:
-            with torch.random.fork_rng(
-                devices=[]
-            ):  # drawing its initial values must not change the run's random numbers
+            # Drawing its initial values must not change the run's random numbers.
+            with torch.random.fork_rng(devices=[]):
                 copy = CoCa(self.model.config).to(self.device, next(_scalars(self.model)).dtype).eval()
         targets = {} if copy is None else {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
