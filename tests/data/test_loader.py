@@ -215,7 +215,7 @@ def test_broken_images_are_reported_out_of_worker_processes():
     with pytest.warns(UserWarning, match=r"6\.jpg") as caught:
         list(loader.batches(stop_epoch=2))
     assert len(caught) == 1
-    assert list(loader.quarantine.by_index) == [6]
+    assert list(loader.bad_samples.by_index) == [6]
 
 
 def test_too_many_broken_images_stop_the_run():

@@ -17,12 +17,12 @@ def bad(number):
 def test_each_is_listed_once_over_several_runs_and_a_torn_line_is_survived(tmp_path):
     path = tmp_path / "run" / "bad.jsonl"
     first = Quarantine(1000, path)
-    first.add([bad(1), bad(2)])
-    first.add([bad(2), bad(3)])
+    first.add(dict([bad(1), bad(2)]))
+    first.add(dict([bad(2), bad(3)]))
     with open(path, "a") as file:
         file.write('{"key": "torn')
     second = Quarantine(1000, path)
-    second.add([bad(3), bad(1)])
+    second.add(dict([bad(3), bad(1)]))
     assert [entry.key for entry in read_quarantine(path)] == ["1", "2", "3"]
     lines = path.read_text().splitlines()
     assert json.loads(lines[0]) == {
@@ -37,10 +37,10 @@ def test_each_is_listed_once_over_several_runs_and_a_torn_line_is_survived(tmp_p
 @pytest.mark.filterwarnings("ignore:more than 20")
 def test_too_many_stop_the_run_and_the_error_says_why(tmp_path):
     quarantine = Quarantine(1000, tmp_path / "bad.jsonl", max_share=0.02)
-    quarantine.add(bad(number) for number in range(4))
+    quarantine.add(dict(bad(number) for number in range(4)))
     quarantine.check(50)  # too early to tell
     quarantine.check(200)
-    quarantine.add([bad(4)])
+    quarantine.add(dict([bad(4)]))
     message = (
         r"5 images are broken, more than 2% of the 200 read so far "
         r"\(cannot read the image '0': bent; .*'1'.*'2': bent\); all are listed in '.*bad.jsonl'"
@@ -54,7 +54,7 @@ def test_too_many_stop_the_run_and_the_error_says_why(tmp_path):
 def test_warnings_are_not_endless(recwarn):
     quarantine = Quarantine(10**6)
     for number in range(500):
-        quarantine.add([bad(number)])
+        quarantine.add(dict([bad(number)]))
     messages = [str(warning.message) for warning in recwarn]
     assert len(messages) == 21
     assert messages[-1] == "more than 20 images are bad"

@@ -452,7 +452,7 @@ class TestBatches:
         with pytest.warns(UserWarning, match="another image takes its place"):
             batch = batches.batch(0, 0)
         assert batch.keys == ("cat/0.jpg",) * 3
-        assert {index: bad.reason for index, bad in batches.quarantine.by_index.items()} == {
+        assert {index: bad.reason for index, bad in batches.bad_samples.by_index.items()} == {
             1: "the image 'cat/1.jpg' has no label",
             2: "the image 'dog/0.jpg': 'wolf' is not a class",
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from opencoca.data.source import BadSample, SampleSource
@@ -44,12 +44,12 @@ class Quarantine:
         if len(named) > self.max_share * (self.num_samples + len(named)):
             self._stop(named, self.num_samples + len(named))
 
-    def add(self, found: Iterable[tuple[int, BadSample]]) -> None:
+    def add(self, found: Mapping[int, BadSample]) -> None:
         """Note samples met while reading, by index, and warn of those that are new."""
-        new = {index: bad for index, bad in found if index not in self.by_index}
-        for bad in new.values():
+        new = {index: bad for index, bad in found.items() if index not in self.by_index}
+        for index, bad in new.items():
             self._warn(bad)
-            self.by_index |= new
+            self.by_index[index] = bad
         self._write(new.values())
 
     def check(self, num_read: int) -> None:
@@ -60,10 +60,9 @@ class Quarantine:
             self._stop(list(self.by_index.values()), seen)
 
     def _warn(self, bad: BadSample) -> None:
-        count = len(self.by_index)
-        if count < _MAX_WARNINGS:
+        if len(self.by_index) < _MAX_WARNINGS:
             warnings.warn(f"{bad.reason}; another image takes its place", stacklevel=5)
-        elif count == _MAX_WARNINGS:
+        elif len(self.by_index) == _MAX_WARNINGS:
             where = f"; {str(self.path)!r} lists them all" if self.path else ""
             warnings.warn(f"more than {_MAX_WARNINGS} images are bad{where}", stacklevel=5)
 
