@@ -118,7 +118,7 @@ def _print_captions(
     from tqdm import tqdm
 
     from opencoca.recaption import Captioner, caption_source, choose_batch_size
-    from opencoca.recaption.rows import output_rows, to_journal_row
+    from opencoca.recaption.captioner import output_rows, to_journal_row
 
     captioner = Captioner(load_pipeline(arguments), options, arguments.rerank)
     batch_size = arguments.batch_size or choose_batch_size(captioner, len(source), memory_bytes)

@@ -4,12 +4,11 @@
 """
 
 from opencoca.recaption.captioner import CaptionedImage, Captioner, caption_source
-from opencoca.recaption.destination import Destination
-from opencoca.recaption.finish import RunReport
 from opencoca.recaption.flags import FlagThresholds, caption_flags
 from opencoca.recaption.inputs import open_inputs
 from opencoca.recaption.memory import choose_batch_size, parse_bytes
-from opencoca.recaption.run import caption_to_files
+from opencoca.recaption.outputs import Destination
+from opencoca.recaption.run import RunReport, caption_to_files
 
 __all__ = [
     "CaptionedImage",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,10 @@ from opencoca.data import EvalTransform, ImageBatch, SampleSource, Subset, itera
 from opencoca.generation import GeneratedCaption, GenerationOptions
 from opencoca.generation.rerank import check_rerank
 from opencoca.inference.pipeline import Pipeline
+
+Row = dict[str, Any]
+"""A row as JSON can hold it."""
+_DIGITS = 4  # further digits are rounding errors
 
 
 @dataclass(frozen=True)
@@ -83,3 +88,29 @@ def _caption_batch(captioner: Captioner, source: SampleSource, batch: ImageBatch
         captions = captioner(batch.pixels, keys)
         done |= {i: CaptionedImage(k, c) for i, k, c in zip(indices, keys, captions, strict=True)}
     return [done[index] for index in sorted(done)]
+
+
+def to_journal_row(image: CaptionedImage) -> Row:
+    """Makes an image's row in the journal: {"image", "captions"} or {"image", "error"}.
+
+    A caption has its similarity to the image if captions were reranked.
+    """
+    if image.error is not None:
+        return {"image": image.image, "error": image.error}
+    captions: list[Row] = []
+    for found in image.captions:
+        scores = {"log_probability": round(found.log_probability, _DIGITS), "length": found.length}
+        if found.similarity is not None:
+            scores["similarity"] = round(found.similarity, _DIGITS)
+        captions.append({"caption": found.text, **scores})
+    return {"image": image.image, "captions": captions}
+
+
+def output_rows(row: Row) -> Iterator[Row]:
+    """Makes a row for each caption in a row of the journal: the image and what is stored of the caption.
+
+    Where an image has several captions, each row has the caption's rank, 0 for the best.
+    """
+    captions = row.get("captions", [])
+    for rank, caption in enumerate(captions):
+        yield {"image": row["image"], **({"rank": rank} if len(captions) > 1 else {}), **caption}

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from opencoca.recaption.rows import Row
+from opencoca.recaption.captioner import Row
 from opencoca.system.files import WriteError
 
 FORMAT = "opencoca-captions-1"

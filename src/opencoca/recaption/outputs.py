@@ -1,4 +1,4 @@
-"""Writes captions to files: JSON lines, CSV or Parquet with a row for each caption, or text files beside the images."""
+"""The files that a run writes: captions in one file (JSON lines, CSV, Parquet) or beside the images, and records."""
 
 from __future__ import annotations
 
@@ -7,15 +7,60 @@ import csv
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from opencoca.recaption.rows import Row
+from opencoca.data import SampleSource
+from opencoca.recaption.captioner import Row
+from opencoca.recaption.inputs import common_folder, text_files_beside
 from opencoca.system.files import WriteError, atomic_write
 
 OUTPUT_SUFFIXES = (".jsonl", ".csv", ".parquet")
 _ROWS_PER_GROUP = 16_384
+_BESIDE_NAME = "opencoca-captions"
+
+
+@dataclass(frozen=True)
+class Destination:
+    """The files that a run writes.
+
+    out: a .jsonl, .csv or .parquet file for the captions, or None.
+    base: the beginning of the names of the run's own files: BASE.journal, BASE.errors.jsonl, BASE.run.json.
+    texts: the text file beside each image; empty if none are written.
+    """
+
+    out: Path | None
+    base: Path
+    texts: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, source: SampleSource, out: str | Path | None, beside: bool) -> Destination:
+        """Plans the files; raises ValueError if images cannot have files beside them or `out` has an unknown suffix."""
+        texts = tuple(text_files_beside(source)) if beside else ()
+        if out is not None:
+            check_suffix(out)
+            return cls(Path(out), Path(out), texts)
+        assert beside, "there is nowhere to write to"
+        return cls(None, common_folder(source) / _BESIDE_NAME, texts)
+
+    @property
+    def journal(self) -> Path:
+        return self.base.with_name(self.base.name + ".journal")
+
+    @property
+    def errors(self) -> Path:
+        return self.base.with_name(self.base.name + ".errors.jsonl")
+
+    @property
+    def record(self) -> Path:
+        return self.base.with_name(self.base.name + ".run.json")
+
+    def existing(self) -> list[str]:
+        """Returns the existing files that the run would replace."""
+        found = [str(self.out)] if self.out is not None and self.out.exists() else []
+        return found + [path for path in self.texts if os.path.lexists(path)]
 
 
 def check_suffix(path: str | Path) -> None:
