@@ -67,7 +67,7 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 def _read_captions(path: Path, column: str) -> list[str]:
     from opencoca.data import open_source
-    from opencoca.data.tables import TABLE_SUFFIXES, read_captions
+    from opencoca.data.tables import TABLE_SUFFIXES, Table, TableColumns
 
     suffix = path.suffix.lower()
     if suffix == ".tar" or path.is_dir():
@@ -80,4 +80,4 @@ def _read_captions(path: Path, column: str) -> list[str]:
     if suffix not in TABLE_SUFFIXES:
         endings = ", ".join((".txt", ".tar", *TABLE_SUFFIXES))
         raise ValueError(f"cannot read the captions in {str(path)!r}: its ending is none of {endings}")
-    return read_captions(path, caption_column=column)
+    return [text for row in Table(path).rows(TableColumns(None, column)) for text in row.captions if text]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from opencoca.data.images import MAX_PIXELS, ImageError, decode_image, read_header
+from opencoca.data.images import MAX_PIXELS, ImageError, ImageHeader, decode_image, read_header
 from opencoca.data.read_ahead import parallel_map
 from opencoca.data.source import SampleSource
 from opencoca.data.targets import Target
@@ -44,6 +45,14 @@ class Spread:
     def describe(self, digits: int = 0) -> str:
         """Writes all numbers in one line, with this number of digits after the point."""
         return ", ".join(f"{name} {value:,.{digits}f}" for name, value in asdict(self).items())
+
+
+class Finding(NamedTuple):
+    """What was found of one kind, and whether that is a fault of the data."""
+
+    name: str
+    items: Sequence[str]
+    is_error: bool = True
 
 
 @dataclass(frozen=True)
@@ -95,17 +104,26 @@ class CheckReport:
     unusable_targets: tuple[tuple[str, str], ...]
 
     @property
-    def errors(self) -> dict[str, tuple[Any, ...]]:
-        """Broken and missing things by kind. Duplicates are no error, nor is a source without any caption or label."""
-        kinds = {
-            "broken images": self.broken_images,
-            "missing images": self.missing_images,
-            "images without captions": self.images_without_captions if self.num_captions else (),
-            "blank captions": self.blank_captions,
-            "images without label": self.images_without_target if self.num_targets else (),
-            "unusable labels": self.unusable_targets,
-        }
-        return {name: found for name, found in kinds.items() if found}
+    def findings(self) -> tuple[Finding, ...]:
+        """Everything that is wrong or remarkable, by kind; a source without any caption or label lacks none."""
+        groups, near = ([", ".join(keys) for keys in of] for of in (self.duplicate_images, self.near_duplicate_images))
+        repeated = [f"{count} x {text}" for text, count in self.duplicate_captions]
+        return (
+            Finding("broken images", [f"{key}: {reason}" for key, reason in self.broken_images]),
+            Finding("missing images", self.missing_images),
+            Finding("images without captions", self.images_without_captions, self.num_captions > 0),
+            Finding("blank captions", self.blank_captions),
+            Finding("duplicate images (groups)", groups, False),
+            Finding("near-duplicate images (groups)", near, False),
+            Finding("repeated captions", repeated, False),
+            Finding("images without label", self.images_without_target, self.num_targets > 0),
+            Finding("unusable labels", [reason for _, reason in self.unusable_targets]),
+        )
+
+    @property
+    def errors(self) -> dict[str, Sequence[str]]:
+        """Broken and missing things by kind."""
+        return {name: items for name, items, is_error in self.findings if items and is_error}
 
     def to_dict(self) -> dict[str, Any]:
         """A dict that JSON can hold."""
@@ -113,14 +131,13 @@ class CheckReport:
 
 
 class _ImageFacts(NamedTuple):
+    """What is found of an image; one that can't be decoded has an error and nothing else."""
+
     key: str
     error: str | None
+    header: ImageHeader = ImageHeader(0, 0, "", "")
     digest: bytes = b""
-    width: int = 0
-    height: int = 0
-    format: str = ""
-    mode: str = ""
-    thumbnail: np.ndarray | None = None  # (64,) uint8
+    thumbnail: np.ndarray = np.zeros(0, np.uint8)  # (64,)
 
 
 class _SampleFacts(NamedTuple):
@@ -142,14 +159,12 @@ def check_source(
         max_pixels: images with more count as broken.
         progress: whether to show a progress bar.
     """
-
-    def examine(index: int) -> _SampleFacts:
-        return _examine(source, index, max_pixels)
-
+    examine = functools.partial(_examine, source, max_pixels)
     results = parallel_map(examine, range(len(source)), num_workers, window=4 * max(1, num_workers))
     samples = list(tqdm(results, total=len(source), desc="checking images", unit="image", disable=not progress))
     images = [image for sample in samples for image in sample.images]
     good = [image for image in images if image.error is None]
+    headers = [image.header for image in good]
     texts = [caption for sample in samples for caption in sample.captions]
     repeated = Counter(" ".join(text.casefold().split()) for text in texts)
     targets = [sample.target for sample in samples if sample.target is not None]
@@ -157,11 +172,11 @@ def check_source(
         num_images=len(source),
         num_captions=len(texts),
         captions_per_image=Spread.of(len(sample.captions) for sample in samples),
-        width=Spread.of(image.width for image in good),
-        height=Spread.of(image.height for image in good),
-        megapixels=_histogram([image.width * image.height / 1e6 for image in good]),
-        formats=dict(Counter(image.format for image in good).most_common()),
-        modes=dict(Counter(image.mode for image in good).most_common()),
+        width=Spread.of(header.width for header in headers),
+        height=Spread.of(header.height for header in headers),
+        megapixels=_histogram([header.width * header.height / 1e6 for header in headers]),
+        formats=dict(Counter(header.format for header in headers).most_common()),
+        modes=dict(Counter(header.mode for header in headers).most_common()),
         broken_images=tuple((image.key, image.error) for image in images if image.error is not None),
         missing_images=source.missing_images,
         images_without_captions=tuple(sample.key for sample in samples if not sample.captions),
@@ -178,7 +193,7 @@ def check_source(
     )
 
 
-def _examine(source: SampleSource, index: int, max_pixels: int) -> _SampleFacts:
+def _examine(source: SampleSource, max_pixels: int, index: int) -> _SampleFacts:
     key, target, target_error = source.key(index), None, None
     try:
         data = source.read(index, texts=False, target=False).images
@@ -202,7 +217,7 @@ def _facts_of(data: bytes, key: str, max_pixels: int) -> _ImageFacts:
         return _ImageFacts(key, error.reason)
     digest = hashlib.blake2b(data, digest_size=16).digest()
     thumbnail = np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX)).reshape(64)
-    return _ImageFacts(key, None, digest, header.width, header.height, header.format, header.mode, thumbnail)
+    return _ImageFacts(key, None, header, digest, thumbnail)
 
 
 def _groups(items: Iterable[tuple[Hashable, str]]) -> tuple[tuple[str, ...], ...]:
@@ -218,7 +233,6 @@ def _near_duplicates(images: list[_ImageFacts]) -> tuple[tuple[str, ...], ...]:
     distinct = {image.digest: image for image in reversed(images)}
     buckets: dict[bytes, list[tuple[str, np.ndarray]]] = defaultdict(list)
     for image in reversed(distinct.values()):
-        assert image.thumbnail is not None
         average_hash = np.packbits(image.thumbnail > image.thumbnail.mean()).tobytes()
         buckets[average_hash].append((image.key, image.thumbnail))
     groups: list[tuple[str, ...]] = []
@@ -258,33 +272,17 @@ def format_report(report: CheckReport, *, examples: int = 5) -> str:
         ("modes", counts(report.modes.items())),
         *_target_rows(report),
     ]
-    findings = _findings(report)
-    rows += [(name, f"{len(found):,}") for name, found in findings]
+    labelled = report.num_targets or report.unusable_targets
+    findings = report.findings if labelled else report.findings[:-2]  # the last two are about labels
+    rows += [(name, f"{len(found):,}") for name, found, _ in findings]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
-    for name, found in findings:
+    for name, found, _ in findings:
         if found:
             lines += ["", f"{name}:"] + [f"  {item}" for item in found[:examples]]
             if len(found) > examples:
                 lines.append(f"  ... and {len(found) - examples:,} more")
     return "\n".join(lines)
-
-
-def _findings(report: CheckReport) -> list[tuple[str, list[str]]]:
-    """Lists everything that is wrong or remarkable, by kind."""
-    findings = [
-        ("broken images", [f"{key}: {reason}" for key, reason in report.broken_images]),
-        ("missing images", list(report.missing_images)),
-        ("images without captions", list(report.images_without_captions)),
-        ("blank captions", list(report.blank_captions)),
-        ("duplicate images (groups)", [", ".join(group) for group in report.duplicate_images]),
-        ("near-duplicate images (groups)", [", ".join(group) for group in report.near_duplicate_images]),
-        ("repeated captions", [f"{count} x {text}" for text, count in report.duplicate_captions]),
-    ]
-    if report.num_targets or report.unusable_targets:
-        findings.append(("images without label", list(report.images_without_target)))
-        findings.append(("unusable labels", [reason for _, reason in report.unusable_targets]))
-    return findings
 
 
 def _target_rows(report: CheckReport, examples: int = 3) -> list[tuple[str, str]]:

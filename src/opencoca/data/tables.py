@@ -21,7 +21,7 @@ class TableColumns(NamedTuple):
     Where a table has no `image`, `caption` or `label` but `images`, `captions` or `labels`, that is read.
     """
 
-    image: str = "image"
+    image: str | None = "image"
     caption: str | None = "caption"
     label: str | None = None
 
@@ -29,8 +29,17 @@ class TableColumns(NamedTuple):
 DEFAULT_COLUMNS = TableColumns()
 
 
+class TableRow(NamedTuple):
+    """What a row says: where it stands, for messages; names of images; captions, "" for a blank one; a target."""
+
+    where: str
+    images: list[str]
+    captions: list[str]
+    target: Target | None
+
+
 class Table:
-    """The columns and rows of a table; a row is (where it is, its cells by column).
+    """A table of any kind: the names of its columns, and what its rows say of images.
 
     Raises:
         FileNotFoundError: there is no such table.
@@ -40,27 +49,38 @@ class Table:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         suffix = self.path.suffix.lower()
-        self.cells_hold_json = suffix in (".csv", ".tsv")  # a list is a JSON array there
+        self._holds_json = suffix in (".csv", ".tsv")  # a list is a JSON array there
         if not self.path.is_file():
             raise FileNotFoundError(f"there is no table {str(path)!r}")
         if suffix not in TABLE_SUFFIXES:
             known = ", ".join(TABLE_SUFFIXES[:-1]) + " or " + TABLE_SUFFIXES[-1]
             raise ValueError(f"cannot tell the format of the table {str(path)!r}: expected {known}")
-        read = {".parquet": _read_parquet}.get(suffix, _read_csv if self.cells_hold_json else _read_jsonl)
+        read = {".parquet": _read_parquet}.get(suffix, _read_csv if self._holds_json else _read_jsonl)
         try:
-            self.columns, rows = read(self.path)
+            self.columns, self._rows = read(self.path)
         except UnicodeDecodeError as error:
             raise ValueError(f"cannot read the table {str(path)!r}: it is not UTF-8 text ({error})") from error
         except (csv.Error, OSError) as error:
             raise ValueError(f"cannot read the table {str(path)!r}: {error}") from error
-        unit = "row" if suffix == ".parquet" else "line"
-        self.rows = ((f"{unit} {number} of {str(path)!r}", row) for number, row in rows)
 
-    def column(self, wanted: str) -> str:
-        """Returns the name of a column in this table, which may be the plural of a default name.
+    def rows(self, columns: TableColumns) -> Iterator[TableRow]:
+        """Reads these columns of every row, once.
 
-        Raises ValueError if it has no such column.
+        Raises ValueError for a column that isn't there, and for a row that names no image, a caption that isn't text or
+        a label that can't be used.
         """
+        image, caption, label = (column and self._column(column) for column in columns)
+        unit = "row" if self.path.suffix.lower() == ".parquet" else "line"
+        for number, cells in self._rows:
+            where, parse_json = f"{unit} {number} of {str(self.path)!r}", self._holds_json
+            yield TableRow(
+                where,
+                _image_names(cells.get(image), where, parse_json) if image else [],
+                split_captions(cells.get(caption), where, parse_json=parse_json) if caption else [],
+                parse_target(cells.get(label), where, parse_json=parse_json) if label else None,
+            )
+
+    def _column(self, wanted: str) -> str:
         if wanted in self.columns:
             return wanted
         if wanted in ("image", "caption", "label") and f"{wanted}s" in self.columns:
@@ -109,45 +129,21 @@ def read_table(
         ValueError: unreadable, of an unknown format, without the columns, or with a row that names no image, an image
             outside of `images_root`, a caption that isn't text, or a label that can't be used.
     """
-    table, found, root = Table(path), SampleTable(), Path(images_root)
-    image, caption, label = (column and table.column(column) for column in columns)
-    assert image
+    found, root = SampleTable(), Path(images_root)
     targets: dict[str, list[Target]] = {}
     classes: dict[str, str] = {}  # one string for each class, however many samples it has
-    for where, row in table.rows:
-        written = _image_names(row.get(image), where, table.cells_hold_json)
-        names = tuple(_image_key(name, root, where) for name in written)
+    for where, images, texts, target in Table(path).rows(columns):
+        names = tuple(_image_key(name, root, where) for name in images)
         key = " + ".join(names)
         if len(names) > 1:
             found.images[key] = names
-        texts = split_captions(row.get(caption), where, parse_json=table.cells_hold_json) if caption else []
         found.captions[key] = found.captions.get(key, ()) + tuple(filter(None, texts))
         found.blank += [key] * texts.count("")
-        target = parse_target(row.get(label), where, parse_json=table.cells_hold_json) if label else None
         if target is not None:
             target = classes.setdefault(target, target) if isinstance(target, str) else target
             targets.setdefault(key, []).append(target)
     found.targets |= {key: _join(key, own, path) for key, own in targets.items()}
     return found
-
-
-def read_captions(path: str | Path, *, caption_column: str = "caption") -> list[str]:
-    """All captions of a table, in its order, blank ones left out. Raises as `read_table` does."""
-    table = Table(path)
-    column = table.column(caption_column)
-    cells = (split_captions(row.get(column), where, parse_json=table.cells_hold_json) for where, row in table.rows)
-    return [text for texts in cells for text in texts if text]
-
-
-def read_image_names(path: str | Path, *, image_column: str = "image") -> list[str]:
-    """The images that a table names, as they are written there, each once, in the order of their first row.
-
-    Raises as `read_table` does.
-    """
-    table = Table(path)
-    column = table.column(image_column)
-    rows = (_image_names(row.get(column), where, table.cells_hold_json) for where, row in table.rows)
-    return list(dict.fromkeys(name for names in rows for name in names))
 
 
 def split_captions(value: Any, where: str, *, parse_json: bool = False) -> list[str]:

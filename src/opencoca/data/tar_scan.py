@@ -19,7 +19,6 @@ ReadAt = Callable[[int, int], bytes]
 _WITHOUT_DATA = frozenset(
     {tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE}
 )
-_ZEROS = bytes(BLOCK)
 _LARGEST_NAME = 1 << 20
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from opencoca.inference.labels import LabelScore
 from opencoca.inference.preprocess import ImageLike, as_pil
@@ -13,21 +13,21 @@ from opencoca.pictures.drawing import (
     ACCENT,
     CARD_FILL,
     INK,
+    INNER_WIDTH,
     PAPER,
     SOFT,
     TRACK,
     font,
     framed,
-    save_sheet,
     shortened,
     stacked,
     text_block,
+    write_sheet,
 )
 
-_WIDTH, _MARGIN, _GAP, _PADDING = 1600, 48, 24, 18
-_COLUMNS = 4
-_CARD = (_WIDTH - 2 * _MARGIN - (_COLUMNS - 1) * _GAP) // _COLUMNS
-_PHOTO_HEIGHT = _CARD * 3 // 4
+_GAP, _PADDING, _COLUMNS = 24, 18, 4
+_CARD = (INNER_WIDTH - (_COLUMNS - 1) * _GAP) // _COLUMNS
+_INNER = _CARD - 2 * _PADDING
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,11 @@ def write_contact_sheet(
     """
     if not photographs and not findings:
         raise ValueError("a contact sheet needs at least one photograph or finding")
-    cards = [_photograph_card(photograph) for photograph in photographs]
-    found = [_finding_card(finding) for finding in findings]
-    inner = _WIDTH - 2 * _MARGIN
-    heading = [text_block(title, font(38, bold=True), INK, inner)] if title else []
-    heading += [text_block(subtitle, font(20), SOFT, inner)] if subtitle else []
-    sections = [stacked(heading, inner, PAPER)] if heading else []
-    sections += _rows(cards)
-    if found:
-        sections += [text_block("Found by text", font(26, bold=True), INK, inner), *_rows(found)]
-    return save_sheet(path, stacked(sections, _WIDTH, PAPER, _GAP, _MARGIN))
+    sections = _rows([_photograph_card(photograph) for photograph in photographs])
+    if findings:
+        sections.append(text_block("Found by text", font(26, bold=True), INK, INNER_WIDTH))
+        sections += _rows([_finding_card(finding) for finding in findings])
+    return write_sheet(path, title, subtitle, sections, _GAP)
 
 
 def _rows(cards: Sequence[Image.Image]) -> list[Image.Image]:
@@ -82,7 +77,7 @@ def _rows(cards: Sequence[Image.Image]) -> list[Image.Image]:
     for start in range(0, len(cards), _COLUMNS):
         group = cards[start : start + _COLUMNS]
         height = max(card.height for card in group)
-        row = Image.new("RGB", (_WIDTH - 2 * _MARGIN, height), PAPER)
+        row = Image.new("RGB", (INNER_WIDTH, height), PAPER)
         for column, card in enumerate(group):
             row.paste(framed(card, height), (column * (_CARD + _GAP), 0))
         rows.append(row)
@@ -90,56 +85,43 @@ def _rows(cards: Sequence[Image.Image]) -> list[Image.Image]:
 
 
 def _photograph_card(photograph: Photograph) -> Image.Image:
-    inner = _CARD - 2 * _PADDING
-    caption = text_block(photograph.caption or "(no words)", font(21), INK, inner, CARD_FILL)
-    bars = [_label_bar(label, inner) for label in photograph.labels]
-    return _card(photograph.image, [caption, *bars])
+    caption = text_block(photograph.caption or "(no words)", font(21), INK, _INNER, CARD_FILL)
+    return _card(photograph.image, [caption, *map(_label_bar, photograph.labels)])
 
 
 def _finding_card(finding: Finding) -> Image.Image:
-    inner = _CARD - 2 * _PADDING
-    query = text_block(f"“{finding.query}”", font(21, bold=True), ACCENT, inner, CARD_FILL)
-    score = text_block(f"similarity {finding.similarity:.3f}", font(17), SOFT, inner, CARD_FILL)
+    query = text_block(f"“{finding.query}”", font(21, bold=True), ACCENT, _INNER, CARD_FILL)
+    score = text_block(f"similarity {finding.similarity:.3f}", font(17), SOFT, _INNER, CARD_FILL)
     return _card(finding.image, [query, score])
 
 
 def _card(image: ImageLike, parts: Sequence[Image.Image]) -> Image.Image:
-    photo = _covering(as_pil(image), (_CARD, _PHOTO_HEIGHT))
+    photo = _covering(as_pil(image), (_CARD, _CARD * 3 // 4))
     return stacked([photo, stacked(parts, _CARD, CARD_FILL, gap=10, margin=_PADDING)], _CARD, CARD_FILL)
 
 
 def _covering(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Shows the whole image on a blurred copy of itself: nothing is cut off, and no empty bars are left."""
-    scale = max(size[0] / image.width, size[1] / image.height)
-    share = min(size[0] / image.width, size[1] / image.height) / scale
-    if share > 0.85:  # nearly the same shape: a crop loses little
-        return _resized(image, size, scale)
-    small = (max(1, size[0] // 24), max(1, size[1] // 24))
-    background = _resized(image, small, scale / 24).resize(size, Image.Resampling.BICUBIC)
-    scale *= share
-    inside = image.resize(
-        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS
-    )
-    background.paste(inside, ((size[0] - inside.width) // 2, (size[1] - inside.height) // 2))
+    across, down = size[0] / image.width, size[1] / image.height
+    scale = min(across, down)
+    if scale > 0.85 * max(across, down):  # nearly the same shape: a crop loses little
+        return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    small = ImageOps.fit(image, (max(1, size[0] // 24), max(1, size[1] // 24)), Image.Resampling.LANCZOS)
+    background = small.resize(size, Image.Resampling.BICUBIC)
+    inner = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    place = (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
+    background.paste(image.resize(inner, Image.Resampling.LANCZOS), place)
     return background
 
 
-def _resized(image: Image.Image, size: tuple[int, int], scale: float) -> Image.Image:
-    """Scales the image and cuts its middle to this size."""
-    width, height = min(image.width, size[0] / scale), min(image.height, size[1] / scale)
-    left, top = (image.width - width) / 2, (image.height - height) / 2
-    return image.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
-
-
-def _label_bar(label: LabelScore, width: int) -> Image.Image:
-    small = font(17)
-    height, bar_height = 38, 7
+def _label_bar(label: LabelScore) -> Image.Image:
+    """Draws a label, its probability, and a bar as long as that below them."""
+    small, width, height, bar_height = font(17), _INNER, 38, 7
     part = Image.new("RGB", (width, height), CARD_FILL)
     draw = ImageDraw.Draw(part)
     percent = f"{label.probability:.0%}"
     draw.text((width, 0), percent, SOFT, small, anchor="ra")
-    name = shortened(label.label, small, width - small.getlength(percent) - 16)
-    draw.text((0, 0), name, INK, small, anchor="la")
+    draw.text((0, 0), shortened(label.label, small, width - small.getlength(percent) - 16), INK, small, anchor="la")
     top = height - bar_height - 2
     draw.rounded_rectangle((0, top, width - 1, top + bar_height), bar_height / 2, fill=TRACK)
     filled = round((width - 1) * min(1.0, max(0.0, label.probability)))

@@ -11,6 +11,8 @@ from opencoca.system.files import atomic_write
 
 PAPER, CARD_FILL, BORDER = "#f3f1ec", "#ffffff", "#dedad1"
 INK, SOFT, ACCENT, TRACK = "#22211f", "#77736b", "#c2562d", "#efece5"
+WIDTH, MARGIN = 1600, 48
+INNER_WIDTH = WIDTH - 2 * MARGIN
 _RADIUS = 14
 
 
@@ -33,6 +35,7 @@ def framed(card: Image.Image, height: int) -> Image.Image:
 def text_block(
     text: str, font: ImageFont.FreeTypeFont, colour: str, width: int, background: str = PAPER
 ) -> Image.Image:
+    """Draws a text of this width, on as many lines as it takes."""
     lines = wrapped(text, font, width)
     step = round(font.size * 1.35)
     block = Image.new("RGB", (width, step * len(lines)), background)
@@ -53,8 +56,13 @@ def stacked(parts: Sequence[Image.Image], width: int, fill: str, gap: int = 0, m
     return whole
 
 
-def save_sheet(path: str | os.PathLike[str], sheet: Image.Image) -> Path:
-    """Writes a picture as a PNG and returns its path."""
+def write_sheet(
+    path: str | os.PathLike[str], title: str, subtitle: str, parts: Sequence[Image.Image], gap: int
+) -> Path:
+    """Writes title, subtitle and parts below one another as a PNG, and returns its path."""
+    heading = [text_block(title, font(38, bold=True), INK, INNER_WIDTH)] if title else []
+    heading += [text_block(subtitle, font(20), SOFT, INNER_WIDTH)] if subtitle else []
+    sheet = stacked([stacked(heading, INNER_WIDTH, PAPER), *parts] if heading else parts, WIDTH, PAPER, gap, MARGIN)
     with atomic_write(path) as partial:
         sheet.save(partial, "PNG", optimize=True)
     return Path(path)
@@ -75,6 +83,7 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
 
 
 def shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """Cuts a text that is wider than this, and ends it with an ellipsis."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}…") > width:

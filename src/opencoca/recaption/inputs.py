@@ -10,7 +10,7 @@ from pathlib import Path
 
 from opencoca.data import ImageFolder, JoinedSource, SampleSource, TarShards, find_shards, list_images
 from opencoca.data.images import IMAGE_SUFFIXES
-from opencoca.data.tables import TABLE_SUFFIXES, read_image_names
+from opencoca.data.tables import TABLE_SUFFIXES, Table, TableColumns
 from opencoca.recaption.parquet_images import ParquetImages, has_encoded_images
 
 _SHARD_SUFFIX = ".tar"
@@ -126,8 +126,9 @@ class _Collection:
             self.sources.append(ParquetImages(path, self.image_column))
             return
         root = path.parent if self.image_root is None else self.image_root
-        for name in read_image_names(path, image_column=self.image_column):
-            self._add_file(str(root / name))
+        for row in Table(path).rows(TableColumns(self.image_column, None)):
+            for name in row.images:
+                self._add_file(str(root / name))
 
     def _add_file(self, path: str) -> None:
         if path not in self.seen:
