@@ -180,7 +180,7 @@ def test_labels_that_no_image_has_are_to_choose_from(pipeline: Pipeline, images:
         ("label,title\na,b\n", "no column 'name'"),
         ("label,name\n", "is empty"),
         ("label,name\na,\n", "lacks"),
-        ("label,name\na\n", "lacks"),
+        ("label,name\na\n", "has 1 fields"),
     ],
 )
 def test_unusable_class_names(tmp_path: Path, content: str, message: str) -> None:

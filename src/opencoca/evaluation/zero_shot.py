@@ -3,12 +3,12 @@
 Every image of the source has a class as its target: see `opencoca.data.open_labelled`.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from opencoca.data import SampleSource
+from opencoca.data.tables import Table, TableColumns
 from opencoca.evaluation.classification import ClassificationEvaluator, class_of
 from opencoca.evaluation.encoding import BrokenImage, encode_images
 from opencoca.evaluation.prompts import ClassificationScores
@@ -28,25 +28,19 @@ class ZeroShotReport:
 
 
 def read_class_names(path: str | Path) -> dict[str, str]:
-    """What labels are called in prompts, from a CSV file with the columns label and name.
+    """What labels are called in prompts, from a table (CSV, TSV, JSON lines, Parquet) with the columns label and name.
 
     Raises FileNotFoundError without the file, ValueError if it is not such a table.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no table of class names {str(path)!r}")
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            columns, rows = reader.fieldnames or [], list(reader)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the table of class names {str(path)!r}: {error}") from error
-    for column in ("label", "name"):
-        if column not in columns:
-            raise ValueError(f"the table of class names {str(path)!r} has no column {column!r}")
-    if not rows or not all(row["label"] and row["name"] for row in rows):
-        raise ValueError(f"the table of class names {str(path)!r} is empty, or a row of it lacks a label or a name")
-    return {row["label"]: row["name"] for row in rows}
+    names: dict[str, str] = {}
+    for row in Table(path).rows(TableColumns(None, "name", "label")):
+        name = " ".join(row.captions)
+        if not name or not isinstance(row.target, str):
+            raise ValueError(f"{row.where} lacks a label or a name")
+        names[row.target] = name
+    if not names:
+        raise ValueError(f"the table of class names {str(path)!r} is empty")
+    return names
 
 
 def evaluate_zero_shot(

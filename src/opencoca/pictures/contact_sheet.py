@@ -13,21 +13,21 @@ from opencoca.pictures.drawing import (
     ACCENT,
     CARD_FILL,
     INK,
-    INNER_WIDTH,
     PAPER,
     SOFT,
     TRACK,
     font,
     framed,
+    save_sheet,
     shortened,
     stacked,
     text_block,
-    write_sheet,
 )
 
-_GAP, _PADDING, _COLUMNS = 24, 18, 4
-_CARD = (INNER_WIDTH - (_COLUMNS - 1) * _GAP) // _COLUMNS
-_INNER = _CARD - 2 * _PADDING
+_WIDTH, _MARGIN, _GAP, _PADDING = 1600, 48, 24, 18
+_COLUMNS = 4
+_CARD = (_WIDTH - 2 * _MARGIN - (_COLUMNS - 1) * _GAP) // _COLUMNS
+_PHOTO_HEIGHT = _CARD * 3 // 4
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,16 @@ def write_contact_sheet(
     """
     if not photographs and not findings:
         raise ValueError("a contact sheet needs at least one photograph or finding")
-    sections = _rows([_photograph_card(photograph) for photograph in photographs])
-    if findings:
-        sections.append(text_block("Found by text", font(26, bold=True), INK, INNER_WIDTH))
-        sections += _rows([_finding_card(finding) for finding in findings])
-    return write_sheet(path, title, subtitle, sections, _GAP)
+    cards = [_photograph_card(photograph) for photograph in photographs]
+    found = [_finding_card(finding) for finding in findings]
+    inner = _WIDTH - 2 * _MARGIN
+    heading = [text_block(title, font(38, bold=True), INK, inner)] if title else []
+    heading += [text_block(subtitle, font(20), SOFT, inner)] if subtitle else []
+    sections = [stacked(heading, inner, PAPER)] if heading else []
+    sections += _rows(cards)
+    if found:
+        sections += [text_block("Found by text", font(26, bold=True), INK, inner), *_rows(found)]
+    return save_sheet(path, stacked(sections, _WIDTH, PAPER, _GAP, _MARGIN))
 
 
 def _rows(cards: Sequence[Image.Image]) -> list[Image.Image]:
@@ -77,7 +82,7 @@ def _rows(cards: Sequence[Image.Image]) -> list[Image.Image]:
     for start in range(0, len(cards), _COLUMNS):
         group = cards[start : start + _COLUMNS]
         height = max(card.height for card in group)
-        row = Image.new("RGB", (INNER_WIDTH, height), PAPER)
+        row = Image.new("RGB", (_WIDTH - 2 * _MARGIN, height), PAPER)
         for column, card in enumerate(group):
             row.paste(framed(card, height), (column * (_CARD + _GAP), 0))
         rows.append(row)
@@ -85,18 +90,21 @@ def _rows(cards: Sequence[Image.Image]) -> list[Image.Image]:
 
 
 def _photograph_card(photograph: Photograph) -> Image.Image:
-    caption = text_block(photograph.caption or "(no words)", font(21), INK, _INNER, CARD_FILL)
-    return _card(photograph.image, [caption, *map(_label_bar, photograph.labels)])
+    inner = _CARD - 2 * _PADDING
+    caption = text_block(photograph.caption or "(no words)", font(21), INK, inner, CARD_FILL)
+    bars = [_label_bar(label, inner) for label in photograph.labels]
+    return _card(photograph.image, [caption, *bars])
 
 
 def _finding_card(finding: Finding) -> Image.Image:
-    query = text_block(f"“{finding.query}”", font(21, bold=True), ACCENT, _INNER, CARD_FILL)
-    score = text_block(f"similarity {finding.similarity:.3f}", font(17), SOFT, _INNER, CARD_FILL)
+    inner = _CARD - 2 * _PADDING
+    query = text_block(f"“{finding.query}”", font(21, bold=True), ACCENT, inner, CARD_FILL)
+    score = text_block(f"similarity {finding.similarity:.3f}", font(17), SOFT, inner, CARD_FILL)
     return _card(finding.image, [query, score])
 
 
 def _card(image: ImageLike, parts: Sequence[Image.Image]) -> Image.Image:
-    photo = _covering(as_pil(image), (_CARD, _CARD * 3 // 4))
+    photo = _covering(as_pil(image), (_CARD, _PHOTO_HEIGHT))
     return stacked([photo, stacked(parts, _CARD, CARD_FILL, gap=10, margin=_PADDING)], _CARD, CARD_FILL)
 
 
@@ -114,14 +122,15 @@ def _covering(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return background
 
 
-def _label_bar(label: LabelScore) -> Image.Image:
-    """Draws a label, its probability, and a bar as long as that below them."""
-    small, width, height, bar_height = font(17), _INNER, 38, 7
+def _label_bar(label: LabelScore, width: int) -> Image.Image:
+    small = font(17)
+    height, bar_height = 38, 7
     part = Image.new("RGB", (width, height), CARD_FILL)
     draw = ImageDraw.Draw(part)
     percent = f"{label.probability:.0%}"
     draw.text((width, 0), percent, SOFT, small, anchor="ra")
-    draw.text((0, 0), shortened(label.label, small, width - small.getlength(percent) - 16), INK, small, anchor="la")
+    name = shortened(label.label, small, width - small.getlength(percent) - 16)
+    draw.text((0, 0), name, INK, small, anchor="la")
     top = height - bar_height - 2
     draw.rounded_rectangle((0, top, width - 1, top + bar_height), bar_height / 2, fill=TRACK)
     filled = round((width - 1) * min(1.0, max(0.0, label.probability)))

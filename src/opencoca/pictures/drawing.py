@@ -11,8 +11,6 @@ from opencoca.system.files import atomic_write
 
 PAPER, CARD_FILL, BORDER = "#f3f1ec", "#ffffff", "#dedad1"
 INK, SOFT, ACCENT, TRACK = "#22211f", "#77736b", "#c2562d", "#efece5"
-WIDTH, MARGIN = 1600, 48
-INNER_WIDTH = WIDTH - 2 * MARGIN
 _RADIUS = 14
 
 
@@ -56,13 +54,8 @@ def stacked(parts: Sequence[Image.Image], width: int, fill: str, gap: int = 0, m
     return whole
 
 
-def write_sheet(
-    path: str | os.PathLike[str], title: str, subtitle: str, parts: Sequence[Image.Image], gap: int
-) -> Path:
-    """Writes title, subtitle and parts below one another as a PNG, and returns its path."""
-    heading = [text_block(title, font(38, bold=True), INK, INNER_WIDTH)] if title else []
-    heading += [text_block(subtitle, font(20), SOFT, INNER_WIDTH)] if subtitle else []
-    sheet = stacked([stacked(heading, INNER_WIDTH, PAPER), *parts] if heading else parts, WIDTH, PAPER, gap, MARGIN)
+def save_sheet(path: str | os.PathLike[str], sheet: Image.Image) -> Path:
+    """Writes a picture as a PNG and returns its path."""
     with atomic_write(path) as partial:
         sheet.save(partial, "PNG", optimize=True)
     return Path(path)

@@ -11,23 +11,12 @@ import numpy as np
 from PIL import Image
 
 from opencoca.generation.explanation import Explanation
-from opencoca.pictures.drawing import (
-    CARD_FILL,
-    INK,
-    INNER_WIDTH,
-    PAPER,
-    SOFT,
-    font,
-    framed,
-    stacked,
-    text_block,
-    write_sheet,
-)
+from opencoca.pictures.drawing import CARD_FILL, INK, PAPER, SOFT, font, framed, save_sheet, stacked, text_block
 
-_GAP, _CELL_GAP, _PADDING = 40, 14, 14
+_WIDTH, _MARGIN, _GAP, _CELL_GAP, _PADDING = 1600, 48, 40, 14, 14
 _COLUMNS = 5
 _LEFT = 460
-_CELL = (INNER_WIDTH - _LEFT - _GAP - (_COLUMNS - 1) * _CELL_GAP) // _COLUMNS
+_CELL = (_WIDTH - 2 * _MARGIN - _LEFT - _GAP - (_COLUMNS - 1) * _CELL_GAP) // _COLUMNS
 _TALLEST = 1.5  # height over width of a photograph that is shown whole; taller ones are made smaller
 _FADED = 0.62  # how far the photograph fades to white where a word does not look
 _GLOW = np.array([240, 90, 10], dtype=np.float32)
@@ -53,7 +42,11 @@ def write_explanations(
     """
     if not explanations:
         raise ValueError("there is nothing to draw; give at least one explanation")
-    return write_sheet(path, title, subtitle, [_section(explanation, layers) for explanation in explanations], _GAP)
+    inner = _WIDTH - 2 * _MARGIN
+    sections = [text_block(title, font(38, bold=True), INK, inner)] if title else []
+    sections += [text_block(subtitle, font(20), SOFT, inner)] if subtitle else []
+    sections += [_section(explanation, layers) for explanation in explanations]
+    return save_sheet(path, stacked(sections, _WIDTH, PAPER, _GAP, _MARGIN))
 
 
 def overlay(photograph: Image.Image, heat: np.ndarray) -> Image.Image:
@@ -79,7 +72,7 @@ def _section(explanation: Explanation, layers: Sequence[int] | None) -> Image.Im
         cells.append(_card(overlay(small, heat), stacked([name, chance], name.width, CARD_FILL), _CELL))
     rows = -(-len(cells) // _COLUMNS)
     height = max(left.height, rows * (cells[0].height + _CELL_GAP) - _CELL_GAP)
-    section = Image.new("RGB", (INNER_WIDTH, height), PAPER)
+    section = Image.new("RGB", (_WIDTH - 2 * _MARGIN, height), PAPER)
     section.paste(framed(left, left.height), (0, 0))
     for number, cell in enumerate(cells):
         row, column = divmod(number, _COLUMNS)
