@@ -1,11 +1,7 @@
-"""Steps of a tiny model that any number of processes can take, each on its share of the same batch.
-
-As a program, it takes all of them as one of several processes: ``python -m distributed.cases FOLDER CASE ...``.
-"""
+"""Steps of a tiny model that any number of processes can take, each on its share of the same batch."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -210,8 +206,8 @@ def take_bad_step(world: World, strategy: str, bad_rank: int) -> dict[str, Tenso
     }
 
 
-def main(folder: Path, names: list[str]) -> None:
-    torch.set_num_threads(1)
+def take_cases(folder: Path, names: tuple[str, ...]) -> None:
+    """Takes these steps as one of several processes, and writes what it found to files."""
     with join_world() as world:
         for name in names:
             strategy, _, case = name.partition(" ")
@@ -221,7 +217,3 @@ def main(folder: Path, names: list[str]) -> None:
             else:
                 found = take_step(CASES[case], world, strategy, int(shard_size) if shard_size else None)
             torch.save(found, folder / f"{name} {world.rank}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

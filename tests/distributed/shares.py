@@ -1,11 +1,7 @@
-"""What each of several processes holds and computes of a run's beginning, its validation and its loss.
-
-As a program, one of several processes: ``python -m distributed.shares FOLDER RECIPE STRATEGY ...``.
-"""
+"""What each of several processes holds and computes of a run's beginning, its validation and its loss."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,15 +78,11 @@ def largest_of_the_loss(world: World) -> int:
     return largest.elements
 
 
-def main(folder: Path, recipe: Path, strategies: list[str]) -> None:
-    torch.set_num_threads(1)
+def take_shares(folder: Path, recipe: Path, strategies: tuple[str, ...]) -> None:
+    """Does its part as one of several processes, and writes what it found to files."""
     with join_world() as world:
         for strategy in strategies:
             loaded = load_recipe(recipe, ["--distributed.strategy", strategy])
             found = begin(replace(loaded, output=f"{loaded.output}-{strategy}"), world)
             torch.save(found, folder / f"{strategy} {world.rank}.pt")
         torch.save(largest_of_the_loss(world), folder / f"loss {world.rank}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

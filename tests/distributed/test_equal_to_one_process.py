@@ -17,10 +17,15 @@ from .conftest import Results
 pytestmark = pytest.mark.distributed
 
 FP32 = [name for name in CASES if name != "bf16"]
+# Of sharded weights in two processes: what the other cases show together, or four processes do.
+SLOW = tuple(
+    f"fsdp {name}"
+    for name in ("accumulated", "uneven", "three images", "cached", "cached and uneven", "sums", "contrastive alone")
+)
 RUNS: dict[int, tuple[str, ...]] = {
     2: (
         *(f"ddp {name}" for name in FP32),
-        *(f"fsdp {name}" for name in CASES),
+        *(f"fsdp {name}" for name in CASES if f"fsdp {name}" not in SLOW),
         "ddp bad",
         "fsdp bad",
     ),
@@ -38,7 +43,15 @@ RUNS: dict[int, tuple[str, ...]] = {
 }
 ONE_RANK = ("ddp plain", "fsdp plain", "fsdp cached and accumulated")
 EQUAL = [(size, name) for size, names in RUNS.items() for name in names if not name.endswith(("bad", "bf16"))]
+EQUAL += [pytest.param(2, name, marks=pytest.mark.slow) for name in SLOW]
 Taken = dict[str, Tensor]
+FindRanks = Callable[[int, str], list[Taken]]
+
+
+@pytest.fixture(scope="module")
+def ranks_of(results_of: Callable[[int, tuple[str, ...]], Results]) -> FindRanks:
+    """What each of ``size`` processes found in a case; the processes take all cases of their number one by one."""
+    return lambda size, name: results_of(size, SLOW if name in SLOW else RUNS[size])[name]
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +80,18 @@ def assert_close(found: Taken, expected: Taken, kind: str, tolerance: float) -> 
 
 @pytest.mark.parametrize(("size", "name"), EQUAL)
 def test_every_rank_has_the_losses_and_gradients_of_one_process(
-    size: int, name: str, results_of: Callable[[int, tuple[str, ...]], Results], alone: Callable[[str], Taken]
+    size: int, name: str, ranks_of: FindRanks, alone: Callable[[str], Taken]
 ) -> None:
     case = name.partition(" ")[2]
     tolerance = 1e-12 if CASES[case].double else 1e-6
-    for found in results_of(size, RUNS[size])[name]:
+    for found in ranks_of(size, name):
         assert_close(found, alone(case), "gradient/", tolerance)
         assert_close(found, alone(case), "metric/", tolerance)
 
 
-@pytest.mark.parametrize(("size", "name"), [pair for pair in EQUAL if pair[0] > 1])
-def test_all_ranks_end_with_the_same_weights_and_averages(
-    size: int, name: str, results_of: Callable[[int, tuple[str, ...]], Results]
-) -> None:
-    first, *others = results_of(size, RUNS[size])[name]
+@pytest.mark.parametrize(("size", "name"), EQUAL)
+def test_all_ranks_end_with_the_same_weights_and_averages(size: int, name: str, ranks_of: FindRanks) -> None:
+    first, *others = ranks_of(size, name)
     for kind in ("parameter/", "average/"):
         names = [key for key in first if key.startswith(kind)]
         assert names
@@ -108,10 +119,10 @@ def test_one_rank_is_one_process(name: str, tmp_path: Path, alone: Callable[[str
 
 @pytest.mark.parametrize("name", ["fsdp bf16"])
 def test_low_precision_blocks_cost_no_more_than_autocast_does(
-    name: str, results_of: Callable[[int, tuple[str, ...]], Results], alone: Callable[[str], Taken]
+    name: str, ranks_of: FindRanks, alone: Callable[[str], Taken]
 ) -> None:
     exact, rounded = alone("plain"), alone("bf16")
-    found = results_of(2, RUNS[2])[name][0]
+    found = ranks_of(2, name)[0]
 
     def error(taken: Taken) -> float:
         names = [key for key in exact if key.startswith("gradient/")]
@@ -122,10 +133,8 @@ def test_low_precision_blocks_cost_no_more_than_autocast_does(
 
 
 @pytest.mark.parametrize(("size", "name"), [(2, "ddp bad"), (2, "fsdp bad"), (4, "fsdp bad")])
-def test_a_nan_on_one_rank_stops_all_before_anything_changes(
-    size: int, name: str, results_of: Callable[[int, tuple[str, ...]], Results]
-) -> None:
-    ranks = results_of(size, RUNS[size])[name]
+def test_a_nan_on_one_rank_stops_all_before_anything_changes(size: int, name: str, ranks_of: FindRanks) -> None:
+    ranks = ranks_of(size, name)
     for rank in ranks:
         assert rank["noticed"]
         assert rank["changed"] == 0

@@ -8,8 +8,7 @@ import torch.distributed as dist
 
 from opencoca.distributed import world as distributed
 from opencoca.distributed.world import join_world
-
-from .conftest import free_port
+from processes import free_port
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import torch
 
 from opencoca.distributed.world import World
 from opencoca.train import load_recipe
+from processes import run_ranks
 from train.helpers import tiny_recipe, write_pairs
 
-from .conftest import run_ranks
-from .shares import CHUNK_ROWS, EMBED_DIM, ROWS, begin
+from .shares import CHUNK_ROWS, EMBED_DIM, ROWS, begin, take_shares
 
 pytestmark = pytest.mark.distributed
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = write_pairs(folder, count=120, captions_per_image=2)
     (pairs.images / "image70.png").write_bytes(b"no image")
     tiny_recipe(pairs, folder / "run", model__image__depth=2, data__max_bad_share=0.1)
-    run_ranks(SIZE, ["-m", "distributed.shares", str(folder), str(folder / "run.yaml"), *STRATEGIES], timeout_s=900)
+    run_ranks(SIZE, take_shares, folder, folder / "run.yaml", STRATEGIES, folder=folder, timeout_s=900)
     return folder
 
 

@@ -2,8 +2,8 @@
 
 import json
 import os
+import runpy
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,9 +14,8 @@ import yaml
 
 from opencoca.store.model_folder import load_model_folder
 from opencoca.train import load_recipe, train
+from processes import finish, start_ranks
 from train.helpers import Pairs, merged, tiny_values, write_pairs
-
-from .conftest import free_port
 
 pytestmark = pytest.mark.distributed
 
@@ -33,29 +32,10 @@ def write_recipe(pairs: Pairs, output: Path, **changes: Any) -> Path:
     return path
 
 
-def start(recipe: Path, size: int, *overrides: str, last: tuple[str, ...] = ()) -> list[subprocess.Popen[str]]:
-    """last: overrides of the last process alone."""
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "opencoca", "train", str(recipe), *overrides, *(last if rank == size - 1 else ())],
-            env=common | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-
-
-def finish(processes: list[subprocess.Popen[str]], timeout_s: float = 240) -> tuple[list[int], list[str]]:
-    """Their exit codes, and what they said."""
-    try:
-        outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], outputs
+def command(*arguments: str) -> None:
+    """``python -m opencoca ARGUMENTS``."""
+    sys.argv[1:] = arguments
+    runpy.run_module("opencoca", run_name="__main__")
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -82,18 +62,20 @@ def test_a_run_stopped_by_one_rank_and_continued_sharded_is_the_run_of_one_proce
     expected = metrics(tmp_path / "one")
 
     recipe = write_recipe(pairs, tmp_path / "two", **changes)
-    processes = start(recipe, 2)
-    while len(metrics(tmp_path / "two")) < 2 and processes[1].poll() is None:
+    processes = start_ranks(2, command, "train", str(recipe), folder=tmp_path)
+    while len(metrics(tmp_path / "two")) < 2 and processes[1].is_alive():
         time.sleep(0.005)
-    processes[1].send_signal(signal.SIGTERM)
-    codes, outputs = finish(processes)
+    assert processes[1].pid is not None
+    os.kill(processes[1].pid, signal.SIGTERM)
+    codes, outputs = finish(processes, tmp_path)
     assert codes == [130, 130], "\n".join(outputs)
     assert "the same command continues from there" in outputs[0]
     assert outputs[1] == ""
     stopped = len(metrics(tmp_path / "two"))
     assert 2 <= stopped < len(expected)
 
-    codes, outputs = finish(start(recipe, 2, "--distributed.strategy", "fsdp"))
+    sharded = ("--distributed.strategy", "fsdp")
+    codes, outputs = finish(start_ranks(2, command, "train", str(recipe), *sharded, folder=tmp_path), tmp_path)
     assert codes == [0, 0], "\n".join(outputs)
     assert "the trained model is in" in outputs[0]
     assert outputs[1] == ""
@@ -106,7 +88,8 @@ def test_a_run_stopped_by_one_rank_and_continued_sharded_is_the_run_of_one_proce
 
 
 def test_a_mistake_is_told_once(pairs: Pairs, tmp_path: Path) -> None:
-    codes, outputs = finish(start(write_recipe(pairs, tmp_path / "run"), 2, "--distributed.strategy", "none"))
+    arguments = ("train", str(write_recipe(pairs, tmp_path / "run")), "--distributed.strategy", "none")
+    codes, outputs = finish(start_ranks(2, command, *arguments, folder=tmp_path), tmp_path)
     assert codes == [2, 2]
     assert outputs[0].startswith("opencoca: there are 2 processes, but distributed.strategy is none")
     assert outputs[0].count("\n") == 1
@@ -116,8 +99,8 @@ def test_a_mistake_is_told_once(pairs: Pairs, tmp_path: Path) -> None:
 def test_what_one_rank_alone_lacks_ends_all(pairs: Pairs, tmp_path: Path) -> None:
     """As where a folder is missing on one machine: that machine says so, and the others do not wait for it."""
     missing = ("--data.train_images", str(tmp_path / "nowhere"))
-    processes = start(write_recipe(pairs, tmp_path / "run"), 2, last=missing)
-    codes, outputs = finish(processes)
+    recipe = str(write_recipe(pairs, tmp_path / "run"))
+    codes, outputs = finish(start_ranks(2, command, "train", recipe, folder=tmp_path, last=missing), tmp_path)
     assert codes == [2, 2]
     assert outputs[0] == ""
     assert "nowhere" in outputs[1]

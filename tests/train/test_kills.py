@@ -24,7 +24,7 @@ def killed_runs(out: Path, *arguments: str) -> list[dict[str, Any]]:
 
 
 def test_a_killed_run_is_the_same(tmp_path: Path) -> None:
-    (run,) = killed_runs(tmp_path / "result.json", "--kills", "2", "--ranks", "1", "--steps-per-kill", "20")
+    (run,) = killed_runs(tmp_path / "result.json", "--kills", "2", "--ranks", "1", "--steps-per-kill", "10")
     assert run["kills"] == 2
 
 
