@@ -134,8 +134,9 @@ def test_a_full_disk_is_one_error_and_nothing_is_lost(pairs: Pairs, output: Path
     assert_same_weights(output, train(tiny_recipe(pairs, tmp_path / "whole", **CHANGES)))
 
 
-def test_a_full_disk_may_be_waited_out(pairs: Pairs, output: Path, tmp_path: Path) -> None:
-    changes = CHANGES | {"checkpoint__when_unwritable": "continue", "checkpoint__in_background": True}
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_full_disk_may_be_waited_out(pairs: Pairs, output: Path, tmp_path: Path, in_background: bool) -> None:
+    changes = CHANGES | {"checkpoint__when_unwritable": "continue", "checkpoint__in_background": in_background}
     recipe = tiny_recipe(pairs, output, **changes)
     sizes = stopped_at_the_first_validation(recipe)
     trainer, allowed = Trainer(recipe), largest_file(sizes["checkpoint"] - 500)

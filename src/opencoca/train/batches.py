@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,41 +16,32 @@ from opencoca.train.feature_cache import FeatureCache
 from opencoca.train.recipe.recipe import Recipe
 
 
-class TrainLoading(NamedTuple):
-    """What samples become a batch with: where they come from, how texts, images and targets are prepared."""
-
-    source: SampleSource
-    tokenizer: Tokenizer
-    transform: TrainTransform
-    context_length: int
-    task: Task
-
-
 class TrainBatches:
     """Endless, stateless supply: ``iterate(step)`` gives the batches of global step ``step`` and all that follow."""
 
     def __init__(
         self,
         recipe: Recipe,
-        loading: TrainLoading,
+        task: Task,
+        source: SampleSource,
+        tokenizer: Tokenizer,
+        transform: TrainTransform,
         cache: FeatureCache | None,
-        cached_stages: int,
-        world: World | None = None,
+        world: World,
     ):
-        """world: the processes that share out each batch."""
-        world = world or World()
-        order = training_order(loading.source, recipe)
+        """cache: features that take the place of images. world: the processes that share out each batch."""
+        order = training_order(source, recipe)
         self.loader = TrainingLoader(
-            loading.source,
-            loading.tokenizer,
-            loading.transform,
+            source,
+            tokenizer,
+            transform,
             order,
             recipe.batch_size,
-            recipe.data.captions_per_image if loading.task.reads_texts else 0,
-            loading.context_length,
+            recipe.data.captions_per_image if task.reads_texts else 0,
+            recipe.model.text.context_length,
             recipe.seed,
             recipe.data.num_workers,
-            encode_target=loading.task.encode_target,
+            encode_target=task.encode_target,
             load_pixels=cache is None,
             skip=tuple(cache.broken) if cache else (),
             rank=world.rank,
@@ -64,7 +54,6 @@ class TrainBatches:
         self.order, self.batch_size, self.world = order, recipe.batch_size, world
         self.seed = recipe.seed
         self.cache = cache
-        self.cached_stages = cached_stages
 
     def iterate(self, step: int) -> Iterator[Batch]:
         """Batches from global step ``step`` on, without end."""
@@ -77,7 +66,7 @@ class TrainBatches:
                 assert batch.mirrored is not None
                 samples = batch.sample_ids.numpy()
                 features = self.cache.read(self._choose_views(samples, epoch, batch.mirrored.numpy()), samples)
-                batch = replace(batch, images=features, from_stage=self.cached_stages)
+                batch = replace(batch, images=features, from_stage=self.cache.stages)
             yield batch
             step += 1
 

@@ -9,9 +9,11 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +25,11 @@ from opencoca.data.images import ImageError
 from opencoca.data.read_ahead import batches_ahead
 from opencoca.data.sources import ImageFolder
 from opencoca.data.tar_source import TarShards
+from opencoca.distributed.world import World
+from opencoca.model.coca import CoCa
 from opencoca.system.files import WriteError, atomic_write
 from opencoca.train.compute import autocast
+from opencoca.train.recipe.recipe import Recipe
 
 _BATCH = 32
 
@@ -61,57 +66,105 @@ class CacheViews:
 
 
 class FeatureCache:
-    """Stored features (V, I, ...) in half precision, and which images could not be read."""
+    """Stored features (V, I, ...) in half precision, and which images could not be read.
 
-    def __init__(self, features: np.memmap, broken: dict[int, str]):
-        self.features = features
-        self.broken = broken
+    stages: how many of the encoder's first stages they have gone through.
+    """
+
+    def __init__(self, features: np.memmap, broken: dict[int, str], stages: int):
+        self.features, self.broken, self.stages = features, broken, stages
 
     def read(self, views: np.ndarray, images: np.ndarray) -> Tensor:
         """Features (B, ...) in float16 of these images (B,) in these views (B,)."""
         return torch.from_numpy(np.asarray(self.features[views, images]))
 
 
-@torch.no_grad()
-def open_feature_cache(
-    folder: Path,
-    encoder,
-    stages: int,
-    source: SampleSource,
-    views: CacheViews,
-    device: torch.device,
-    label: str,
-    precision: str,
-) -> FeatureCache:
-    """Opens the stored outputs of the encoder's first ``stages`` for all images and views; computes what is missing.
+class FeatureCaches:
+    """Opens the stored outputs of a model's frozen stages, where the recipe wants them; computes what is missing."""
 
-    The folder's name is a fingerprint of encoder, images and views, so that a stale cache is never used. An
-    interrupted computation goes on where it stopped. precision: bf16 or fp32, of the computation.
-    Raises WriteError (an OSError) if the disk is full: what is done stays.
-    """
-    folder = folder / _fingerprint(encoder, stages, source, views, precision)
-    folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, recipe: Recipe, model: CoCa, frozen_stages: int, device: torch.device, training: TrainTransform):
+        """training: how training images are augmented; all images are brought to the same size and range."""
+        self.recipe, self.device, self.training = recipe, device, training
+        self.encoder = model.structure().image_encoder
+        self.evaluation = EvalTransform(training.config)
+        self.stages = frozen_stages if recipe.encoder.cache_features else 0
+        self.folder = Path(recipe.encoder.cache_dir or Path(recipe.output) / "features")
 
-    def run(pixels: Tensor) -> Tensor:
-        with autocast(device, precision):
-            return encoder.run_stages(pixels.to(device), 0, stages)
+    def open(self, source: SampleSource, label: str, world: World, *, augmented: bool) -> FeatureCache | None:
+        """The features of a source's images, None if none are wanted; the main process computes what is missing.
 
-    sample = run(torch.zeros(1, 3, *views.evaluation.config.image_size))
-    shape = (views.count, len(source), *sample.shape[1:])
-    path, progress_path = folder / "features.f16", folder / "progress.json"
-    progress = {"rows": 0, "broken": {}}
-    size_bytes = 2 * math.prod(shape)
-    if progress_path.is_file() and path.is_file() and path.stat().st_size == size_bytes:
-        progress = json.loads(progress_path.read_text())
-    if progress["rows"] < len(source):
-        if not progress["rows"]:
-            progress_path.unlink(missing_ok=True)
-            _reserve(path, size_bytes)
-        features = np.memmap(path, np.float16, "r+", shape=shape)
-        _fill(features, progress, progress_path, run, source, views, label)
-        features.flush()
-    broken = {int(image): reason for image, reason in progress["broken"].items()}
-    return FeatureCache(np.memmap(path, np.float16, "r", shape=shape), broken)
+        augmented: in several views, for training. label: what messages call the images.
+        Raises ValueError if too many images cannot be read, and WriteError (an OSError) if the disk is full; what is
+        done then stays.
+        """
+        if not self.stages:
+            return None
+        options, seed = self.recipe.encoder, self.recipe.seed
+        views = CacheViews(self.evaluation, self.training, options.cache_views, seed)
+        if not augmented:
+            views = CacheViews(self.evaluation, None, 1, seed)
+        self.encoder.to(self.device).eval()
+        if world.size > 1:  # the others wait, and then only open it
+            world.on_main(lambda: self._open(source, views, label) and None)
+        cache, most = self._open(source, views, label), self.recipe.data.max_bad_share
+        if cache.broken:
+            message = f"{len(cache.broken)} of {len(source)} {label} are left out: {next(iter(cache.broken.values()))}"
+            if len(cache.broken) > most * len(source):
+                raise ValueError(f"{message}; that is more than {most:.0%}, remove or repair them")
+            warnings.warn(message, stacklevel=2)
+        return cache
+
+    @torch.no_grad()
+    def _open(self, source: SampleSource, views: CacheViews, label: str) -> FeatureCache:
+        """Opens the features of all images and views.
+
+        The folder's name is a fingerprint of encoder, images and views, so that a stale cache is never used. An
+        interrupted computation goes on where it stopped.
+        """
+        folder = self.folder / _fingerprint(self.encoder, self.stages, source, views, self.recipe.precision)
+        folder.mkdir(parents=True, exist_ok=True)
+        sample = self._run(torch.zeros(1, 3, *views.evaluation.config.image_size))
+        shape = (views.count, len(source), *sample.shape[1:])
+        path, progress_path = folder / "features.f16", folder / "progress.json"
+        progress = {"rows": 0, "broken": {}}
+        size_bytes = 2 * math.prod(shape)
+        if progress_path.is_file() and path.is_file() and path.stat().st_size == size_bytes:
+            progress = json.loads(progress_path.read_text())
+        if progress["rows"] < len(source):
+            if not progress["rows"]:
+                progress_path.unlink(missing_ok=True)
+                _reserve(path, size_bytes)
+            features = np.memmap(path, np.float16, "r+", shape=shape)
+            self._fill(features, progress, progress_path, source, views, label)
+        broken = {int(image): reason for image, reason in progress["broken"].items()}
+        return FeatureCache(np.memmap(path, np.float16, "r", shape=shape), broken, self.stages)
+
+    def _fill(
+        self,
+        features: np.memmap,
+        progress: dict[str, Any],
+        progress_path: Path,
+        source: SampleSource,
+        views: CacheViews,
+        label: str,
+    ) -> None:
+        bar = tqdm(total=len(source), initial=progress["rows"], desc=f"features of {label}", unit="img", leave=False)
+        for images, pixels, broken in _view_batches(source, views, progress["rows"]):
+            for view in range(views.count):
+                hidden = self._run(pixels[view])
+                features[view, images] = hidden.float().clamp(-65504, 65504).half().cpu().numpy()
+            progress["broken"].update({str(image): reason for image, reason in broken.items()})
+            progress["rows"] = int(images[-1]) + 1
+            if progress["rows"] % (8 * _BATCH) == 0 or progress["rows"] == len(source):
+                features.flush()
+                with atomic_write(progress_path) as partial:
+                    partial.write_text(json.dumps(progress), encoding="utf-8")
+            bar.update(len(images))
+        bar.close()
+
+    def _run(self, pixels: Tensor) -> Tensor:
+        with autocast(self.device, self.recipe.precision):
+            return self.encoder.run_stages(pixels.to(self.device), 0, self.stages)
 
 
 def _reserve(path: Path, size_bytes: int) -> None:
@@ -127,22 +180,6 @@ def _reserve(path: Path, size_bytes: int) -> None:
                 "encoder.cache_dir to a folder on another disk"
             )
             raise WriteError(error.errno, message) from error
-
-
-def _fill(features, progress, progress_path, run, source, views, label) -> None:
-    bar = tqdm(total=len(source), initial=progress["rows"], desc=f"features of {label}", unit="img", leave=False)
-    for images, pixels, broken in _view_batches(source, views, progress["rows"]):
-        for view in range(views.count):
-            hidden = run(pixels[view])
-            features[view, images] = hidden.float().clamp(-65504, 65504).half().cpu().numpy()
-        progress["broken"].update({str(image): reason for image, reason in broken.items()})
-        progress["rows"] = int(images[-1]) + 1
-        if progress["rows"] % (8 * _BATCH) == 0 or progress["rows"] == len(source):
-            features.flush()
-            with atomic_write(progress_path) as partial:
-                partial.write_text(json.dumps(progress), encoding="utf-8")
-        bar.update(len(images))
-    bar.close()
 
 
 def _view_batches(source, views: CacheViews, start: int) -> Iterator[tuple[np.ndarray, list[Tensor], dict[int, str]]]:

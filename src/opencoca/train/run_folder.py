@@ -13,38 +13,13 @@ from opencoca.system.files import atomic_write
 from opencoca.train.recipe.load import upgraded
 from opencoca.train.recipe.recipe import Recipe
 
-# Where and how fast a run goes, not what comes out of it; ``size`` only fills in ``model``, which is compared.
+# Keys and whole sections that say where and how fast a run goes, not what comes out of it. ``size`` only fills in
+# ``model``, which is compared. What safety says of steps that went wrong changes none that were taken.
 _MAY_CHANGE = frozenset(
-    {
-        "output",
-        "size",
-        "device",
-        "checkpoint_minutes",
-        "log_every_steps",
-        "report_images",
-        "tensorboard",
-        "data.num_workers",
-        "data.index_dir",
-        "data.cache_dir",
-        "data.cache_gb",
-        "data.max_bad_share",
-        "grad_cache_steps",
-        "distributed.strategy",
-        "distributed.shard_size",
-        "distributed.reshard_after_forward",
-        "distributed.timeout_minutes",
-        "encoder.cache_dir",
-        "checkpoint.every_steps",
-        "checkpoint.keep_last",
-        "checkpoint.keep_every_steps",
-        "checkpoint.keep_best",
-        "checkpoint.in_background",
-        "checkpoint.when_unwritable",
-        # Steps that were taken, were taken whatever these are.
-        "safety.non_finite",
-        "safety.non_finite_limit",
-        "safety.hang_minutes",
-    }
+    {"output", "size", "device", "checkpoint_minutes", "log_every_steps", "report_images", "tensorboard"}
+    | {"data.num_workers", "data.index_dir", "data.cache_dir", "data.cache_gb", "data.max_bad_share"}
+    | {"grad_cache_steps", "encoder.cache_dir", "distributed", "checkpoint"}
+    | {"safety.non_finite", "safety.non_finite_limit", "safety.hang_minutes"}
 )
 _SCHEDULE = frozenset({"epochs", "max_steps"})
 
@@ -95,7 +70,9 @@ def _with_defaults(theirs: Any, defaults: Any) -> Any:
 
 def _differences(theirs: Any, ours: Any, key: str = "") -> list[tuple[str, Any, Any]]:
     """(key, their value, our value) of every setting that differs and matters, by key."""
+    if key in _MAY_CHANGE:
+        return []
     if isinstance(theirs, dict) and isinstance(ours, dict):
         keys = sorted(theirs.keys() | ours.keys())
         return [d for k in keys for d in _differences(theirs.get(k), ours.get(k), f"{key}.{k}" if key else k)]
-    return [] if theirs == ours or key in _MAY_CHANGE else [(key, theirs, ours)]
+    return [] if theirs == ours else [(key, theirs, ours)]

@@ -5,13 +5,12 @@ Every process prepares its own; what is written (the recipe, a vocabulary, featu
 
 import sys
 import textwrap
-import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from opencoca.data import EvalTransform, PreprocessConfig, SampleSource, TrainTransform
+from opencoca.data import PreprocessConfig, SampleSource, TrainTransform
 from opencoca.distributed.world import World
 from opencoca.inference.loading import load_model
 from opencoca.model.coca import CoCa
@@ -23,12 +22,12 @@ from opencoca.store.interop.efficientnet_weights import load_imagenet_weights
 from opencoca.store.model_folder import LoadedModel, load_model_folder
 from opencoca.system.allocator import keep_freed_memory, limit_kernel_caches
 from opencoca.system.devices import choose_device
-from opencoca.tasks import Task, make_task
+from opencoca.tasks import make_task
 from opencoca.tokenizer import Tokenizer, train_tokenizer
-from opencoca.train.batches import TrainBatches, TrainLoading
+from opencoca.train.batches import TrainBatches
 from opencoca.train.compute import prepare_compute
 from opencoca.train.data_sources import open_train_source, open_val_source
-from opencoca.train.feature_cache import CacheViews, FeatureCache, open_feature_cache
+from opencoca.train.feature_cache import FeatureCaches
 from opencoca.train.optim.optimizer import freeze
 from opencoca.train.parallel import check_processes, is_built_in_shards
 from opencoca.train.recipe.recipe import Recipe
@@ -36,7 +35,6 @@ from opencoca.train.run_folder import remember_recipe
 from opencoca.train.validation import Validator
 
 
-@dataclass(frozen=True)
 class RunSetup:
     """The parts of a run. The model is not yet spread over processes; val_source and validator: None without one.
 
@@ -44,70 +42,62 @@ class RunSetup:
     frozen_stages: how many of the image encoder's first stages are not trained.
     """
 
-    recipe: Recipe
-    task: Task
-    device: torch.device
-    tokenizer: Tokenizer
-    preprocess: PreprocessConfig
-    model: CoCa
-    frozen_stages: int
-    batches: TrainBatches
-    train_source: SampleSource
-    val_source: SampleSource | None
-    validator: Validator | None
+    def __init__(self, recipe: Recipe, folder: Path, continues: bool, world: World):
+        """Prepares a run in ``folder``; continues: it holds a checkpoint of this recipe.
 
+        Raises ValueError for what the recipe gets wrong, FileNotFoundError for data that are not there.
+        """
+        self.device = device = choose_device(recipe.device, world.local_rank if world.size > 1 else None)
+        if device.type == "cpu":
+            limit_kernel_caches()
+            keep_freed_memory()
+        check_processes(recipe, world)
+        self.train_source, self.val_source = open_train_source(recipe), open_val_source(recipe)
+        self.task = make_task(recipe.task, self.train_source)
+        start = load_start(recipe)
+        folder.mkdir(parents=True, exist_ok=True)
+        asked = recipe.precision
+        self.recipe = recipe = world.on_main(lambda: remember_recipe(folder, recipe, device, continues))
+        if asked == "auto" and world.is_main:
+            print(f"precision {recipe.precision} (chosen for {device})", file=sys.stderr)
+        stored = folder / "tokenizer.json"
+        self.tokenizer = make_tokenizer(recipe, start, self.train_source, stored, continues, world)
+        self.preprocess = make_preprocess(recipe, start)
+        torch.manual_seed(recipe.seed)
+        model, transfer = make_model(recipe, self._config(), start, self.tokenizer)
+        if transfer is not None and world.is_main and not continues:
+            print(f"init_from {recipe.init_from.model}\n{textwrap.indent(transfer.describe(), '  ')}", file=sys.stderr)
+        self.frozen_stages = freeze(model, recipe, self.task)
+        prepare_compute(model, recipe, device)
+        self._prepare_samples(model, world)
+        self.model = model.eval()
 
-def set_up(recipe: Recipe, folder: Path, continues: bool, world: World) -> RunSetup:
-    """Prepares a run in ``folder``; continues: it holds a checkpoint of this recipe.
+    def _config(self) -> CoCaConfig:
+        """The architecture with the run's vocabulary and the task's layers."""
+        wanted, size = self.recipe.model, self.tokenizer.vocab_size
+        if self.recipe.tokenizer.source == "init_from":
+            # A start model may have more ids than its tokenizer; its embeddings are taken whole.
+            size = max(size, wanted.text.vocab_size)
+        return self.task.configure(replace(wanted, text=replace(wanted.text, vocab_size=size)))
 
-    Raises ValueError for what the recipe gets wrong, FileNotFoundError for data that are not there.
-    """
-    device = choose_device(recipe.device, world.local_rank if world.size > 1 else None)
-    if device.type == "cpu":
-        limit_kernel_caches()
-        keep_freed_memory()
-    check_processes(recipe, world)
-    train_source, val_source = open_train_source(recipe), open_val_source(recipe)
-    task = make_task(recipe.task, train_source)
-    start = load_start(recipe)
-    folder.mkdir(parents=True, exist_ok=True)
-    asked = recipe.precision
-    recipe = world.on_main(lambda: remember_recipe(folder, recipe, device, continues))
-    if asked == "auto" and world.is_main:
-        print(f"precision {recipe.precision} (chosen for {device})", file=sys.stderr)
-    tokenizer = make_tokenizer(recipe, start, train_source, folder / "tokenizer.json", continues, world)
-    # A start model may have more ids than its tokenizer; its embeddings are taken whole.
-    least = recipe.model.text.vocab_size if recipe.tokenizer.source == "init_from" else 0
-    vocabulary = replace(recipe.model.text, vocab_size=max(least, tokenizer.vocab_size))
-    config = task.configure(replace(recipe.model, text=vocabulary))
-    preprocess = make_preprocess(recipe, start)
-    torch.manual_seed(recipe.seed)
-    model, transfer = make_model(recipe, config, start, tokenizer)
-    if transfer is not None and world.is_main and not continues:
-        print(f"init_from {recipe.init_from.model}\n{textwrap.indent(transfer.describe(), '  ')}", file=sys.stderr)
-    frozen_stages = freeze(model, recipe, task)
-    prepare_compute(model, recipe, device)
-    caches = _Caches(recipe, folder, model, frozen_stages, preprocess, device, world)
-    cache = caches.open(train_source, True, "training images")
-    loading = TrainLoading(train_source, tokenizer, caches.training_transform, config.text.context_length, task)
-    batches = TrainBatches(recipe, loading, cache, caches.stages, world)
-    validator = None
-    if val_source is not None:
-        cache = caches.open(val_source, False, "validation images")
-        validator = Validator(recipe, task, val_source, tokenizer, caches.evaluation_transform, cache, caches.stages)
-    return RunSetup(
-        recipe=recipe,
-        task=task,
-        device=device,
-        tokenizer=tokenizer,
-        preprocess=preprocess,
-        model=model.eval(),
-        frozen_stages=frozen_stages,
-        batches=batches,
-        train_source=train_source,
-        val_source=val_source,
-        validator=validator,
-    )
+    def _prepare_samples(self, model: CoCa, world: World) -> None:
+        recipe, task, data = self.recipe, self.task, self.recipe.data
+        transform = TrainTransform(
+            self.preprocess,
+            scale=data.crop_scale,
+            ratio=data.crop_ratio,
+            flip_probability=data.flip_probability,
+            color_jitter=data.color_jitter,
+            rand_augment=data.rand_augment,
+        )
+        caches = FeatureCaches(recipe, model, self.frozen_stages, self.device, transform)
+        cache = caches.open(self.train_source, "training images", world, augmented=True)
+        self.batches = TrainBatches(recipe, task, self.train_source, self.tokenizer, transform, cache, world)
+        self.validator = None
+        if self.val_source is not None:
+            cache = caches.open(self.val_source, "validation images", world, augmented=False)
+            prepare = caches.evaluation
+            self.validator = Validator(recipe, task, self.val_source, self.tokenizer, prepare, cache)
 
 
 def load_start(recipe: Recipe) -> LoadedModel | None:
@@ -184,57 +174,3 @@ def make_model(
             first = str(error).splitlines()[1:2] or [str(error)]
             raise ValueError(f"the image encoder of {init} does not fit this recipe's: {first[0].strip()}") from error
     return model, transfer
-
-
-class _Caches:
-    """Opens stored features of the frozen stages, where the recipe wants them."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        folder: Path,
-        model: CoCa,
-        frozen_stages: int,
-        preprocess: PreprocessConfig,
-        device: torch.device,
-        world: World,
-    ):
-        data = recipe.data
-        self.recipe, self.model, self.device, self.world = recipe, model, device, world
-        self.stages = frozen_stages if recipe.encoder.cache_features else 0
-        self.folder = Path(recipe.encoder.cache_dir or folder / "features")
-        self.evaluation_transform = EvalTransform(preprocess)
-        self.training_transform = TrainTransform(
-            preprocess,
-            scale=data.crop_scale,
-            ratio=data.crop_ratio,
-            flip_probability=data.flip_probability,
-            color_jitter=data.color_jitter,
-            rand_augment=data.rand_augment,
-        )
-
-    def open(self, source: SampleSource, training: bool, label: str) -> FeatureCache | None:
-        """Computes what is missing, in the main process. Raises ValueError if too many images cannot be read."""
-        if not self.stages:
-            return None
-        count = self.recipe.encoder.cache_views if training else 1
-        augmenting = self.training_transform if training else None
-        views = CacheViews(self.evaluation_transform, augmenting, count, self.recipe.seed)
-        encoder = self.model.structure().image_encoder.to(self.device).eval()
-
-        def open_it() -> FeatureCache:
-            return open_feature_cache(
-                self.folder, encoder, self.stages, source, views, self.device, label, self.recipe.precision
-            )
-
-        if self.world.size > 1:  # the others wait, and then only open it
-            self.world.on_main(lambda: open_it() and None)
-        cache = open_it()
-        if cache.broken:
-            message = f"{len(cache.broken)} of {len(source)} {label} are left out: {next(iter(cache.broken.values()))}"
-            if len(cache.broken) > self.recipe.data.max_bad_share * len(source):
-                raise ValueError(
-                    f"{message}; that is more than {self.recipe.data.max_bad_share:.0%}, remove or repair them"
-                )
-            warnings.warn(message, stacklevel=2)
-        return cache

@@ -25,7 +25,7 @@ from opencoca.train.recipe.recipe import Recipe
 from opencoca.train.report.live_view import LiveView
 from opencoca.train.report.metrics_log import MetricsLog, MetricsWindow
 from opencoca.train.report.report import write_report
-from opencoca.train.setup import set_up
+from opencoca.train.setup import RunSetup
 from opencoca.train.step import NonFiniteLossError, TrainStep
 from opencoca.train.survival.bad_steps import SpikeRule, too_many_non_finite
 from opencoca.train.survival.stop_signal import StopSignal
@@ -48,7 +48,7 @@ class Trainer:
         self.folder = Path(recipe.output)
         self.checkpoints = Checkpoints(self.folder, recipe.checkpoint, self.world)
         continues = self.checkpoints.exist()
-        setup = self.world.together(lambda: set_up(recipe, self.folder, continues, self.world))
+        setup = self.world.together(lambda: RunSetup(recipe, self.folder, continues, self.world))
         self.recipe = recipe = setup.recipe
         self.task, self.device = setup.task, setup.device
         self.model, self.frozen_stages = setup.model, setup.frozen_stages

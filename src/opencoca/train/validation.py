@@ -90,10 +90,9 @@ class Validator:
         tokenizer: Tokenizer,
         transform: EvalTransform,
         cache: FeatureCache | None,
-        cached_stages: int,
     ):
         self.recipe, self.task, self.source, self.transform = recipe, task, source, transform
-        self.cache, self.cached_stages = cache, cached_stages
+        self.cache = cache
         broken = cache.broken if cache is not None else {}
         usable = [i for i in range(len(source)) if i not in broken]
         texts_per_sample = 0
@@ -140,7 +139,7 @@ class Validator:
             first, stop = _share(len(self.images), rank, num_ranks)
             for start in range(first, stop, _BATCH_IMAGES):
                 ids = self.images[start : min(start + _BATCH_IMAGES, stop)]
-                yield ids, self.cache.read(np.zeros(len(ids), dtype=int), np.array(ids)), self.cached_stages
+                yield ids, self.cache.read(np.zeros(len(ids), dtype=int), np.array(ids)), self.cache.stages
             return
         wanted = set(self.images)
         first, stop = _share(len(self.source), rank, num_ranks)

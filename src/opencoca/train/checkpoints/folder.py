@@ -42,14 +42,7 @@ class CheckpointFolder:
 
     def names(self) -> list[CheckpointName]:
         """The names of all complete checkpoints, in order."""
-        if not self.path.is_dir():
-            return []
-        found = ((_NAME.fullmatch(entry.name), entry) for entry in self.path.iterdir())
-        return sorted(
-            CheckpointName(int(match[1]), int(match[2] or 0))
-            for match, entry in found
-            if match and (entry / INDEX_NAME).is_file()
-        )
+        return [name for name in self._taken() if (self.path / str(name) / INDEX_NAME).is_file()]
 
     def to_try(self) -> list[CheckpointName]:
         """The checkpoints to continue from: the one that ``latest`` names, then the others, newest first."""
@@ -98,7 +91,8 @@ class CheckpointFolder:
             _remove(doomed)
 
     def _taken(self) -> list[CheckpointName]:
-        found = (_NAME.fullmatch(entry.name) for entry in self.path.iterdir())
+        entries = self.path.iterdir() if self.path.is_dir() else ()
+        found = (_NAME.fullmatch(entry.name) for entry in entries)
         return sorted(CheckpointName(int(match[1]), int(match[2] or 0)) for match in found if match)
 
 

@@ -2,22 +2,25 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from opencoca.train.checkpoints.index import CheckpointIndex
-from opencoca.train.checkpoints.shard_file import ShardFile, check_file
+from opencoca.train.checkpoints.index import CheckpointIndex, Layout
+from opencoca.train.checkpoints.shard_file import FileRecord, ShardFile, check_file
+
+# Random states in the single file of earlier versions, and what they are called now.
+_OLD_RANDOM = {"rng/cpu": "torch", "rng/cuda": "cuda"}
 
 
 class CheckpointReader:
-    """A checkpoint's folder. Opening it reads its index; ``check`` reads files through."""
+    """A checkpoint's folder, or the single file. Opening it reads its index; ``check`` reads files through."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, path: Path):
         """Raises ValueError, naming the file, if the index is damaged."""
-        self.folder, self.index = folder, CheckpointIndex.read(folder)
+        is_single = path.is_file()
+        self.folder = path.parent if is_single else path
+        self.index = _single_file_index(path) if is_single else CheckpointIndex.read(path)
         self.keys = frozenset(self.index.tensors)
         self.progress, self.average_updates = self.index.progress, self.index.average_updates
         self._opened: dict[int, ShardFile] = {}
@@ -56,7 +59,9 @@ class CheckpointReader:
         if rank >= len(self.index.files):
             return {}
         file, prefix = self._file(rank), f"random/{rank}/"
-        return {key.removeprefix(prefix): file.read(key) for key in file.keys if key.startswith(prefix)}
+        names = {key: key.removeprefix(prefix) for key in file.keys if key.startswith(prefix)}
+        names |= {key: name for key, name in _OLD_RANDOM.items() if key in file.keys}
+        return {name: file.read(key) for key, name in names.items()}
 
     def _file(self, rank: int) -> ShardFile:
         if rank not in self._opened:
@@ -64,44 +69,18 @@ class CheckpointReader:
         return self._opened[rank]
 
 
-class SingleFileReader:
-    """The one file in which earlier versions kept the state of a run; it has no checksum."""
+def _single_file_index(path: Path) -> CheckpointIndex:
+    """What an index would say of the one file in which earlier versions kept the state of a run.
 
-    def __init__(self, path: Path):
-        """Raises ValueError if it is damaged or something else."""
-        self.path, self._file = path, ShardFile(path)
-        try:
-            header = json.loads(self._file.metadata["opencoca"])
-            self.progress: dict[str, Any] = dict(header["progress"])
-            self.average_updates = int(header["average_updates"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged or not the state of a training run ({error})") from error
-
-    def check(self, part: int, parts: int) -> None:
-        """Reads every ``parts``-th tensor from ``part`` on. Raises ValueError if one cannot be read."""
-        try:
-            for key in sorted(self._file.keys)[part::parts]:
-                self._file.read(key)
-        except SafetensorError as error:
-            raise ValueError(f"{self.path} is damaged ({error})") from error
-
-    @property
-    def keys(self) -> frozenset[str]:
-        return frozenset(key for key in self._file.keys if not key.startswith("rng/"))
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._file.read(key).shape)
-
-    def read(self, key: str) -> Tensor:
-        return self._file.read(key)
-
-    def rows(self, key: str, start: int, stop: int) -> Tensor:
-        return self._file.rows(key, start, stop)
-
-    def random_state(self, rank: int) -> dict[str, Tensor]:
-        if rank > 0:
-            return {}
-        stored = {"torch": self._file.read("rng/cpu")}
-        if "rng/cuda" in self._file.keys:
-            stored["cuda"] = self._file.read("rng/cuda")
-        return stored
+    Raises ValueError if it is damaged or something else.
+    """
+    file = ShardFile(path)
+    try:
+        header = json.loads(file.metadata["opencoca"])
+        progress, average_updates = dict(header["progress"]), int(header["average_updates"])
+        step = progress["step"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or not the state of a training run ({error})") from error
+    tensors = {key: Layout(file.shape(key), (0,)) for key in file.keys if key not in _OLD_RANDOM}
+    record = FileRecord(path.name, path.stat().st_size, None)
+    return CheckpointIndex(step, progress, average_updates, (record,), tensors)

@@ -17,7 +17,7 @@ from opencoca.store.safetensors_file import non_finite
 from opencoca.system.files import WriteError, write_error
 from opencoca.train.checkpoints.folder import CheckpointFolder
 from opencoca.train.checkpoints.index import CheckpointIndex
-from opencoca.train.checkpoints.reader import CheckpointReader, SingleFileReader
+from opencoca.train.checkpoints.reader import CheckpointReader
 from opencoca.train.checkpoints.shard_file import FileRecord, write_shard
 from opencoca.train.checkpoints.state import Snapshot, TrainState, restore, take_snapshot
 from opencoca.train.recipe.safety import CheckpointRecipe
@@ -49,7 +49,7 @@ class Checkpoints:
     def save(self, state: TrainState) -> None:
         """Begins a save; returns when the state may change again. First waits for the save before, as `finish` does.
 
-        With ``in_background: false``, returns when the checkpoint is complete.
+        With ``in_background: false``, that is when `finish` returns.
         """
         self.finish()
         self._attempts += 1
@@ -57,8 +57,6 @@ class Checkpoints:
         partial = self.folder.partial(snapshot.progress["step"], f"{self._run_id}-{self._attempts}")
         self._thread = threading.Thread(target=self._write, args=(partial, snapshot), name="checkpoint", daemon=True)
         self._thread.start()
-        if not self.options.in_background:
-            self.finish()
 
     def finish(self) -> None:
         """Waits for the save under way. Raises WriteError if it failed; the checkpoints before it are as they were."""
@@ -110,7 +108,7 @@ class Checkpoints:
         """Restores one checkpoint; returns what is wrong with it, as all processes agree, and its step."""
         reader, problem = None, None
         try:
-            reader = SingleFileReader(path) if path.is_file() else CheckpointReader(path)
+            reader = CheckpointReader(path)
             reader.check(self.world.rank, self.world.size)
         except ValueError as error:
             problem = str(error)

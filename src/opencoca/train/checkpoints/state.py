@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from opencoca.distributed.world import World, local_part
 from opencoca.train.checkpoints.index import Layout
 from opencoca.train.checkpoints.random_state import random_state, set_random_state
-from opencoca.train.checkpoints.reader import CheckpointReader, SingleFileReader
+from opencoca.train.checkpoints.reader import CheckpointReader
 from opencoca.train.optim.optimizer import WeightAverage
 
 
@@ -68,7 +68,7 @@ def take_snapshot(state: TrainState, world: World, copy: bool) -> Snapshot:
     return Snapshot(own, layouts, json.loads(json.dumps(state.progress)), updates)
 
 
-def restore(state: TrainState, reader: CheckpointReader | SingleFileReader, world: World) -> None:
+def restore(state: TrainState, reader: CheckpointReader, world: World) -> None:
     """Puts a stored state into the run's objects, all but its progress. Every process reads its own part of it.
 
     Raises KeyError, RuntimeError, TypeError or ValueError if it does not fit them.
@@ -139,7 +139,7 @@ def _own_rows(tensor: Tensor) -> tuple[int, int]:
     return layout.rows(mesh.get_local_rank(mesh.ndim - 1))
 
 
-def _fill(target: Tensor, reader: CheckpointReader | SingleFileReader, key: str) -> None:
+def _fill(target: Tensor, reader: CheckpointReader, key: str) -> None:
     shape = reader.shape(key)
     if shape != target.shape:  # copy_ would spread it out
         raise RuntimeError(f"{key} has the shape {shape} where {tuple(target.shape)} is needed")
@@ -150,7 +150,7 @@ def _fill(target: Tensor, reader: CheckpointReader | SingleFileReader, key: str)
         local.copy_(reader.rows(key, *_own_rows(target)))
 
 
-def _restore_optimizer(state: TrainState, reader: CheckpointReader | SingleFileReader) -> None:
+def _restore_optimizer(state: TrainState, reader: CheckpointReader) -> None:
     parameters = dict(state.model.named_parameters())
     on_device = {
         id(parameter): bool(group.get("fused") or group.get("capturable"))
@@ -168,7 +168,7 @@ def _restore_optimizer(state: TrainState, reader: CheckpointReader | SingleFileR
         state.optimizer.state[parameter][slot] = _slot(reader, key, parameter, on_device[id(parameter)])
 
 
-def _slot(reader: CheckpointReader | SingleFileReader, key: str, parameter: Tensor, on_device: bool) -> Tensor:
+def _slot(reader: CheckpointReader, key: str, parameter: Tensor, on_device: bool) -> Tensor:
     """A part of the optimizer's state: laid out as its parameter if it has its shape, whole in each process if not."""
     shape = reader.shape(key)
     if not shape:  # a count of steps, which some optimizers keep on the CPU

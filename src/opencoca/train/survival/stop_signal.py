@@ -3,8 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import TypeVar
 
@@ -46,20 +45,13 @@ class StopSignal:
     def unless_asked(self, work: Callable[[], Result]) -> Result | None:
         """Does the work, which must change nothing, and gives it up (None) once a signal comes."""
         try:
-            with self._giving_up():
-                return work()
-        except _WorkAborted:
+            try:
+                self._abortable = True
+                return None if self.asked else work()
+            finally:
+                self._abortable = False
+        except _WorkAborted:  # also if the signal came between the work's end and the line above
             return None
-
-    @contextmanager
-    def _giving_up(self) -> Iterator[None]:
-        self._abortable = True
-        try:
-            if self.asked:
-                raise _WorkAborted
-            yield
-        finally:
-            self._abortable = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
