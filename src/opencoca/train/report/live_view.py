@@ -87,14 +87,16 @@ def learning_figures(line: dict[str, float]) -> str:
 
 
 def working_figures(line: dict[str, float]) -> str:
-    """Images and tokens a second, utilisation, memory, and the share of time that steps wait for data."""
-    figures = [f"{_short(line['images_per_sec'])} images/s", f"{_short(line['tokens_per_sec'])} tokens/s"]
+    """Images and tokens a second, utilisation, memory, share of time that steps wait for data: what the line has."""
+    rates = {"images": line.get("images_per_sec"), "tokens": line.get("tokens_per_sec")}
+    figures = [f"{_short(rate)} {name}/s" for name, rate in rates.items() if rate]
     if "model_flops_utilisation" in line:
         figures.append(f"MFU {100 * line['model_flops_utilisation']:.2g}%")
     if "memory_bytes" in line:
         figures.append(f"memory {line['memory_bytes'] / 1e9:.1f} GB")
-    waits = 100 * line["data_wait_ms"] / max(line["step_ms"], 1e-9)
-    return "  ".join([*figures, f"data wait {waits:.0f}%"])
+    if line.get("step_ms"):
+        figures.append(f"data wait {100 * line['data_wait_ms'] / line['step_ms']:.0f}%")
+    return "  ".join(figures)
 
 
 def duration(seconds: float) -> str:
