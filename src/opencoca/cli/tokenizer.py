@@ -67,10 +67,11 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 def _read_captions(path: Path, column: str) -> list[str]:
     from opencoca.data import open_source
+    from opencoca.data.compressed import is_shard_name
     from opencoca.data.tables import TABLE_SUFFIXES, Table, TableColumns
 
     suffix = path.suffix.lower()
-    if suffix == ".tar" or path.is_dir():
+    if is_shard_name(path) or path.is_dir():
         source = open_source(path, caption_column=column)
         return [text for index in range(len(source)) for text in source.captions(index)]
     if not path.is_file():

@@ -3,7 +3,7 @@
 from opencoca.data.batch import Batch
 from opencoca.data.captions import TokenizedCaptions, collate_captions
 from opencoca.data.check import check_source, format_report
-from opencoca.data.images import ImageError, decode_image, read_header, to_rgb
+from opencoca.data.images import ImageError, allow_pixels, decode_image, read_header
 from opencoca.data.iterate import ImageBatch, iterate_images
 from opencoca.data.labels import LabelSource
 from opencoca.data.loader import TrainingLoader
@@ -13,6 +13,7 @@ from opencoca.data.order import BlockOrder, EpochOrder, SampleOrder
 from opencoca.data.pack import pack_shards
 from opencoca.data.quarantine import Quarantine, read_quarantine
 from opencoca.data.remote import RemoteReadError, RetryPolicy
+from opencoca.data.rgb import to_rgb
 from opencoca.data.shard_index import index_shards, load_index
 from opencoca.data.source import BadSample, Sample, SampleSource
 from opencoca.data.sources import ImageFolder, JoinedSource, Subset
@@ -58,6 +59,7 @@ __all__ = [
     "TokenizedCaptions",
     "TrainTransform",
     "TrainingLoader",
+    "allow_pixels",
     "check_source",
     "collate_captions",
     "decode_image",

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from opencoca.data.images import MAX_PIXELS, ImageError, ImageHeader, decode_image, read_header
+from opencoca.data.images import ImageError, ImageHeader, decode_image, read_header
 from opencoca.data.read_ahead import parallel_map
 from opencoca.data.source import SampleSource
 from opencoca.data.targets import Target
@@ -67,9 +67,11 @@ class CheckReport:
         megapixels: (range, number of images), small to large, empty ranges left out.
         formats, modes: number of images by Pillow's name.
         broken_images: (key, reason).
+        damaged_files: (file, reason): shards that are damaged, by which it isn't known what else is lost.
         missing_images: named by a table or shard, but absent.
         images_without_captions: keys.
         blank_captions: the key of an image once for each of its blank captions.
+        unusable_captions: (key, reason).
         duplicate_images: groups of images with the same bytes.
         near_duplicate_images: groups of images that look the same at 8 x 8 grey pixels, one per set of same bytes.
         duplicate_captions: (caption, how often), the repeated ones; case and spacing aside.
@@ -90,9 +92,11 @@ class CheckReport:
     formats: dict[str, int]
     modes: dict[str, int]
     broken_images: tuple[tuple[str, str], ...]
+    damaged_files: tuple[tuple[str, str], ...]
     missing_images: tuple[str, ...]
     images_without_captions: tuple[str, ...]
     blank_captions: tuple[str, ...]
+    unusable_captions: tuple[tuple[str, str], ...]
     duplicate_images: tuple[tuple[str, ...], ...]
     near_duplicate_images: tuple[tuple[str, ...], ...]
     duplicate_captions: tuple[tuple[str, int], ...]
@@ -110,9 +114,11 @@ class CheckReport:
         repeated = [f"{count} x {text}" for text, count in self.duplicate_captions]
         return (
             Finding("broken images", [f"{key}: {reason}" for key, reason in self.broken_images]),
+            Finding("damaged shards", [f"{file}: {reason}" for file, reason in self.damaged_files]),
             Finding("missing images", self.missing_images),
             Finding("images without captions", self.images_without_captions, self.num_captions > 0),
             Finding("blank captions", self.blank_captions),
+            Finding("unusable captions", [reason for _, reason in self.unusable_captions]),
             Finding("duplicate images (groups)", groups, False),
             Finding("near-duplicate images (groups)", near, False),
             Finding("repeated captions", repeated, False),
@@ -144,19 +150,20 @@ class _SampleFacts(NamedTuple):
     key: str
     images: list[_ImageFacts]
     captions: tuple[str, ...]
+    caption_error: str | None
     target: Target | None
     target_error: str | None
 
 
 def check_source(
-    source: SampleSource, *, num_workers: int = 4, max_pixels: int = MAX_PIXELS, progress: bool = True
+    source: SampleSource, *, num_workers: int = 4, max_pixels: int | None = None, progress: bool = True
 ) -> CheckReport:
     """Decode every image and look at every caption and target. Of a sample with several images, each counts.
 
     Args:
         source: opened with `strict=False`, so that missing images are counted instead of an error.
         num_workers: threads that decode; 0 for none.
-        max_pixels: images with more count as broken.
+        max_pixels: images with more count as broken; None as `decode_image` has it.
         progress: whether to show a progress bar.
     """
     examine = functools.partial(_examine, source, max_pixels)
@@ -178,9 +185,11 @@ def check_source(
         formats=dict(Counter(header.format for header in headers).most_common()),
         modes=dict(Counter(header.mode for header in headers).most_common()),
         broken_images=tuple((image.key, image.error) for image in images if image.error is not None),
+        damaged_files=tuple((lost.file, lost.reason) for lost in source.lost if not lost.key),
         missing_images=source.missing_images,
-        images_without_captions=tuple(sample.key for sample in samples if not sample.captions),
+        images_without_captions=tuple(s.key for s in samples if not s.captions and s.caption_error is None),
         blank_captions=source.blank_captions,
+        unusable_captions=tuple((s.key, s.caption_error) for s in samples if s.caption_error is not None),
         duplicate_images=_groups((image.digest, image.key) for image in good),
         near_duplicate_images=_near_duplicates(good),
         duplicate_captions=tuple((text, count) for text, count in repeated.most_common() if count > 1),
@@ -193,8 +202,8 @@ def check_source(
     )
 
 
-def _examine(source: SampleSource, max_pixels: int, index: int) -> _SampleFacts:
-    key, target, target_error = source.key(index), None, None
+def _examine(source: SampleSource, max_pixels: int | None, index: int) -> _SampleFacts:
+    key, captions, caption_error, target, target_error = source.key(index), (), None, None, None
     try:
         data = source.read(index, texts=False, target=False).images
         images = [_facts_of(image, key, max_pixels) for image in data]
@@ -203,13 +212,17 @@ def _examine(source: SampleSource, max_pixels: int, index: int) -> _SampleFacts:
     except OSError as error:
         images = [_ImageFacts(key, error.strerror or str(error))]
     try:
+        captions = source.captions(index)
+    except (ValueError, OSError) as error:
+        caption_error = str(error)
+    try:
         target = source.target(index)
-    except ValueError as error:
-        target_error = str(error)
-    return _SampleFacts(key, images, source.captions(index), target, target_error)
+    except (ValueError, OSError) as error:
+        target_error = str(error) if str(error) != caption_error else None
+    return _SampleFacts(key, images, captions, caption_error, target, target_error)
 
 
-def _facts_of(data: bytes, key: str, max_pixels: int) -> _ImageFacts:
+def _facts_of(data: bytes, key: str, max_pixels: int | None) -> _ImageFacts:
     try:
         header = read_header(data, max_pixels=max_pixels, name=key)
         image = decode_image(data, max_pixels=max_pixels, name=key)

@@ -1,7 +1,8 @@
 """Decoding: the bytes of a file become an upright 8-bit RGB image, or an `ImageError` says why they can't.
 
 Files of cameras, scanners and web servers are accepted: EXIF rotation, grey, palettes, transparency, CMYK, 16 bits,
-animations. Images that are too large are refused from the header, before any memory is taken for their pixels.
+animations. Images that are too large are refused from the header, before any memory is taken for their pixels; no image
+takes more than 1.2 GB unless `allow_pixels` says so.
 """
 
 from __future__ import annotations
@@ -10,14 +11,27 @@ import contextlib
 import functools
 import io
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from opencoca.data.image_bytes import clean_bytes
+from opencoca.data.rgb import to_rgb
+from opencoca.system.reading import read_ordinary
 
 MAX_PIXELS = 178_956_970
 """Largest image decoded unless told otherwise: the size from which Pillow itself assumes a decompression bomb."""
+MAX_FILE_BYTES = 1 << 30
+"""Larger files are not read."""
+
+# What decoding an image of MAX_PIXELS may take; in proportion where more pixels are allowed.
+_MAX_MEMORY_BYTES = 1.2e9
+_MODE_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}  # a pixel in memory; else 4
+# What decoders hold for each pixel besides the image.
+_DECODER_BYTES = {"WEBP": 12, "AVIF": 12, "JPEG2000": 12, "HEIF": 8}
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset({
@@ -46,6 +60,16 @@ ImageData = bytes | str | os.PathLike[str]
 DraftSize = tuple[int, int] | Callable[[int, int], tuple[int, int]]
 
 
+_allowed_pixels = MAX_PIXELS
+
+
+def allow_pixels(count: int) -> None:
+    """Lets images of up to this number of pixels be decoded in this process, and in those it starts by fork."""
+    global _allowed_pixels
+    _allowed_pixels = count
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, (count + 1) // 2)  # Pillow refuses twice as many
+
+
 class ImageError(ValueError):
     """A file isn't a usable image. The message is one sentence that names the file; `reason` is its second half."""
 
@@ -55,7 +79,12 @@ class ImageError(ValueError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"cannot read the image {self.name!r}: {self.reason}"
+        return f"cannot read the image {shortened(self.name)!r}: {self.reason}"
+
+
+def shortened(name: str) -> str:
+    """A name as messages show it: of a very long one the beginning and the end."""
+    return name if len(name) <= _MAX_NAME else f"{name[:40]}...{name[43 - _MAX_NAME :]}"
 
 
 @dataclass(frozen=True)
@@ -68,7 +97,20 @@ class ImageHeader:
     mode: str
 
 
-def read_header(data: ImageData, *, max_pixels: int = MAX_PIXELS, name: str | None = None) -> ImageHeader:
+def read_image_file(path: str | os.PathLike[str], name: str | None = None) -> bytes:
+    """Reads an image file as it is. Raises ImageError if it cannot be read, is too large or not an ordinary file."""
+    name = os.fspath(path) if name is None else name
+    try:
+        return read_ordinary(path, MAX_FILE_BYTES)
+    except FileNotFoundError:
+        raise ImageError(name, "there is no such file") from None
+    except OSError as error:
+        raise ImageError(name, error.strerror or str(error)) from error
+    except ValueError as error:  # a NUL in the path
+        raise ImageError(name, str(error)) from None
+
+
+def read_header(data: ImageData, *, max_pixels: int | None = None, name: str | None = None) -> ImageHeader:
     """Read size, format and mode without decoding. Raises ImageError as `decode_image` does."""
     with _opened(data, max_pixels, name) as image:
         width, height = image.size
@@ -80,19 +122,21 @@ def read_header(data: ImageData, *, max_pixels: int = MAX_PIXELS, name: str | No
 def decode_image(
     data: ImageData,
     *,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = None,
     name: str | None = None,
     draft_size: DraftSize | None = None,
     as_stored: bool = False,
 ) -> Image.Image:
-    """Decode a file (its bytes or its path) into an upright RGB image.
+    """Decode an image into an upright RGB image.
 
     Transparency is laid onto white, 16-bit grey scaled to 8 bits, and of an animation the first frame taken.
 
     Args:
         data: the encoded bytes, or the path of the file.
-        max_pixels: larger images are refused from the header. Above Pillow's own limit (the default) Pillow refuses
-            too, unless `PIL.Image.MAX_IMAGE_PIXELS` is raised.
+        max_pixels: larger images are refused from the header, and so are fewer pixels whose conversion would take more
+            memory than this number of RGB pixels allows (1.2 GB at MAX_PIXELS). None for MAX_PIXELS, or what
+            `allow_pixels` says. Above Pillow's own limit Pillow refuses too, unless `PIL.Image.MAX_IMAGE_PIXELS` is
+            raised.
         name: what error messages call the image; the path by default.
         draft_size: (width, height) that suffices, or a function that gives it once the size is known. A JPEG may then
             be decoded at 1/2, 1/4 or 1/8 of its size, never below this, which is several times as fast; other formats
@@ -108,82 +152,102 @@ def decode_image(
             draft_size = draft_size(*(image.size[::-1] if sideways else image.size))
         if draft_size is not None and image.format == "JPEG":
             image.draft("RGB", (draft_size[1], draft_size[0]) if sideways else draft_size)
+        _scale_transparent_colour(image)
+        _check_memory(image, max_pixels, as_stored)
         image.load()
-        if as_stored:
-            return image.copy()
-        upright = to_rgb(image)
         # Asked for after load(): some of Pillow's formats (TIFF) turn the pixels themselves and then drop the tag.
-        method = _TRANSPOSE.get(_orientation(image))
-        return upright if method is None else upright.transpose(method)
+        method = None if as_stored else _TRANSPOSE.get(_orientation(image))
+        found = image.transpose(method) if method is not None else image._new(image.im)  # the same pixels, not a copy
+        if as_stored:
+            return found
+        if found.mode == "RGB" and not found.has_transparency_data:
+            found.info = {}
+            return found
+        return to_rgb(found)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any Pillow mode to RGB; a new image even if it is RGB already.
-
-    Grey of more than 8 bits is scaled by the range of its type (65,535 for 16 bits; for 32 bits 65,535 too unless
-    values go beyond it), floating point by 1 if all values are within 0..1, else by 255.
-    """
-    mode = image.mode
-    if mode.startswith("I;16") or mode in ("I", "F"):
-        return _deep_grey_to_rgb(image)
-    if mode in ("La", "RGBa"):
-        image = image.convert("LA" if mode == "La" else "RGBA")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        background = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(background, rgba).convert("RGB")
-    # A plain copy would keep the file's metadata, and with it an orientation that has been applied.
-    rgb = image.convert("RGB") if mode != "RGB" else image.copy()
-    rgb.info = {}
-    return rgb
+def _scale_transparent_colour(image: Image.Image) -> None:
+    """Brings the transparent colour of a PNG of 2, 4 or 3 x 16 bits to the 8 bits that its pixels are decoded to."""
+    rawmode = image.tile[0].args if isinstance(image, ImageFile.ImageFile) and image.tile else None
+    colour = image.info.get("transparency")
+    if rawmode == "RGB;16B" and isinstance(colour, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+    elif rawmode in ("L;2", "L;4") and isinstance(colour, int):
+        image.info["transparency"] = colour * (85 if rawmode == "L;2" else 17)
 
 
-def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
-    if image.mode == "F":
-        limit = 1.0 if low >= 0.0 and high <= 1.0 else 255.0
-    else:
-        limit = 65535.0 if high <= 65535.0 else 2.0**31 - 1
-    grey = np.rint(np.clip(values / limit, 0.0, 1.0) * 255.0).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
+def _check_memory(image: Image.Image, max_pixels: int | None, as_stored: bool) -> None:
+    """Raises ImageError if decoding this image, turning it upright and converting it would take too much memory."""
+    allowed = _MAX_MEMORY_BYTES * max(1.0, (max_pixels or _allowed_pixels) / MAX_PIXELS)
+    pixel_bytes = _MODE_BYTES.get(image.mode, 4)
+    # Where a PNG's header does not say which side is up, Pillow would decode it to look behind the pixels.
+    known = image.format != "PNG" or "exif" in image.info
+    copies = 2 if known and not as_stored and _orientation(image) in _TRANSPOSE else 1
+    result = 0 if as_stored or image.mode == "RGB" else 4
+    needed = (pixel_bytes * copies + result + _DECODER_BYTES.get(image.format or "", 0)) * image.width * image.height
+    if needed > allowed:
+        reason = (
+            f"to decode its {image.width} x {image.height} pixels ({image.format}, {image.mode}) would take "
+            f"{needed / 1e9:.1f} GB, more than the {allowed / 1e9:.1f} allowed; {_REMEDY}"
+        )
+        raise ImageError("", reason)
 
 
 @contextlib.contextmanager
-def _opened(data: ImageData, max_pixels: int, name: str | None) -> Iterator[Image.Image]:
+def _opened(data: ImageData, max_pixels: int | None, name: str | None) -> Iterator[Image.Image]:
     """Pillow's lazily opened image; every way in which opening or using it can fail becomes an ImageError."""
     if name is None:
         name = "(bytes)" if isinstance(data, bytes) else os.fspath(data)
+    if not isinstance(data, bytes):
+        data = read_image_file(data, name)
+    _silence_pillow()
     try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_formats()) as image:
+        with Image.open(io.BytesIO(clean_bytes(data)), formats=_formats()) as image:
             width, height = image.size
             if width < 1 or height < 1:
                 raise ImageError(name, f"its size is {width} x {height} pixels")
-            if width * height > max_pixels:
-                reason = f"its {width} x {height} pixels are more than the {max_pixels:,} allowed"
-                raise ImageError(name, reason)
+            allowed = max_pixels or _allowed_pixels
+            if width * height > allowed:
+                raise ImageError(
+                    name, f"its {width} x {height} pixels are more than the {allowed:,} allowed; {_REMEDY}"
+                )
             yield image
-    except ImageError:
-        raise
+    except ImageError as error:
+        raise ImageError(name, error.reason) from None
     except UnidentifiedImageError:
         raise ImageError(name, _why_unidentified(data)) from None
     except Image.DecompressionBombError:
-        reason = "its header announces more pixels than is safe to decode (a decompression bomb?)"
+        reason = f"its header announces more pixels than is safe to decode (a decompression bomb?); {_REMEDY}"
         raise ImageError(name, reason) from None
-    except FileNotFoundError:
-        raise ImageError(name, "there is no such file") from None
     except MemoryError:
         raise ImageError(name, "there is not enough memory to decode it") from None
     except Exception as error:  # Pillow's decoders fail on damaged data with every kind of exception
-        text = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+        text = " ".join(str(getattr(error, "strerror", None) or error).split())[:_MAX_REASON] or type(error).__name__
         truncated = "truncated" in text.lower() or isinstance(error, EOFError)
         raise ImageError(name, f"it is damaged or cut short ({text})" if truncated else text) from error
+
+
+_REMEDY = "make it smaller, or allow more with --max-pixels"
+_MAX_NAME, _MAX_REASON = 140, 120  # characters shown
+_silent_filter: Any = None
+
+
+def _silence_pillow() -> None:
+    """Passes over Pillow's warnings: what they speak of is no reason to lose the picture, or becomes an error."""
+    global _silent_filter
+    if _silent_filter is None or _silent_filter not in warnings.filters:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        _silent_filter = warnings.filters[0]
 
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """Names of the formats to try: the most frequent ones first, as Pillow tries one after the other."""
     Image.init()
+    with contextlib.suppress(ImportError):  # an extra of the package
+        import pi_heif
+
+        pi_heif.register_heif_opener()
     accepted = [name for name in Image.ID if name not in _REFUSED_FORMATS]
     return tuple(sorted(accepted, key=lambda name: name not in ("JPEG", "PNG", "WEBP")))
 
@@ -200,15 +264,14 @@ def _is_sideways(image: Image.Image) -> bool:
     return image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)
 
 
-def _why_unidentified(data: ImageData) -> str:
-    with io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as file:
-        head = file.read(512)
+def _why_unidentified(data: bytes) -> str:
+    head = data[:512]
     if not head:
         return "the file is empty"
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"):
-        return "Pillow does not support the format HEIC/HEIF; convert it to JPEG or PNG"
+        return "reading HEIC needs a package that is not installed; install the extra: pip install 'opencoca[heif]'"
     if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis"):
-        return "this Pillow does not support the format AVIF; convert it to JPEG or PNG"
+        return "this Pillow does not support the format AVIF; install a newer one: pip install --upgrade pillow"
     if head.startswith((b"\xff\x0a", b"\x00\x00\x00\x0cJXL ")):
         return "Pillow does not support the format JPEG XL; convert it to JPEG or PNG"
     start = head.lstrip().lower()

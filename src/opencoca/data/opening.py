@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from opencoca.data.compressed import is_shard_name
 from opencoca.data.images import IMAGE_SUFFIXES
 from opencoca.data.remote import find_remote, is_remote
 from opencoca.data.source import SampleSource
@@ -108,8 +109,8 @@ def open_labelled(
 def _shards_of(images: str | Path, tables: list[str | Path]) -> list[str]:
     """Finds the shards that `images` names; none if it is a folder of images."""
     if not is_remote(images) and Path(images).is_dir():
-        return [] if tables else [str(path) for path in sorted(Path(images).glob("*.tar")) if path.is_file()]
-    if is_remote(images) or str(images).endswith(".tar"):
+        return [] if tables else _shards_in(Path(images))
+    if is_remote(images) or is_shard_name(images):
         shards = find_shards(str(images))
         if tables:
             raise ValueError(f"tar shards carry their captions and labels themselves; leave {str(tables[0])!r} out")
@@ -161,20 +162,22 @@ def _folder_of(folder: Path, tables: list[tuple[Path, TableColumns]], by_folder:
 def find_shards(pattern: str) -> list[str]:
     """Paths or URLs of the shards that a pattern names, sorted within each of its braces.
 
-    A pattern is a file, a folder of `.tar` files, or a name with `{00000..00099}`, `{a,b}` and `*`; web servers
-    (http, https) list nothing, so there names must be spelled out, with braces.
+    A pattern is a file, a folder of `.tar` files (also compressed ones: `.tar.gz`, `.tar.zst`), or a name with
+    `{00000..00099}`, `{a,b}` and `*`; web servers (http, https) list nothing, so there names must be spelled out, with
+    braces.
 
     Raises:
         FileNotFoundError: nothing matches a part of the pattern.
         ValueError: a wildcard or folder on a web server.
     """
-    if os.path.isdir(pattern):
-        pattern = str(Path(glob.escape(pattern), "*.tar"))
-    elif os.path.exists(pattern):
-        return [pattern]
+    if os.path.exists(pattern):
+        found = _shards_in(Path(pattern)) if os.path.isdir(pattern) else [pattern]
+        if not found:
+            raise FileNotFoundError(f"there are no tar shards in {pattern!r}")
+        return found
     shards: list[str] = []
     for name in _expand_braces(pattern):
-        if is_remote(name) and not name.endswith(".tar"):
+        if is_remote(name) and not is_shard_name(name):
             name = f"{name.rstrip('/')}/*.tar"
         if not glob.has_magic(name):
             found = [name] if is_remote(name) or os.path.exists(name) else []
@@ -187,6 +190,11 @@ def find_shards(pattern: str) -> list[str]:
             raise FileNotFoundError(f"there are no tar shards {name!r}")
         shards += found
     return shards
+
+
+def _shards_in(folder: Path) -> list[str]:
+    names = sorted(name for name in os.listdir(folder) if is_shard_name(name) and not name.startswith("."))
+    return [str(path) for path in map(folder.joinpath, names) if path.is_file()]
 
 
 def _expand_braces(pattern: str) -> Iterator[str]:

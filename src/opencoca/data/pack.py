@@ -159,7 +159,8 @@ def _members_of(key: str, sample: Sample, settings: _Settings) -> list[tuple[str
         details["label"] = target
     if captions:
         members.append(("txt", captions[0].encode()))
-    return [*members, ("json", json.dumps(details, ensure_ascii=False).encode())]
+    # A file's name may hold bytes of no encoding; in JSON they are written as escapes.
+    return [*members, ("json", json.dumps(details, ensure_ascii=False).encode("utf-8", "backslashreplace"))]
 
 
 def _stored_image(data: bytes, key: str, settings: _Settings) -> tuple[Image.Image, str, bytes]:
@@ -225,4 +226,5 @@ def _errors_of_finished_shards(out_dir: Path) -> list[dict[str, str]]:
 def _write_errors(out_dir: Path, errors: list[dict[str, str]]) -> None:
     if errors or (out_dir / _ERRORS_FILE).exists():
         with atomic_write(out_dir / _ERRORS_FILE) as partial:
-            partial.write_bytes("".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors).encode())
+            lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
+            partial.write_bytes(lines.encode("utf-8", "backslashreplace"))

@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import re
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,17 @@ import numpy as np
 
 from opencoca.data.read_ahead import parallel_map
 from opencoca.data.remote import RemoteReadError, is_remote, read_file, read_range, remote_status, write_file
-from opencoca.data.shards import LostSample, ShardIndex, index_shard, scan_shard
+from opencoca.data.shards import IMAGE, ChosenMembers, LostSample, ShardIndex, index_shard, scan_shard
+from opencoca.data.tar_scan import BLOCK
 from opencoca.system.files import atomic_write
+from opencoca.system.reading import read_ordinary
 
 INDEX_SUFFIX = ".index.npz"
-_VERSION = 3
-_WITHOUT_CLASSES = 2  # an index of this version was made when classes were not looked for
+_VERSION = 4
+# Made when the first dot of a name ended a sample's key, and (2) when classes were not looked for.
+_OLD_VERSIONS = (3, 2)
 _READ_BYTES = 16 << 20
+_SLACK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -38,22 +43,27 @@ class IndexedShard:
     is_new: bool
 
 
-def load_index(path: str | Path, index_dir: str | Path | None = None) -> ShardIndex:
+def load_index(
+    path: str | Path, index_dir: str | Path | None = None, chosen: ChosenMembers = ChosenMembers()
+) -> ShardIndex:
     """The index of one shard: from its sidecar while that fits the shard, else, if the shard is local, by a scan.
 
     Args:
         path: a local path or a URL.
         index_dir: folder of sidecars that can't lie beside their shards.
+        chosen: which members are images and texts.
 
     Raises:
         FileNotFoundError: there is no such shard.
         ValueError: a remote shard has no sidecar, or one of an earlier state of the shard.
     """
     if not is_remote(path):
-        return _index_one(path, index_dir).index
+        return _index_one(path, index_dir, chosen).index
     url, now = str(path), _stamp_of(path)
-    remedy = f"make one with `opencoca data index {url}{f' --index-dir {index_dir}' if index_dir else ''}`"
-    stored = _read_sidecar(sidecar_place(url, index_dir), allow_old=True)
+    options = zip(("index-dir", "image-member", "text-member"), (index_dir, *chosen), strict=True)
+    given = "".join(f" --{name} {value}" for name, value in options if value)
+    remedy = f"make one with `opencoca data index {url}{given}`"
+    stored = _read_sidecar(sidecar_place(url, index_dir, chosen), now["size"], allow_old=True)
     if stored is None:
         raise ValueError(f"the remote shard {url!r} has no index; {remedy}")
     if not _is_of(stored[0], now):
@@ -62,7 +72,12 @@ def load_index(path: str | Path, index_dir: str | Path | None = None) -> ShardIn
 
 
 def index_shards(
-    paths: Sequence[str | Path], *, index_dir: str | Path | None = None, force: bool = False, num_workers: int = 4
+    paths: Sequence[str | Path],
+    *,
+    index_dir: str | Path | None = None,
+    chosen: ChosenMembers = ChosenMembers(),
+    force: bool = False,
+    num_workers: int = 4,
 ) -> Iterator[IndexedShard]:
     """Make the sidecars that are missing or stale, and give every shard's index in turn.
 
@@ -71,6 +86,7 @@ def index_shards(
     Args:
         paths: local paths and URLs.
         index_dir: where sidecars go; None for beside each shard (web servers take none: they need a folder).
+        chosen: which members are images and texts.
         force: scan every shard, whatever there is.
         num_workers: shards at a time.
 
@@ -82,32 +98,44 @@ def index_shards(
             raise ValueError(f"nothing can be written beside {str(path)!r}; add --index-dir FOLDER for the index")
 
     def work(path: str | Path) -> IndexedShard:
-        return _index_one(path, index_dir, force=force, must_write=True)
+        return _index_one(path, index_dir, chosen, force=force, must_write=True)
 
     return parallel_map(work, paths, num_workers, 2 * max(1, num_workers))
 
 
-def sidecar_place(path: str | Path, index_dir: str | Path | None) -> str:
-    """Returns the path of a shard's sidecar: beside the shard, or below `index_dir` under the same path."""
+def sidecar_place(
+    path: str | Path, index_dir: str | Path | None, chosen: ChosenMembers = ChosenMembers()
+) -> str:
+    """Returns the path of a shard's sidecar: beside the shard, or below `index_dir` under the same path.
+
+    Each choice of members has a sidecar of its own.
+    """
+    choice = "+".join(re.sub(r"[^\w.-]", "_", ending or "") for ending in chosen) if any(chosen) else ""
+    suffix = f".{choice}{INDEX_SUFFIX}" if choice else INDEX_SUFFIX
     if index_dir is None:
-        return str(path) + INDEX_SUFFIX
+        return str(path) + suffix
     name = str(path) if is_remote(path) else Path(path).absolute().as_posix()
     parts = [part for part in re.split(r"[/\\:]+|\.\.", name) if part]
-    return str(Path(index_dir, *parts)) + INDEX_SUFFIX
+    return str(Path(index_dir, *parts)) + suffix
 
 
 def _index_one(
-    path: str | Path, index_dir: str | Path | None, *, force: bool = False, must_write: bool = False
+    path: str | Path,
+    index_dir: str | Path | None,
+    chosen: ChosenMembers,
+    *,
+    force: bool = False,
+    must_write: bool = False,
 ) -> IndexedShard:
     """The stored index or a new one, which is stored. A place that can't be written to is an error if `must_write`."""
-    now, place = _stamp_of(path), sidecar_place(path, index_dir)
-    stored = None if force else _read_sidecar(place)
+    now, place = _stamp_of(path), sidecar_place(path, index_dir, chosen)
+    stored = None if force else _read_sidecar(place, now["size"])
     if stored is not None and _is_of(stored[0], now):
         return IndexedShard(str(path), stored[1], False)
     if is_remote(path):
-        index = index_shard(_Stream(str(path), now["size"]).read_at, now["size"], str(path))
+        index = index_shard(_Stream(str(path), now["size"]).read_at, now["size"], str(path), chosen)
     else:
-        index = scan_shard(path)
+        index = scan_shard(path, chosen)
     with contextlib.nullcontext() if must_write else contextlib.suppress(OSError):
         if is_remote(place):
             write_file(place, _pack(index, now))
@@ -117,15 +145,17 @@ def _index_one(
     return IndexedShard(str(path), index, True)
 
 
-def _read_sidecar(place: str, *, allow_old: bool = False) -> tuple[dict[str, Any], ShardIndex] | None:
-    """The stamp and the index in a sidecar; see `_unpack`. None if it isn't there or can't be read."""
+def _read_sidecar(
+    place: str, shard_bytes: int, *, allow_old: bool = False
+) -> tuple[dict[str, Any], ShardIndex] | None:
+    """The stamp and the index in a sidecar of a shard of this size; None if it isn't there or can't be read."""
     try:
-        data = read_file(place) if is_remote(place) else Path(place).read_bytes()
+        data = read_file(place) if is_remote(place) else read_ordinary(place, shard_bytes + _SLACK_BYTES)
     except RemoteReadError:
         raise
     except OSError:
         return None
-    return _unpack(data, allow_old=allow_old)
+    return _unpack(data, shard_bytes, allow_old=allow_old)
 
 
 def _stamp_of(path: str | Path) -> dict[str, Any]:
@@ -159,18 +189,20 @@ def _pack(index: ShardIndex, stamp: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _unpack(data: bytes, *, allow_old: bool = False) -> tuple[dict[str, Any], ShardIndex] | None:
-    """The facts about the shard and its index; None if these bytes are damaged, or of another version.
+def _unpack(
+    data: bytes, shard_bytes: int, *, allow_old: bool = False
+) -> tuple[dict[str, Any], ShardIndex] | None:
+    """The facts about the shard and its index; None if these bytes are damaged, of another version, or make no sense.
 
-    allow_old: also an index that knows of no classes will do.
+    allow_old: also an index of an earlier version will do.
     """
     try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            # A shard has a block for all that its index tells of a member, so an honest index isn't larger.
+            if sum(entry.file_size for entry in archive.infolist()) > shard_bytes + _SLACK_BYTES:
+                return None
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             facts, members = json.loads(arrays["facts"].tobytes()), arrays["members"]
-        versions = (_VERSION, _WITHOUT_CLASSES) if allow_old else (_VERSION,)
-        num_samples, num_kinds, _ = members.shape
-        if facts["version"] not in versions or num_samples != len(facts["keys"]) or num_kinds not in (3, 4):
-            return None
         index = ShardIndex(
             keys=tuple(facts["keys"]),
             members=members,
@@ -179,9 +211,30 @@ def _unpack(data: bytes, *, allow_old: bool = False) -> tuple[dict[str, Any], Sh
             size=facts["size"],
             digest=facts["digest"],
         )
+        if facts["version"] not in (_VERSION, *(_OLD_VERSIONS if allow_old else ())) or not _is_sound(index):
+            return None
         return {name: facts[name] for name in ("size", "mtime_ns", "etag")}, index
     except Exception:  # what damage does to a zip file has many names
         return None
+
+
+def _is_sound(index: ShardIndex) -> bool:
+    """Tells whether all of a stored index is of the right type, and every place lies within the shard."""
+    members, size = index.members, index.size
+    if members.dtype != np.int64 or members.ndim != 3 or members.shape[1] not in (3, 4) or members.shape[2] != 2:
+        return False
+    texts = (*index.keys, index.digest, *(text for lost in index.lost for text in (lost.key, lost.reason)))
+    texts += tuple(reason for _, reason in index.damage)
+    numbers = (size, *(lost.offset for lost in index.lost), *(offset for offset, _ in index.damage))
+    if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
+        return False
+    offsets, sizes = members[..., 0], members[..., 1]
+    there = offsets != 0
+    return (
+        len(index.keys) == len(members) == len(set(index.keys))
+        and bool((offsets[there] >= BLOCK).all() and (offsets[:, IMAGE] != 0).all())
+        and bool((sizes >= 0).all() and (sizes <= size).all() and (offsets <= size - sizes).all())
+    )
 
 
 class _Stream:

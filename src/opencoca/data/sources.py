@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from opencoca.data.images import ImageError
+from opencoca.data.images import read_image_file
 from opencoca.data.source import Place, Sample, SampleSource, SourceView
 from opencoca.data.targets import Target, class_folder
-
-_MAX_FILE_BYTES = 1 << 30
-
 
 class ImageFolder(SampleSource):
     """Image files below one folder, with captions and targets by key: an image's path relative to the folder.
@@ -58,7 +54,7 @@ class ImageFolder(SampleSource):
         key, own = self._keys[index], None
         if target:
             own = class_folder(key) if self._targets == "folders" else self._targets.get(key)
-        data = tuple(_read_file(self.root / name) for name in self._files(index)) if images else ()
+        data = tuple(read_image_file(self.root / name) for name in self._files(index)) if images else ()
         return Sample(data, self._captions.get(key, ()), own)
 
     def place(self, index: int) -> Place:
@@ -67,19 +63,6 @@ class ImageFolder(SampleSource):
     def _files(self, index: int) -> tuple[str, ...]:
         key = self._keys[index]
         return self._images.get(key) or (key,)
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > _MAX_FILE_BYTES:
-                raise ImageError(str(path), f"its {size:,} bytes are more than the {_MAX_FILE_BYTES:,} allowed")
-            return file.read()
-    except FileNotFoundError:
-        raise ImageError(str(path), "there is no such file") from None
-    except OSError as error:
-        raise ImageError(str(path), error.strerror or str(error)) from error
 
 
 class Subset(SourceView):

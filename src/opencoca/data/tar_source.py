@@ -5,6 +5,7 @@ Memory holds the places and keys of the shards in use; captions are read with th
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
@@ -19,14 +20,16 @@ from typing import NamedTuple
 import numpy as np
 
 from opencoca.data.block_cache import BlockCache
-from opencoca.data.images import ImageError
+from opencoca.data.compressed import SHARD_SUFFIXES, unpacked
+from opencoca.data.images import MAX_FILE_BYTES, ImageError, shortened
 from opencoca.data.read_ahead import parallel_map
 from opencoca.data.remote import DEFAULT_RETRIES, RetryPolicy, is_remote, read_range
 from opencoca.data.shard_index import load_index
-from opencoca.data.shards import CLASS, IMAGE, JSON, TEXT, SampleParts, ShardIndex
+from opencoca.data.shards import CLASS, IMAGE, JSON, TEXT, ChosenMembers, SampleParts, ShardIndex, unique_name
 from opencoca.data.source import BadSample, Place, Sample, SampleSource
 from opencoca.data.tar_scan import BLOCK, header_fits
 from opencoca.data.targets import class_folder
+from opencoca.system.reading import open_ordinary
 
 # Parts of a sample that lie further apart than this are read one at a time.
 _MAX_GAP_BYTES = 1 << 16
@@ -38,11 +41,14 @@ _OPENING_THREADS = 32
 
 @dataclass(frozen=True)
 class ShardStorage:
-    """The places of indexes and of local copies of remote shards, and the way remote shards are read.
+    """What is read of shards, the places of indexes and copies, and the way remote shards are read.
 
     Args:
+        image_member, text_member: endings of the members that are a sample's image and text, such as `seg.png`; None
+            for any image, and for `txt`.
         index_dir: folder of sidecars that don't lie beside their shards.
-        cache_dir: folder for pieces of remote shards; None keeps nothing and reads samples one by one.
+        cache_dir: folder for pieces of remote shards, and for unpacked copies of compressed ones; None keeps nothing
+            and reads remote samples one by one.
         cache_gb: size limit of that folder in GB; the least recently used pieces go first.
         block_samples: how many consecutive samples are fetched, and shuffled, as one block.
         retries: of remote reads.
@@ -53,6 +59,8 @@ class ShardStorage:
     cache_gb: float = 50.0
     block_samples: int = 256
     retries: RetryPolicy = DEFAULT_RETRIES
+    image_member: str | None = None
+    text_member: str | None = None
 
 
 class _Span(NamedTuple):
@@ -63,8 +71,9 @@ class _Span(NamedTuple):
 class TarShards(SampleSource):
     """Samples of tar shards, in the order of the shards and of the samples in them.
 
-    A shard that is damaged keeps the samples around the damage, and a warning names it. Samples without an image are
-    listed in `missing_images`, these and the ones that damage took in `lost`.
+    A shard that is damaged keeps the samples around the damage. Samples without an image are listed in
+    `missing_images`, these and the ones that damage took in `lost`; a warning for each shard names the first of them.
+    Compressed local shards are unpacked first.
 
     Args:
         paths: the shards: local paths and URLs.
@@ -91,6 +100,8 @@ class TarShards(SampleSource):
         self.storage = storage or ShardStorage()
         self.caption_field, self.label_field = caption_field, label_field
         self.shards = tuple(map(str, paths))
+        self._files: tuple[str, ...] = ()
+        """The shards themselves, or unpacked copies of them."""
         self.paths = tuple(Path(path) for path in self.shards if not is_remote(path))
         self.is_remote = any(map(is_remote, self.shards))
         self.cache: BlockCache | None = None
@@ -98,8 +109,8 @@ class TarShards(SampleSource):
             self.cache = BlockCache(self.storage.cache_dir, round(self.storage.cache_gb * 1e9))
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._lock = threading.Lock()
-        self._shared_keys: set[int] | None = set()
-        """Indices of samples whose key an earlier shard has; None for too many samples to compare."""
+        self._shared_keys: dict[int, str] | None = {}
+        """Names of samples whose key an earlier shard has, by index; None for too many samples to compare."""
         self._open()
         if not len(self):
             names = ", ".join(map(repr, self.shards[:3]))
@@ -109,26 +120,29 @@ class TarShards(SampleSource):
     def _open(self) -> None:
         """Read all indexes, and note how many samples the shards have, which are lost and whose keys are shared."""
         starts, lost, seen = [0], [], set()
+        kept = self.storage.cache_dir or self.storage.index_dir
+        self._files = tuple(path if is_remote(path) else unpacked(path, kept) for path in self.shards)
         threads = _OPENING_THREADS if self.is_remote else 0
         indexes = parallel_map(self._load, range(len(self.shards)), threads, 2 * _OPENING_THREADS)
         for shard, (path, index) in enumerate(zip(self.shards, indexes, strict=True)):
-            for _, reason in index.damage[:1]:
-                more = f" (and {len(index.damage) - 1} more)" if len(index.damage) > 1 else ""
-                kept = f"the {len(index.keys)} whole samples in it are used"
-                warnings.warn(f"tar shard {path!r}: {reason}{more}; {kept}", stacklevel=4)
+            if index.damage or index.lost:
+                warnings.warn(_losses(path, index), stacklevel=4)
             lost.extend(BadSample("", path, offset, reason) for offset, reason in index.damage)
             lost.extend(BadSample(sample.key, path, sample.offset, sample.reason) for sample in index.lost)
             starts.append(starts[-1] + len(index.keys))
             if starts[-1] > _MAX_SAMPLES_TO_COMPARE:
                 self._shared_keys, seen = None, set()
             if self._shared_keys is not None:
-                self._shared_keys.update(starts[shard] + row for row, key in enumerate(index.keys) if key in seen)
+                shared = [row for row, key in enumerate(index.keys) if key in seen]
                 seen.update(index.keys)
+                for row in shared:
+                    self._shared_keys[starts[shard] + row] = unique_name(f"{_stem(path)}/{index.keys[row]}", seen)
             self._keep(shard, index)
         self.starts, self.lost = np.array(starts, dtype=np.int64), tuple(lost)
 
     def _load(self, shard: int) -> ShardIndex:
-        return load_index(self.shards[shard], self.storage.index_dir)
+        chosen = ChosenMembers(self.storage.image_member, self.storage.text_member)
+        return load_index(self._files[shard], self.storage.index_dir, chosen)
 
     def _keep(self, shard: int, index: ShardIndex) -> None:
         with self._lock:
@@ -156,15 +170,19 @@ class TarShards(SampleSource):
 
     @cached_property
     def blank_captions(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Found by reading every caption."""
-        return tuple(self.key(index) for index in range(len(self)) for text in self._captions_of(index) if not text)
+        """Found by reading every caption; one that can't be read isn't blank."""
+        found: list[str] = []
+        for index in range(len(self)):
+            with contextlib.suppress(ValueError):
+                found += [self.key(index) for text in self._captions_of(index) if not text]
+        return tuple(found)
 
     def key(self, index: int) -> str:
         shard, row = self._row(index)
         key = self._index(shard).keys[row]
-        if self._shared_keys is not None and index not in self._shared_keys:
-            return key
-        return f"{os.path.basename(self.shards[shard]).removesuffix('.tar')}/{key}"
+        if self._shared_keys is None:
+            return f"{_stem(self.shards[shard])}/{key}"
+        return self._shared_keys.get(index, key)
 
     def read(self, index: int, *, images: bool = True, texts: bool = True, target: bool = True) -> Sample:
         shard, row = self._row(index)
@@ -188,7 +206,7 @@ class TarShards(SampleSource):
         return self._members(shard, row, (TEXT, JSON)).captions(self.caption_field, self._where(shard, row))
 
     def _where(self, shard: int, row: int) -> str:
-        return f"the sample {self._index(shard).keys[row]!r} of {self.shards[shard]!r}"
+        return f"the sample {shortened(self._index(shard).keys[row])!r} of {shortened(self.shards[shard])!r}"
 
     def _row(self, index: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
@@ -212,6 +230,9 @@ class TarShards(SampleSource):
         there = [place for place in places if place[0]]
         if not there:
             return SampleParts()
+        if (most := max(size for _, size in there)) > MAX_FILE_BYTES:
+            where = f"{index.keys[row]} in {self.shards[shard]}"
+            raise ImageError(where, f"its {most:,} bytes are more than the {MAX_FILE_BYTES:,} allowed")
         start, stop = min(place[0] for place in there) - BLOCK, max(sum(place) for place in there)
         if stop - start <= sum(size + 2 * BLOCK for _, size in there) + _MAX_GAP_BYTES:
             data = self._read(shard, row, _Span(start, stop))
@@ -228,12 +249,12 @@ class TarShards(SampleSource):
         return SampleParts(*found)
 
     def _read(self, shard: int, row: int, span: _Span) -> bytes:
-        path, size = self.shards[shard], span.stop - span.start
+        path, size = self._files[shard], span.stop - span.start
         if not is_remote(path):
             return _read_local(path, span)
         if self.cache is not None:
             block = self._block(shard, row)
-            if block.start <= span.start and span.stop <= block.stop:
+            if block.stop - block.start <= MAX_FILE_BYTES and block.start <= span.start and span.stop <= block.stop:
                 name, block_size = f"{path} {self._index(shard).digest} {block}", block.stop - block.start
                 return self.cache.read(
                     name,
@@ -253,9 +274,29 @@ class TarShards(SampleSource):
         return _Span(start, int(members.sum(axis=-1).max()))
 
 
+def _stem(path: str) -> str:
+    """A shard's name without folder and ending."""
+    name = os.path.basename(path)
+    return next((name[: -len(end)] for end in SHARD_SUFFIXES if name.endswith(end)), name)
+
+
+def _losses(path: str, index: ShardIndex) -> str:
+    """A sentence about a shard's damage and the samples that it lacks."""
+    found = [reason for _, reason in index.damage[:1]]
+    if len(index.damage) > 1:
+        found[0] += f" (and {len(index.damage) - 1} more)"
+    whole = f"the {len(index.keys)} whole samples in it are used"
+    if index.lost:
+        first = index.lost[0]
+        reason = f" ({first.reason})" if not index.damage else ""
+        others = f" and {len(index.lost) - 1} others" if len(index.lost) > 1 else ""
+        whole += f", and {shortened(first.key)!r}{reason}{others} left out"
+    return f"tar shard {shortened(path)!r}: {'; '.join([*found, whole])}"
+
+
 def _read_local(path: str, span: _Span) -> bytes:
     # A file of its own for every read: nothing is shared between threads, or with a forked worker.
-    with open(path, "rb", buffering=0) as file:
+    with open_ordinary(path) as file:
         data = os.pread(file.fileno(), span.stop - span.start, span.start)
     if len(data) != span.stop - span.start:
         raise OSError(f"the tar shard {path!r} became shorter while it was in use")

@@ -8,19 +8,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from opencoca.data.images import ImageError, decode_image, to_rgb
+from opencoca.data.images import MAX_FILE_BYTES, ImageError, decode_image
 from opencoca.data.read_ahead import batches_ahead
+from opencoca.data.rgb import to_rgb
 from opencoca.data.transforms import EvalTransform, PreprocessConfig
 
-ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
-"""One image: the path of a file, its bytes, a PIL image, an array (H, W, 3) or (H, W), or a tensor (3, H, W).
+ImageLike = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray | Tensor
+"""One image: the path of a file, its bytes, an open file, a PIL image, an array (H, W, 3) or (H, W), or a tensor (3, H, W).
 
 Arrays and tensors hold uint8 in 0..255 or floating point in 0..1.
 """
@@ -74,7 +75,8 @@ def check_batch_size(batch_size: int) -> None:
 
 def as_list(images: Images) -> list[ImageLike]:
     """Makes a list of one image or several; an array or tensor of four dimensions is a batch of images."""
-    if isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image):
+    single = isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image)
+    if single or hasattr(images, "read"):  # an open file would be a list of its lines
         return [images]  # pyright: ignore[reportReturnType]
     if isinstance(images, np.ndarray | Tensor) and images.ndim != 4:
         return [images]
@@ -97,6 +99,9 @@ def as_pil(image: ImageLike, position: int = 0, *, as_stored: bool = False) -> I
         return decode_image(bytes(image), name=f"number {position} (bytes)", as_stored=as_stored)
     if isinstance(image, Image.Image):
         return _from_pil(image, position, as_stored)
+    if hasattr(image, "read") and not isinstance(image, Tensor | np.ndarray):
+        name = getattr(image, "name", None)
+        return _from_file(image, name if isinstance(name, str) else f"number {position} (file)", as_stored)
     if isinstance(image, Tensor):
         name = f"number {position} (tensor of shape {tuple(image.shape)})"
         if image.ndim != 3 or image.shape[0] != 3:
@@ -113,7 +118,16 @@ def as_pil(image: ImageLike, position: int = 0, *, as_stored: bool = False) -> I
     raise ImageError(f"number {position} ({type(image).__name__})", _ACCEPTED)
 
 
-_ACCEPTED = "give a path, bytes, a PIL image, an array (height, width, 3) or a tensor (3, height, width)"
+_ACCEPTED = "give a path, bytes, an open file, a PIL image, an array (height, width, 3) or a tensor (3, height, width)"
+
+
+def _from_file(file: Any, name: str, as_stored: bool) -> Image.Image:
+    data = file.read(MAX_FILE_BYTES + 1)
+    if not isinstance(data, bytes):
+        raise ImageError(name, 'the file is open as text; open it with mode "rb"')
+    if len(data) > MAX_FILE_BYTES:
+        raise ImageError(name, f"it has more than the {MAX_FILE_BYTES:,} bytes allowed")
+    return decode_image(data, name=name, as_stored=as_stored)
 
 
 def _from_pil(image: Image.Image, position: int, as_stored: bool) -> Image.Image:

@@ -5,29 +5,34 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from opencoca.data import ImageFolder, JoinedSource, SampleSource, TarShards, find_shards, list_images
+from opencoca.data import ImageFolder, JoinedSource, SampleSource, ShardStorage, TarShards, find_shards, list_images
+from opencoca.data.compressed import SHARD_SUFFIXES, is_shard_name
 from opencoca.data.images import IMAGE_SUFFIXES
 from opencoca.data.tables import TABLE_SUFFIXES, Table, TableColumns
 from opencoca.recaption.parquet_images import ParquetImages, has_encoded_images
 
-_SHARD_SUFFIX = ".tar"
 
 
 class ShardImages(TarShards):
     """The images of one tar shard, named `SHARD/KEY`."""
 
-    def __init__(self, path: str):
-        super().__init__([path])
+    def __init__(self, path: str, storage: ShardStorage | None = None):
+        super().__init__([path], storage=storage)
 
     def key(self, index: int) -> str:
         return f"{self.shards[0]}/{super().key(index)}"
 
 
 def open_inputs(
-    arguments: Iterable[str], *, image_column: str = "image", image_root: str | Path | None = None
+    arguments: Iterable[str],
+    *,
+    image_column: str = "image",
+    image_root: str | Path | None = None,
+    storage: ShardStorage | None = None,
 ) -> SampleSource:
     """Opens all images that the arguments name, each once, in their order; those of a folder or glob are sorted.
 
@@ -37,14 +42,15 @@ def open_inputs(
             or Parquet tables of image files, or Parquet tables that hold the images themselves.
         image_column: the tables' column of images.
         image_root: the folder that image files in tables are relative to; None for the folder of their table.
+        storage: which members of tar shards are images.
 
     A file that does not exist or is not an image is part of the result; reading it raises ImageError.
 
     Raises:
         FileNotFoundError: a shard of a list in braces does not exist.
-        ValueError: a folder or glob without images, a table that cannot be used, a shard without images.
+        ValueError: a folder or glob without images, a table that cannot be used, or only shards without images.
     """
-    collection = _Collection(image_column, None if image_root is None else Path(image_root))
+    collection = _Collection(image_column, None if image_root is None else Path(image_root), storage)
     for argument in arguments:
         collection.add(argument)
     return collection.source()
@@ -53,15 +59,21 @@ def open_inputs(
 class _Collection:
     """Collects sources; consecutive files become one source."""
 
-    def __init__(self, image_column: str, image_root: Path | None):
+    def __init__(self, image_column: str, image_root: Path | None, storage: ShardStorage | None):
         self.image_column = image_column
+        self.storage = storage
         self.image_root = image_root
         self.sources: list[SampleSource] = []
         self.seen: set[str] = set()
         self.files: list[str] = []
+        self.unusable: list[ValueError] = []
 
     def source(self) -> SampleSource:
         self._close_files()
+        if self.unusable and not self.sources:
+            raise self.unusable[0]
+        for error in self.unusable:
+            warnings.warn(str(error), stacklevel=2)
         return self.sources[0] if len(self.sources) == 1 else JoinedSource(self.sources)
 
     def add(self, argument: str) -> None:
@@ -70,7 +82,7 @@ class _Collection:
             self._add_glob(argument)
         elif path.is_dir():
             self._add_folder(path)
-        elif argument.lower().endswith(_SHARD_SUFFIX):
+        elif is_shard_name(argument):
             self._add_shards(argument)
         elif path.suffix.lower() in TABLE_SUFFIXES:
             self._add_table(path)
@@ -78,15 +90,15 @@ class _Collection:
             self._add_file(argument)
 
     def _add_glob(self, pattern: str) -> None:
-        if "{" in pattern and pattern.lower().endswith(_SHARD_SUFFIX):
+        if "{" in pattern and is_shard_name(pattern):
             self._add_shards(pattern)
             return
-        wanted = {*IMAGE_SUFFIXES, _SHARD_SUFFIX, Path(pattern).suffix.lower()}
+        wanted = (*IMAGE_SUFFIXES, *SHARD_SUFFIXES, Path(pattern).suffix.lower() or "/")
         found = 0
         for name in sorted(glob.glob(pattern, recursive=True)):
             if os.path.isdir(name):
                 found += self._add_folder(Path(name), may_be_empty=True)
-            elif Path(name).suffix.lower() in wanted:  # other files in a folder are left out
+            elif name.lower().endswith(wanted):  # other files in a folder are left out
                 self.add(name)
                 found += 1
         if not found:
@@ -95,8 +107,10 @@ class _Collection:
     def _add_folder(self, folder: Path, *, may_be_empty: bool = False) -> int:
         shards = sorted(
             path
-            for path in folder.rglob(f"*{_SHARD_SUFFIX}")
-            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+            for path in folder.rglob("*.t*")
+            if is_shard_name(path)
+            and path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         )
         images: list[str] = []
         try:
@@ -115,7 +129,10 @@ class _Collection:
             if path not in self.seen:
                 self.seen.add(path)
                 self._close_files()
-                self.sources.append(ShardImages(path))
+                try:
+                    self.sources.append(ShardImages(path, self.storage))
+                except ValueError as error:
+                    self.unusable.append(error)
 
     def _add_table(self, path: Path) -> None:
         if str(path) in self.seen:

@@ -58,7 +58,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file in UTF-8, whole or not at all; the same text gives the same bytes on every system."""
     with atomic_write(path) as partial:
-        partial.write_text(text, encoding="utf-8", newline="\n")
+        # A file's name may hold bytes of no encoding; they are written as escapes, which JSON reads back.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
