@@ -1,12 +1,16 @@
 import io
+import os
 import pickle
+import struct
 import time
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps, features
 
-from opencoca.data import ImageError, decode_image, read_header, to_rgb
+from opencoca.data import ImageError, allow_pixels, decode_image, images, read_header, rgb, to_rgb
 
 from .helpers import encode, gradient, huge_png
 
@@ -122,7 +126,7 @@ def test_exif_orientation(orientation, format):
     assert 0x0112 not in upright.getexif()
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.filterwarnings("error")
 def test_damaged_exif_does_not_lose_the_picture():
     data = encode(gradient(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xee" * 30)
     assert decode_image(data).size == (48, 32)
@@ -164,7 +168,7 @@ def test_truncated_files_are_refused(tmp_path):
         (b"I am no photograph.\n" * 20, "it is a text file, not an image"),
         (b"<!DOCTYPE html><html><body>404</body></html>", r"it is a web page \(HTML\)"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "Pillow does not support the format SVG"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 64, "Pillow does not support the format HEIC/HEIF"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 64, r"pip install 'opencoca\[heif\]'"),
         (b"\xff\x0a" + b"\x81" * 64, "Pillow does not support the format JPEG XL"),
         (b"\x93\x81\x00\x05" * 30, "not an image in a format that Pillow supports"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image|text file"),
@@ -192,7 +196,7 @@ def test_missing_file_folder_and_name(tmp_path):
     assert (error.name, error.reason) == ("a.jpg", "it is bad")
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.filterwarnings("error")
 def test_decompression_bomb_is_refused_from_the_header():
     data = huge_png()
     began = time.process_time()
@@ -205,6 +209,154 @@ def test_decompression_bomb_is_refused_from_the_header():
         decode_image(encode(gradient()), max_pixels=1000)
     with pytest.raises(ImageError, match="1,000 allowed"):
         read_header(encode(gradient()), max_pixels=1000)
+
+
+def test_more_pixels_are_allowed_by_name(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    monkeypatch.setattr(images, "_allowed_pixels", 1000)
+    data = encode(gradient())
+    with pytest.raises(ImageError, match="make it smaller, or allow more with --max-pixels"):
+        decode_image(data)
+    allow_pixels(48 * 32)
+    assert decode_image(data).size == (48, 32)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "CMYK", "LA"])
+def test_memory_counts_what_conversion_takes(mode, monkeypatch):
+    """Eight bytes a pixel: four of the image, and four of the RGB image made of it."""
+    data = encode(gradient().convert(mode), "TIFF" if mode == "CMYK" else "PNG")
+    monkeypatch.setattr(images, "_MAX_MEMORY_BYTES", 48 * 32 * 8)
+    assert decode_image(data).size == (48, 32)
+    monkeypatch.setattr(images, "_MAX_MEMORY_BYTES", 48 * 32 * 8 - 1)
+    with pytest.raises(ImageError, match=f"to decode its 48 x 32 pixels .* {mode}.* more than the .* allowed"):
+        decode_image(data)
+    assert decode_image(encode(gradient())).size == (48, 32)  # RGB needs half
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("depth", "colour"), [(16, 0), (8, 0), (8, 2), (1, 0)])
+def test_memory_at_the_limit_of_pixels(depth, colour):
+    side = 13_377
+    row = b"\0" + b"\x80" * (side * depth * {0: 1, 2: 3}[colour] // 8 + 1)
+    packer = zlib.compressobj(1)
+    packed = b"".join([packer.compress(row[: -1 if depth > 1 else None]) for _ in range(side)] + [packer.flush()])
+    data = png(side, side, depth, colour, packed)
+    del packed
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_bytes()
+    assert decode_image(data).size == (side, side)
+    assert peak_bytes() - before < 1.2e9
+
+
+def peak_bytes():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "HSV", "I", "F", "I;16"])
+def test_strips_change_nothing(mode, monkeypatch):
+    source = gradient().convert("L").convert(mode) if mode in ("I", "F", "I;16") else gradient().convert(mode)
+    if mode in ("P", "I;16"):
+        source.info["transparency"] = 7
+    whole = to_rgb(source)
+    monkeypatch.setattr(rgb, "_STRIP_PIXELS", 48 * 5)
+    assert to_rgb(source).tobytes() == whole.tobytes()
+
+
+def text_chunks(size):
+    return [
+        png_chunk(b"zTXt", b"workflow\0\0" + zlib.compress(b"n" * size)),
+        png_chunk(b"iTXt", b"prompt\0\1\0\0\0" + zlib.compress(b"n" * size)),
+        png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b"n" * size)),
+        png_chunk(b"iCCP", b"profile\0\0" + zlib.compress(b"n" * size)),
+        png_chunk(b"pHYs", b"\0"),  # too short
+    ]
+
+
+@pytest.mark.parametrize("size", [100, 3_000_000])
+def test_texts_and_profiles_of_a_png_do_not_matter(size):
+    data = encode(gradient(), "PNG")
+    header, end = data[:33], data[-12:]
+    noisy = header + b"".join(text_chunks(size)) + data[33:-12] + b"".join(text_chunks(size)) + end
+    assert decode_image(noisy).tobytes() == gradient().tobytes()
+    assert read_header(noisy).width == 48
+
+
+def test_orientation_in_a_png_s_xmp_still_counts():
+    xmp = b'<rdf:Description tiff:Orientation="6"/>'
+    chunk = png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp)
+    data = encode(gradient(), "PNG")
+    turned = decode_image(data[:33] + chunk + data[33:])
+    assert turned.tobytes() == gradient().transpose(Image.Transpose.ROTATE_270).tobytes()
+
+
+@pytest.mark.parametrize("fill", [b"\xff", b"\0", b"\xff\0"])
+def test_bytes_between_the_segments_of_a_jpeg_take_no_time(fill):
+    data = encode(gradient(), "JPEG", progressive=True)
+    at = 4 + int.from_bytes(data[4:6], "big")  # behind the first segment
+    began = time.process_time()
+    found = decode_image(data[:at] + fill * (3_000_000 // len(fill)) + data[at:])
+    assert time.process_time() - began < 0.6
+    assert found.tobytes() == decode_image(data).tobytes()
+
+
+def test_files_of_very_many_parts_are_refused_at_once():
+    jpeg, plain = encode(gradient()), encode(gradient(), "PNG")
+    for data, reason in (
+        (jpeg[:2] + b"\xff\xe1\0\2" * 30_000 + jpeg[2:], "more than 20,000 parts"),
+        (plain[:33] + png_chunk(b"teXt", b"") * 300_000 + plain[33:], "more than 200,000 parts"),
+        (jpeg[:-2] + b"\xff\xda\0\x0c" * 300 + jpeg[-2:], "more than 256 scans"),
+    ):
+        with pytest.raises(ImageError, match=reason):
+            decode_image(data)
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "row", "transparent", "expected"),
+    [
+        (16, 0, b"\x12\x34\x80\x00", b"\x12\x34", [(255, 255, 255), (128, 128, 128)]),
+        (16, 2, b"\x12\x34\x56\x78\x9a\xbc\0\0\xff\xff\0\0", b"\x12\x34\x56\x78\x9a\xbc", [(255,) * 3, (0, 255, 0)]),
+        (2, 0, b"\x60", b"\0\1", [(255, 255, 255), (170, 170, 170)]),
+        (4, 0, b"\x36", b"\0\3", [(255, 255, 255), (102, 102, 102)]),
+        (1, 0, b"\x40", b"\0\0", [(255, 255, 255), (255, 255, 255)]),
+    ],
+)
+def test_the_transparent_colour_of_every_depth(depth, colour, row, transparent, expected):
+    data = png(2, 1, depth, colour, zlib.compress(b"\0" + row), png_chunk(b"tRNS", transparent))
+    image = decode_image(data)
+    assert [image.getpixel((x, 0)) for x in range(2)] == expected
+
+
+def png_chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width, height, depth, colour, packed, more=b""):
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + more + png_chunk(b"IDAT", packed) + png_chunk(b"IEND", b"")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_devices_and_large_files_are_not_read(tmp_path, monkeypatch):
+    pipe = tmp_path / "pipe.jpg"
+    os.mkfifo(pipe)
+    (tmp_path / "zeros.jpg").symlink_to("/dev/zero")
+    for path in (pipe, tmp_path / "zeros.jpg"):
+        with pytest.raises(ImageError, match="it is a pipe or a device, not an ordinary file"):
+            decode_image(path)
+    (tmp_path / "photo.jpg").write_bytes(encode(gradient()))
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", 100)
+    with pytest.raises(ImageError, match=r"its [\d,]+ bytes are more than the 100 allowed"):
+        decode_image(tmp_path / "photo.jpg")
+    with pytest.raises(ImageError, match="null"):
+        decode_image("a\0b.jpg")
+
+
+def test_messages_are_short_and_printable():
+    for name in ("x" * 5000, "new\nline\x1b[31m.jpg"):
+        with pytest.raises(ImageError) as caught:
+            decode_image(b"\xff\xd8\xff\xe0" * 9, name=name)
+        assert len(str(caught.value)) <= 300
+        assert str(caught.value).isprintable()
 
 
 @pytest.mark.skipif(not features.check("jpg_2000"), reason="this Pillow has no JPEG 2000")

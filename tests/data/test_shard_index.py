@@ -1,3 +1,4 @@
+import json
 import os
 import stat
 import warnings
@@ -8,7 +9,7 @@ import pytest
 
 from opencoca.data import TarShards, index_shards, load_index, open_source
 from opencoca.data.shard_index import INDEX_SUFFIX, sidecar_place
-from opencoca.data.shards import scan_shard
+from opencoca.data.shards import ChosenMembers, scan_shard
 
 from .test_shards import sample, write_tar
 
@@ -116,3 +117,47 @@ def test_keys_of_very_many_samples_carry_their_shard(tmp_path, monkeypatch):
     assert [TarShards(paths).key(n) for n in range(3)] == ["00001", "1/00001", "2/00001"]
     monkeypatch.setattr("opencoca.data.tar_source._MAX_SAMPLES_TO_COMPARE", 2)
     assert [TarShards(paths).key(n) for n in range(3)] == ["0/00001", "1/00001", "2/00001"]
+
+
+def rewrite_index(shard, change):
+    """Stores the shard's index with some of its content changed; it still fits the shard by size and time."""
+    load_index(shard)
+    sidecar = Path(str(shard) + INDEX_SUFFIX)
+    with np.load(sidecar) as arrays:
+        facts, members = json.loads(arrays["facts"].tobytes()), arrays["members"].copy()
+    members = change(facts, members)
+    text = np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)
+    with open(sidecar, "wb") as file:
+        np.savez_compressed(file, facts=text, members=members)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda facts, members: members + np.int64(2**62) * (members[..., :1] > 0),
+        lambda facts, members: np.where(members > 0, -members, 0),
+        lambda facts, members: members.astype(float),
+        lambda facts, members: members * 1000,
+        lambda facts, members: members * np.array([0, 1]),
+        lambda facts, members: facts.update(keys=[[]] * len(members)) or members,
+        lambda facts, members: facts.update(keys=["same"] * len(members)) or members,
+        lambda facts, members: facts.update(lost=[[["k"], 0, "r"]]) or members,
+        lambda facts, members: facts.update(damage=[["0", "r"]]) or members,
+        lambda facts, members: facts.update(note="x" * 5_000_000) or members,
+    ],
+)
+def test_an_index_that_makes_no_sense_is_made_anew(shard, change):
+    rewrite_index(shard, lambda facts, members: members)
+    right = load_index(shard)
+    rewrite_index(shard, change)
+    assert same(load_index(shard), right)
+
+
+def test_an_index_that_is_a_pipe_is_not_waited_for(shard):
+    os.mkfifo(f"{shard}{INDEX_SUFFIX}")
+    assert len(load_index(shard).keys) == 4
+
+
+def test_each_choice_of_members_has_an_index_of_its_own(shard):
+    places = {sidecar_place(shard, None, ChosenMembers(*chosen)) for chosen in ((None, None), ("seg.png", None))}
+    assert places == {f"{shard}{INDEX_SUFFIX}", f"{shard}.seg.png+{INDEX_SUFFIX}"}

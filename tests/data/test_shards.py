@@ -1,14 +1,19 @@
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
+import pickle
 import tarfile
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opencoca.data import ImageError, TarShards, open_source
+from opencoca.data import ImageError, ShardStorage, TarShards, check_source, compressed, open_source
 from opencoca.data.shards import index_shard, scan_shard
 
 from .helpers import encode, gradient
@@ -283,3 +288,178 @@ def test_a_sample_cut_within_its_caption_is_dropped(tmp_path):
     assert cut.keys == ()
     assert "cut short within '00000.txt'" in cut.damage[0][1]
     assert [lost.key for lost in cut.lost] == ["00000"]
+
+
+def test_the_last_ending_of_a_name_counts(tmp_path):
+    image = encode(gradient())
+    members = [
+        ("IMG_2023.05.01.jpg", image),
+        ("IMG_2023.05.01.txt", b"first"),
+        ("IMG_2023.05.02.JPG", image),
+        ("IMG_2023.05.02.TXT", b"second"),
+        ("a/v1.0/x.jpg", image),
+        ("a/v1.0/x.txt", b"third"),
+        ("plain.jpg", image),
+        ("plain.1.jpg", image),  # nothing here has texts: a picture of its own
+    ]
+    expected = {"IMG_2023.05.01": ("first",), "IMG_2023.05.02": ("second",), "a/v1.0/x": ("third",)}
+    source = TarShards([write_tar(tmp_path / "s.tar", members)])
+    assert contents(source) == {**expected, "plain": (), "plain.1": ()}
+    assert source.missing_images == ()
+
+
+def test_more_members_of_a_sample_are_no_samples(tmp_path):
+    image = encode(gradient())
+    members = [*sample(1, "a dog"), ("00001.seg.png", image), ("00001.alt.txt", b"another"), ("00001.npy", b"numbers")]
+    source = TarShards([write_tar(tmp_path / "s.tar", members)])
+    assert contents(source) == {"00001": ("a dog",)}
+    assert source.lost == ()
+
+
+def test_members_can_be_chosen(tmp_path):
+    first, second = encode(gradient(seed=1)), encode(gradient(seed=2))
+    members = [("a.jpg", first), ("a.seg.png", second), ("a.txt", b"text"), ("a.alt.txt", b"other"), ("b.jpg", first)]
+    path = write_tar(tmp_path / "s.tar", members)
+    for _ in range(2):  # the second time out of the index
+        chosen = TarShards([path], storage=ShardStorage(image_member="seg.png", text_member=".alt.TXT"))
+        assert [(chosen.key(0), *chosen.read(0)[:2])] == [("a", (second,), ("other",))]
+        assert len(chosen) == 1
+        assert len(TarShards([path])) == 2
+
+
+def test_pictures_of_several_formats(tmp_path):
+    """Beside texts, the same picture in another format; without any, pictures that share a name."""
+    jpeg, png = encode(gradient(seed=1)), encode(gradient(seed=2), "PNG")
+    members = [("a.jpg", jpeg), ("a.png", png), ("a.txt", b"text"), ("b.jpg", jpeg), ("b.png", png)]
+    source = TarShards([write_tar(tmp_path / "s.tar", members)])
+    assert {source.key(i): source.open_bytes(i) for i in range(len(source))} == {"a": jpeg, "b": jpeg, "b#2": png}
+
+
+def add_link(archive, kind, name, target):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    archive.addfile(info)
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_links_in_a_shard_lead_to_their_file(tmp_path, format):
+    data = encode(gradient())
+    folder = "long/" * 15 if format == tarfile.USTAR_FORMAT else "long/" * 60
+    with tarfile.open(tmp_path / "s.tar", "w", format=format) as archive:
+        for name, content in ((f"{folder}a.jpg", data), (f"{folder}a.txt", b"text")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        add_link(archive, tarfile.LNKTYPE, "hard.jpg", f"{folder}a.jpg")
+        add_link(archive, tarfile.LNKTYPE, "hard.txt", f"{folder}a.txt")
+        add_link(archive, tarfile.SYMTYPE, f"{folder}soft.jpg", "./a.jpg")
+        add_link(archive, tarfile.SYMTYPE, f"{folder}twice.jpg", "soft.jpg")
+        add_link(archive, tarfile.SYMTYPE, "nowhere.jpg", "../elsewhere.jpg")
+        add_link(archive, tarfile.SYMTYPE, "round.jpg", "round.jpg")
+    with pytest.warns(UserWarning, match=r"'nowhere' \('nowhere.jpg' is a link to .* and 1 others left out"):
+        source = TarShards([tmp_path / "s.tar"])
+    assert contents(source) == {f"{folder}a": ("text",), "hard": ("text",), f"{folder}soft": (), f"{folder}twice": ()}
+    assert all(source.open_bytes(index) == data for index in range(len(source)))
+    assert source.missing_images == ("nowhere", "round")
+
+
+def test_a_sample_without_its_image_is_named(tmp_path):
+    members = [*sample(1), ("gone.txt", b"no image"), ("README", b"not of a sample")]
+    with pytest.warns(UserWarning, match=r"the 1 whole samples .* used, and 'gone' \(it has no image\) left out"):
+        source = TarShards([write_tar(tmp_path / "s.tar", members)])
+    assert [lost.key for lost in source.lost] == ["gone"]
+
+
+def test_keys_are_unique_whatever_names_a_shard_has(tmp_path):
+    members = []
+    for name, key in (("0", "a"), ("1", "a"), ("2", "a#2"), ("3", "s/a")):
+        members += [(f"{name}.jpg", encode(gradient())), (f"{name}.json", json.dumps({"key": key}).encode())]
+    paths = [write_tar(folder / "s.tar", members) for folder in (tmp_path / "1", tmp_path / "2") if not folder.mkdir()]
+    source = TarShards(paths)
+    keys = [source.key(index) for index in range(len(source))]
+    assert keys[:4] == ["a", "a#2", "a#2#2", "s/a"]
+    assert len(set(keys)) == 8
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ("a cat".encode("utf-8-sig"), "a cat"),
+        ("a cat".encode("utf-16"), "a cat"),
+        ("Füchse".encode(), "Füchse"),
+        ("a café".encode("cp1252"), None),
+    ],
+)
+def test_encodings_of_texts(tmp_path, data, text):
+    source = TarShards([write_tar(tmp_path / "s.tar", [("a.jpg", encode(gradient())), ("a.txt", data)])])
+    if text is not None:
+        assert source.captions(0) == (text,)
+        return
+    with pytest.raises(ValueError, match="'a' of .* has a text that is not UTF-8; save it as UTF-8"):
+        source.captions(0)
+    report = check_source(source, num_workers=0, progress=False)
+    assert [key for key, _ in report.unusable_captions] == ["a"]
+    assert list(report.errors) == ["unusable captions"]
+
+
+@pytest.mark.parametrize("details", [b"[" * 100_000, b"{", b"\xff", b"1" * 5000])
+def test_json_that_cannot_be_read_costs_its_sample_alone(tmp_path, details):
+    members = [("a.jpg", encode(gradient())), ("a.json", details), *sample(1)]
+    with pytest.warns(UserWarning, match="'a' of .* has json that cannot be read"):
+        source = TarShards([write_tar(tmp_path / "s.tar", members)])
+    assert source.open_bytes(0) == encode(gradient())
+    with pytest.raises(ValueError, match="'a' of .* has json that cannot be read"):
+        source.captions(0)
+    assert source.captions(1) == ("a dog",)
+
+
+def packed(path, pack):
+    path.write_bytes(pack(path.read_bytes()))
+    return path
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("name", ["s.tar", "s.tar.gz"])
+def test_compressed_shards_are_read(tmp_path, pack, name):
+    path = packed(write_tar(tmp_path / name, sample(1, "one") + sample(2, "two")), pack)
+    source = open_source(tmp_path)
+    assert contents(source) == {"00001": ("one",), "00002": ("two",)}
+    assert source.place(0).file == str(path)
+    assert contents(pickle.loads(pickle.dumps(source))) == contents(source)
+    kept = tmp_path / "kept"
+    for _ in range(2):
+        again = TarShards([path], storage=ShardStorage(cache_dir=str(kept)))
+        assert again.open_bytes(1) == encode(gradient(seed=2))
+    assert len(list(kept.glob("*.tar"))) == 1
+    with pytest.raises(ValueError, match="is compressed with .*; unpack it first"):
+        scan_shard(path)
+
+
+def test_a_compressed_shard_cut_short_keeps_its_beginning(tmp_path):
+    path = packed(write_tar(tmp_path / "s.tar", sample(1) + sample(2)), gzip.compress)
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.warns(UserWarning, match="cut short"):
+        assert TarShards([path]).key(0) == "00001"
+
+
+def test_a_shard_that_unpacks_to_very_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(compressed, "_SMALL_BYTES", 1000)
+    path = tmp_path / "s.tar.gz"
+    path.write_bytes(gzip.compress(bytes(5_000_000)))
+    with pytest.raises(ValueError, match="unpacks to more than 1 MB"):
+        TarShards([path], storage=ShardStorage(cache_dir=str(tmp_path / "kept")))
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def test_zstd(tmp_path):
+    head = b"\x28\xb5\x2f\xfd"
+    if find_spec("zstandard") is None:
+        (tmp_path / "s.tar.zst").write_bytes(head + bytes(100))
+        with pytest.raises(ValueError, match=r"pip install 'opencoca\[zstd\]'"):
+            TarShards([tmp_path / "s.tar.zst"])
+        return
+    import zstandard  # pyright: ignore[reportMissingImports]
+
+    path = packed(write_tar(tmp_path / "s.tar.zst", sample(1)), zstandard.ZstdCompressor().compress)
+    assert path.read_bytes().startswith(head)
+    assert contents(TarShards([path])) == {"00001": ("a dog",)}

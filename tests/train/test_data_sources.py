@@ -65,3 +65,16 @@ def test_rand_augment_reaches_the_training_images(pairs: Pairs, tmp_path: Path) 
     assert bool((with_it.images != without.images).any())
     with pytest.raises(ValueError, match=r"rand_augment must be .* got \(0, 20"):
         Trainer(tiny_recipe(pairs, tmp_path / "bad", data__rand_augment=[0, 20]))
+
+
+def test_a_validation_image_that_cannot_be_read_is_named_once(pairs: Pairs, tmp_path: Path) -> None:
+    recipe = tiny_recipe(pairs, tmp_path / "run")
+    source = open_val_source(recipe)
+    assert source is not None
+    Path(source.place(2).file).write_bytes(b"\x89PNG\r\n\x1a\n")
+    validator = Trainer(recipe, "cpu").validator
+    assert validator is not None
+    with pytest.warns(UserWarning, match=f"{source.key(2)}.*; validation leaves it out") as warned:
+        for _ in range(2):
+            assert sum(len(indices) for indices, _, _ in validator._inputs(0, 1)) == len(source) - 1
+    assert len([warning for warning in warned if "validation" in str(warning.message)]) == 1

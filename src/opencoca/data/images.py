@@ -8,6 +8,7 @@ takes more than 1.2 GB unless `allow_pixels` says so.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import io
 import os
@@ -244,12 +245,22 @@ def _silence_pillow() -> None:
 def _formats() -> tuple[str, ...]:
     """Names of the formats to try: the most frequent ones first, as Pillow tries one after the other."""
     Image.init()
+    _silence_libtiff()
     with contextlib.suppress(ImportError):  # an extra of the package
         import pi_heif
 
         pi_heif.register_heif_opener()
     accepted = [name for name in Image.ID if name not in _REFUSED_FORMATS]
     return tuple(sorted(accepted, key=lambda name: name not in ("JPEG", "PNG", "WEBP")))
+
+
+def _silence_libtiff() -> None:
+    """Makes Pillow's libtiff print nothing, where it can be found: what it would say becomes an error or is harmless."""
+    with contextlib.suppress(OSError, AttributeError), open("/proc/self/maps", encoding="utf-8") as maps:
+        for path in {line.split(maxsplit=5)[-1].strip() for line in maps if "/libtiff" in line}:
+            library = ctypes.CDLL(path)
+            library.TIFFSetErrorHandler(None)
+            library.TIFFSetWarningHandler(None)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -6,6 +6,7 @@ from opencoca.data import (
     SampleOrder,
     SampleSource,
     ShardStorage,
+    allow_pixels,
     make_order,
     open_source,
 )
@@ -20,6 +21,7 @@ def open_train_source(recipe: Recipe) -> SampleSource:
     Raises ValueError for what the recipe gets wrong, FileNotFoundError for data that are not there.
     """
     data = recipe.data
+    allow_pixels(data.max_pixels)
     if data.sources and data.train_images:
         raise ValueError("the recipe names both data.train_images and data.sources; put all into data.sources")
     if not data.sources:
@@ -82,4 +84,10 @@ def _open(data: DataRecipe, images: str, captions: str | None, labels: str | Non
 
 
 def _storage(data: DataRecipe) -> ShardStorage:
-    return ShardStorage(index_dir=data.index_dir, cache_dir=data.cache_dir, cache_gb=data.cache_gb)
+    return ShardStorage(
+        image_member=data.image_member,
+        text_member=data.text_member,
+        index_dir=data.index_dir,
+        cache_dir=data.cache_dir,
+        cache_gb=data.cache_gb,
+    )

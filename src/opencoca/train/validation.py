@@ -4,6 +4,7 @@ Several processes share the images out in whole batches, so that each computes w
 Letters: S samples of a batch, C texts a sample.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -101,6 +102,8 @@ class Validator:
             usable = [i for i in usable if source.captions(i)]
             texts_per_sample = min((len(source.captions(i)) for i in usable), default=0)
         self.images = usable
+        self._named: set[int] = set()
+        """Images that turned out to be unreadable, of which a warning has been given."""
         losses = LossEvaluator(task, source, tokenizer, texts_per_sample)
         self.evaluators: tuple[Evaluator, ...] = (losses, *task.evaluators(source, tokenizer))
         self.shown_keys = fixed_photographs(source, usable, recipe.report_images)
@@ -145,10 +148,18 @@ class Validator:
         first, stop = _share(len(self.source), rank, num_ranks)
         source = self.source if num_ranks == 1 else Subset(self.source, range(first, stop))
         for batch in iterate_images(source, self.transform, _BATCH_IMAGES, 2):
+            self._name_broken([(first + index, reason) for index, reason in batch.errors])
             indices = (batch.indices + first).tolist()
             rows = [row for row, image in enumerate(indices) if image in wanted]
             if rows:
                 yield [indices[row] for row in rows], batch.pixels[rows], 0
+
+
+    def _name_broken(self, errors: list[tuple[int, str]]) -> None:
+        for index, reason in errors:
+            if index not in self._named:
+                self._named.add(index)
+                warnings.warn(f"{reason}; validation leaves it out", stacklevel=2)
 
 
 def headline(task: Task, values: dict[str, float], epoch: float) -> str:

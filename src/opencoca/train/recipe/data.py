@@ -44,6 +44,9 @@ class DataRecipe:
         val_captions: as train_captions.
         val_labels: as train_labels.
         label_column: column of classes of these tables, or the field of a sample's json.
+        image_member: ending of the members of tar shards that are a sample's image, such as seg.png; null = any image.
+        text_member: ending of the members that are its text; null = txt.
+        max_pixels: larger images count as damaged.
         captions_per_image: captions of one image in a batch; they share its encoding.
         resize_mode: how evaluation makes images fit: crop, pad or squash.
         mean: subtracted from RGB values in [0, 1].
@@ -73,6 +76,9 @@ class DataRecipe:
     val_captions: str | None = None
     val_labels: str | None = None
     label_column: str = "label"
+    image_member: str | None = None
+    text_member: str | None = None
+    max_pixels: int = 178_956_970
     captions_per_image: int = 1
     resize_mode: Literal["crop", "pad", "squash"] = "crop"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
