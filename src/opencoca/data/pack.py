@@ -154,11 +154,11 @@ def _members_of(key: str, sample: Sample, settings: _Settings) -> list[tuple[str
     }
     members = [(suffix, data)]
     if isinstance(target, str):
-        members.append(("cls", target.encode()))
+        members.append(("cls", target.encode(errors="replace")))
     elif target is not None:
         details["label"] = target
     if captions:
-        members.append(("txt", captions[0].encode()))
+        members.append(("txt", captions[0].encode(errors="replace")))
     # A file's name may hold bytes of no encoding; in JSON they are written as escapes.
     return [*members, ("json", json.dumps(details, ensure_ascii=False).encode("utf-8", "backslashreplace"))]
 

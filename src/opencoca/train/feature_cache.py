@@ -212,7 +212,7 @@ def _fingerprint(encoder, stages: int, source: SampleSource, views: CacheViews, 
     for path in source.paths if isinstance(source, TarShards) else ():
         digest.update(_stamp(path))
     for image in range(len(source)):
-        digest.update(source.key(image).encode() + b"\0")
+        digest.update(source.key(image).encode("utf-8", "backslashreplace") + b"\0")
         digest.update(_stamp(source.root / source.key(image)) if isinstance(source, ImageFolder) else b"")
         digest.update("\0".join(source.captions(image)).encode() if views.training else b"")
     return digest.hexdigest()[:16]
