@@ -1,4 +1,4 @@
-"""Damaged and hostile inputs are used or refused (benchmarks/robustness.py): a few here, all of them where it is slow."""
+"""Damaged and hostile inputs are used or refused (benchmarks/robustness.py): a few, and all where it is slow."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def unpacked(path: str, folder: str | None) -> str:
     return str(copy)
 
 
-def _copy(source: IO[bytes], target: IO[bytes], most: int, path: str) -> None:
+def _copy(source: Any, target: IO[bytes], most: int, path: str) -> None:
     total = 0
     while piece := _next_piece(source):
         total += len(piece)
@@ -73,9 +73,9 @@ def _copy(source: IO[bytes], target: IO[bytes], most: int, path: str) -> None:
         target.write(piece)
 
 
-def _next_piece(source: IO[bytes]) -> bytes:
+def _next_piece(source: Any) -> bytes:
     try:
-        return source.read(_PIECE_BYTES)
+        return source.read1(_PIECE_BYTES)  # what there is before the damage, too
     except Exception as error:  # of zstd there are two implementations
         if isinstance(error, EOFError | OSError | zlib.error | lzma.LZMAError) or type(error).__name__ == "ZstdError":
             return b""  # damaged; the scan of the copy will tell

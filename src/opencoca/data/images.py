@@ -255,7 +255,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def _silence_libtiff() -> None:
-    """Makes Pillow's libtiff print nothing, where it can be found: what it would say becomes an error or is harmless."""
+    """Makes Pillow's libtiff print nothing, where it can be found: what it would say is an error, or harmless."""
     with contextlib.suppress(OSError, AttributeError), open("/proc/self/maps", encoding="utf-8") as maps:
         for path in {line.split(maxsplit=5)[-1].strip() for line in maps if "/libtiff" in line}:
             library = ctypes.CDLL(path)

@@ -21,7 +21,7 @@ import numpy as np
 
 from opencoca.data.read_ahead import parallel_map
 from opencoca.data.remote import RemoteReadError, is_remote, read_file, read_range, remote_status, write_file
-from opencoca.data.shards import IMAGE, ChosenMembers, LostSample, ShardIndex, index_shard, scan_shard
+from opencoca.data.shards import ANY_MEMBERS, IMAGE, ChosenMembers, LostSample, ShardIndex, index_shard, scan_shard
 from opencoca.data.tar_scan import BLOCK
 from opencoca.system.files import atomic_write
 from opencoca.system.reading import read_ordinary
@@ -44,7 +44,7 @@ class IndexedShard:
 
 
 def load_index(
-    path: str | Path, index_dir: str | Path | None = None, chosen: ChosenMembers = ChosenMembers()
+    path: str | Path, index_dir: str | Path | None = None, chosen: ChosenMembers = ANY_MEMBERS
 ) -> ShardIndex:
     """The index of one shard: from its sidecar while that fits the shard, else, if the shard is local, by a scan.
 
@@ -75,7 +75,7 @@ def index_shards(
     paths: Sequence[str | Path],
     *,
     index_dir: str | Path | None = None,
-    chosen: ChosenMembers = ChosenMembers(),
+    chosen: ChosenMembers = ANY_MEMBERS,
     force: bool = False,
     num_workers: int = 4,
 ) -> Iterator[IndexedShard]:
@@ -103,9 +103,7 @@ def index_shards(
     return parallel_map(work, paths, num_workers, 2 * max(1, num_workers))
 
 
-def sidecar_place(
-    path: str | Path, index_dir: str | Path | None, chosen: ChosenMembers = ChosenMembers()
-) -> str:
+def sidecar_place(path: str | Path, index_dir: str | Path | None, chosen: ChosenMembers = ANY_MEMBERS) -> str:
     """Returns the path of a shard's sidecar: beside the shard, or below `index_dir` under the same path.
 
     Each choice of members has a sidecar of its own.
@@ -145,9 +143,7 @@ def _index_one(
     return IndexedShard(str(path), index, True)
 
 
-def _read_sidecar(
-    place: str, shard_bytes: int, *, allow_old: bool = False
-) -> tuple[dict[str, Any], ShardIndex] | None:
+def _read_sidecar(place: str, shard_bytes: int, *, allow_old: bool = False) -> tuple[dict[str, Any], ShardIndex] | None:
     """The stamp and the index in a sidecar of a shard of this size; None if it isn't there or can't be read."""
     try:
         data = read_file(place) if is_remote(place) else read_ordinary(place, shard_bytes + _SLACK_BYTES)
@@ -189,9 +185,7 @@ def _pack(index: ShardIndex, stamp: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _unpack(
-    data: bytes, shard_bytes: int, *, allow_old: bool = False
-) -> tuple[dict[str, Any], ShardIndex] | None:
+def _unpack(data: bytes, shard_bytes: int, *, allow_old: bool = False) -> tuple[dict[str, Any], ShardIndex] | None:
     """The facts about the shard and its index; None if these bytes are damaged, of another version, or make no sense.
 
     allow_old: also an index of an earlier version will do.

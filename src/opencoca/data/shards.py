@@ -57,6 +57,9 @@ class ChosenMembers(NamedTuple):
         return key, ending.lower(), None if taken else kind
 
 
+ANY_MEMBERS = ChosenMembers()
+
+
 class LostSample(NamedTuple):
     """A sample that a shard names but can't give: near which byte, and why. Key "": damage as such."""
 
@@ -98,7 +101,7 @@ class _Group:
     fault: str | None = None
 
 
-def scan_shard(path: str | Path, chosen: ChosenMembers = ChosenMembers()) -> ShardIndex:
+def scan_shard(path: str | Path, chosen: ChosenMembers = ANY_MEMBERS) -> ShardIndex:
     """Read a local shard's headers from front to end. Raises OSError if the file can't be read."""
     with open_ordinary(path) as file:
         descriptor = file.fileno()
@@ -106,7 +109,7 @@ def scan_shard(path: str | Path, chosen: ChosenMembers = ChosenMembers()) -> Sha
         return index_shard(lambda offset, length: os.pread(descriptor, length, offset), size, str(path), chosen)
 
 
-def index_shard(read_at: ReadAt, size: int, name: str, chosen: ChosenMembers = ChosenMembers()) -> ShardIndex:
+def index_shard(read_at: ReadAt, size: int, name: str, chosen: ChosenMembers = ANY_MEMBERS) -> ShardIndex:
     """Indexes a shard of `size` bytes that `read_at` reads; `name` is for messages."""
     if packing := compression_of(read_at(0, BLOCK)):
         raise ValueError(f"the shard {name!r} is compressed with {packing}; unpack it first")
@@ -189,9 +192,7 @@ def _is_part(group: _Group, groups: dict[str, _Group]) -> bool:
     return False
 
 
-def _broken_groups(
-    groups: list[_Group], damage: list[tuple[int, str, str]], chosen: ChosenMembers
-) -> dict[int, str]:
+def _broken_groups(groups: list[_Group], damage: list[tuple[int, str, str]], chosen: ChosenMembers) -> dict[int, str]:
     """Why, by number, of the samples next to a damage that lack what samples of this shard usually have."""
     if not damage or not groups:
         return {}

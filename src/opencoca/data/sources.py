@@ -12,6 +12,7 @@ from opencoca.data.images import read_image_file
 from opencoca.data.source import Place, Sample, SampleSource, SourceView
 from opencoca.data.targets import Target, class_folder
 
+
 class ImageFolder(SampleSource):
     """Image files below one folder, with captions and targets by key: an image's path relative to the folder.
 

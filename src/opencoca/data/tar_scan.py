@@ -21,9 +21,7 @@ _WITHOUT_DATA = frozenset(
     {tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE}
 )
 # Headers that say more of the member after them.
-_EXTENDING = frozenset(
-    {tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
-)
+_EXTENDING = frozenset({tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK})
 _LARGEST_NAME = 1 << 20
 _MOST_DIGITS = 19  # of a number in an extended header
 _MOST_LINKS = 40  # that lead to one another

@@ -41,10 +41,10 @@ class Pipeline:
     head tells apart, or None), `info` (where the model comes from), `session` (what decoding keeps from one call to
     the next), `device`, `dtype`.
 
-    Images are one or several of: a path, the bytes of a file, an open file, a PIL image, an array (H, W, 3) or (H, W), a tensor
-    (3, H, W); arrays and tensors hold uint8, or floating point in 0..1. One that cannot be used raises ImageError,
-    a ValueError that names it. Texts are one string or several; a longer text than the model's context_length is
-    cut there.
+    Images are one or several of: a path, the bytes of a file, an open file, a PIL image, an array (H, W, 3) or (H, W),
+    a tensor (3, H, W); arrays and tensors hold uint8, or floating point in 0..1. One that cannot be used raises
+    ImageError, a ValueError that names it. Texts are one string or several; a longer text than the model's
+    context_length is cut there.
     """
 
     def __init__(

@@ -21,7 +21,8 @@ from opencoca.data.rgb import to_rgb
 from opencoca.data.transforms import EvalTransform, PreprocessConfig
 
 ImageLike = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray | Tensor
-"""One image: the path of a file, its bytes, an open file, a PIL image, an array (H, W, 3) or (H, W), or a tensor (3, H, W).
+"""One image: the path of a file, its bytes, an open file, a PIL image, an array (H, W, 3) or (H, W), or a tensor
+(3, H, W).
 
 Arrays and tensors hold uint8 in 0..255 or floating point in 0..1.
 """

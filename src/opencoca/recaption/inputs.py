@@ -16,7 +16,6 @@ from opencoca.data.tables import TABLE_SUFFIXES, Table, TableColumns
 from opencoca.recaption.parquet_images import ParquetImages, has_encoded_images
 
 
-
 class ShardImages(TarShards):
     """The images of one tar shard, named `SHARD/KEY`."""
 

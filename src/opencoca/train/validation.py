@@ -154,7 +154,6 @@ class Validator:
             if rows:
                 yield [indices[row] for row in rows], batch.pixels[rows], 0
 
-
     def _name_broken(self, errors: list[tuple[int, str]]) -> None:
         for index, reason in errors:
             if index not in self._named:
