@@ -35,7 +35,7 @@ _TOGETHER = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"some of {', '.join(KINDS)} (default: all)")
     parser.add_argument("--count", type=int, help="inputs of each kind (default: its own number)")
     parser.add_argument("--seed", type=int, default=0)

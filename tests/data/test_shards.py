@@ -119,7 +119,7 @@ def test_where_captions_come_from(tmp_path):
     assert source.blank_captions == ("blank",)
     other = open_source(tmp_path, caption_column="blip")
     assert other.captions(list(contents(source)).index("folder/name.jpg")) == ("better",)
-    with pytest.raises(ValueError, match="'bad' of .* has json that cannot be read"):
+    with pytest.raises(ValueError, match=r"'bad' of .* has json that cannot be read"):
         other.captions(list(contents(source)).index("bad"))
     assert contents(open_source(tmp_path))["folder/name.jpg"] == ("x",)
 

@@ -72,7 +72,7 @@ def test_a_validation_image_that_cannot_be_read_is_named_once(pairs: Pairs, tmp_
     source = open_val_source(recipe)
     assert source is not None
     Path(source.place(2).file).write_bytes(b"\x89PNG\r\n\x1a\n")
-    validator = Trainer(recipe, "cpu").validator
+    validator = Trainer(recipe).validator
     assert validator is not None
     with pytest.warns(UserWarning, match="; validation leaves it out") as warned:
         counts = [sum(len(indices) for indices, _, _ in validator._inputs(0, 1)) for _ in range(2)]
