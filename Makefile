@@ -42,7 +42,7 @@ test-gpu: setup
 # METEOR, and our caption metrics against pycocoevalcap's.
 test-java: setup
 	$(PYTHON) -m pip install --disable-pip-version-check --no-input --quiet -c constraints.txt -e '.[coco-metrics]'
-	$(PYTHON) -m pytest -m "java and not peers and not gpu"
+	$(PYTHON) -m pytest -m "java and not peers and not gpu" $$(grep -rl --include='test_*.py' 'mark\.java' tests)
 
 # Other projects' models against ours, in an environment of their own; it has not what all other tests import.
 test-peers: $(PEERS_VENV)/.installed
