@@ -41,9 +41,9 @@ def _add_open_clip(group: Any) -> None:
 
 
 def run_open_clip(arguments: argparse.Namespace) -> int:
-    from opencoca.inference.loading import as_dtype
     from opencoca.store.interop.open_clip import load_open_clip
     from opencoca.store.model_folder import CONFIG_FILE, WEIGHTS_FILE, save_model_folder
+    from opencoca.system.devices import as_dtype
 
     folder = Path(arguments.out_dir)
     if folder.is_dir() and any(folder.iterdir()):

@@ -38,8 +38,9 @@ def add_commands(commands: Any) -> None:
 
 
 def run_push(arguments: argparse.Namespace) -> int:
-    from opencoca.inference.loading import as_dtype, load_model
+    from opencoca.inference.loading import load_model
     from opencoca.store.model_card import CARD_FILE, Result, write_repository
+    from opencoca.system.devices import as_dtype
 
     _check_repo_id(arguments.repo_id)
     if arguments.out:

@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
+from opencoca.system.names import suggests_options
+
 if TYPE_CHECKING:  # the command line makes its options of these classes, and need not wait for PyTorch
     from torch import Tensor
 
 
+@suggests_options
 @dataclass(frozen=True)
 class GenerationOptions:
     """How captions are generated: greedily, by beam search (num_beams), or by sampling (temperature, top_k, ...).
@@ -124,14 +127,17 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def shows_generation_options(function: _Function) -> _Function:
-    """Makes `help()` list every option with its type and default instead of a function's ``**keywords``."""
+    """Makes `help()` list every option with its type and default instead of a function's ``**keywords``.
+
+    An option that does not exist is a TypeError that names the nearest one.
+    """
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     names = {parameter.name for parameter in own}
     options = inspect.signature(GenerationOptions, eval_str=True).parameters.values()
     shown = [p.replace(kind=p.KEYWORD_ONLY) for p in options if p.name not in names]
     function.__signature__ = signature.replace(parameters=[*own, *shown])  # pyright: ignore[reportFunctionMemberAccess]
-    return function
+    return suggests_options(function)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from opencoca.store.model_folder import (
     stored_format,
 )
 from opencoca.store.published_models import PublishedModel, find_published, published_in
-from opencoca.system.devices import choose_device
+from opencoca.system.devices import as_dtype, choose_device
+from opencoca.system.names import did_you_mean, suggests_options
 
 HUB_PREFIX, OPEN_CLIP_PREFIX = "hf-hub:", "open_clip:"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -71,6 +72,7 @@ def available_models() -> tuple[ShippedModel, ...]:
     return tuple(SHIPPED_MODELS.values())
 
 
+@suggests_options
 def load(
     name_or_path: str | os.PathLike[str] | None = None,
     device: str | torch.device = "auto",
@@ -106,7 +108,9 @@ def load(
     """
     device, dtype = choose_device(device), as_dtype(dtype)
     loaded = load_model(name_or_path, device=device, dtype=dtype, weights=weights, checkpoint=checkpoint)
-    return Pipeline(loaded.model, loaded.tokenizer, Preprocess(loaded.preprocess), loaded.info, loaded.task)
+    name = str(name_or_path or DEFAULT_MODEL)
+    name += f"@{weights}" if weights and "@" not in name else ""
+    return Pipeline(loaded.model, loaded.tokenizer, Preprocess(loaded.preprocess), loaded.info, loaded.task, name=name)
 
 
 def load_model(
@@ -177,12 +181,15 @@ def _as_folder(name: str) -> Path:
     shipped = SHIPPED_MODELS.get(name)
     folder = shipped.folder if shipped else Path(name)
     if not folder.exists():
-        known = ", ".join(SHIPPED_MODELS)
+        if shipped:
+            raise FileNotFoundError(
+                f"the model {name!r} is missing from this installation ({folder}); install opencoca again"
+            )
+        published = [text for model in published_models.PUBLISHED_MODELS for text in (model.name, model.full_name)]
         raise FileNotFoundError(
-            f"the model {name!r} is missing from this installation ({folder}); install opencoca again"
-            if shipped
-            else f"there is no model {name!r}: it is neither a folder nor the name of a shipped model ({known}) or a "
-            "published one (`opencoca models` lists them)"
+            f"there is no model {name!r}: it is neither a folder nor the name of a shipped model "
+            f"({', '.join(SHIPPED_MODELS)}) or a published one (`opencoca models` lists them)"
+            + did_you_mean(name, [*SHIPPED_MODELS, *published])
         )
     return folder
 
@@ -247,16 +254,3 @@ def _load_open_clip(
 ) -> LoadedModel:
     model, tokenizer, preprocess = load_open_clip(architecture, checkpoint, dtype)
     return LoadedModel(model.to(device).eval(), tokenizer, preprocess, {"source": {"format": "open_clip", **source}})
-
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
-def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    """The floating-point type that a user names; None is float32. Raises ValueError for others."""
-    if dtype is None:
-        return torch.float32
-    found = _DTYPES.get(str(dtype).removeprefix("torch."))
-    if found is None:
-        raise ValueError(f"the dtype {dtype!r} is none of {', '.join(_DTYPES)}")
-    return found

@@ -3,7 +3,9 @@
 Letters: I images, B texts, L labels, E embed_dim.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, Unpack, get_args, overload
 
 import torch
@@ -21,6 +23,9 @@ from opencoca.generation.scoring import TextScorer, pointwise_mutual_information
 from opencoca.inference.labels import DEFAULT_TEMPLATES, Classifier, LabelLogits, LabelScore, Rule, label_texts
 from opencoca.inference.preprocess import ImageLike, Images, Preprocess, as_pil, check_batch_size
 from opencoca.model.coca import CoCa
+from opencoca.store.model_folder import CONFIG_FILE, cast_weight, save_model_folder
+from opencoca.system.devices import as_dtype, choose_device
+from opencoca.system.names import suggests_options
 from opencoca.tokenizer import Tokenizer
 
 _TEXT_BATCH_SIZE = 256
@@ -38,8 +43,8 @@ class Pipeline:
 
     Attributes: `model` (CoCa, in eval mode), `tokenizer`, `preprocess` (images of any kind -> (I, 3, height, width)),
     `task` (what its folder keeps of the task that it was finetuned on, or None), `classes` (the names of what its own
-    head tells apart, or None), `info` (where the model comes from), `session` (what decoding keeps from one call to
-    the next), `device`, `dtype`.
+    head tells apart, or None), `name` (what it was loaded by), `info` (where the model comes from), `session` (what
+    decoding keeps from one call to the next), `device`, `dtype`.
 
     Images are one or several of: a path, the bytes of a file, an open file, a PIL image, an array (H, W, 3) or (H, W),
     a tensor (3, H, W); arrays and tensors hold uint8, or floating point in 0..1. One that cannot be used raises
@@ -54,15 +59,54 @@ class Pipeline:
         preprocess: Preprocess,
         info: dict[str, Any] | None = None,
         task: dict[str, Any] | None = None,
+        *,
+        name: str = "",
     ) -> None:
         """task: what a model folder keeps of the task that the model was finetuned on; see `LoadedModel`."""
         self.model = model.eval()
         self.session = DecodingSession(self.model)
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer.with_context_length(model.config.text.context_length)
         self.preprocess = preprocess
+        self.name = name
         self.info = info or {}
         self.task = task
         self.classes: tuple[str, ...] | None = tuple(task["classes"]) if task and "classes" in task else None
+
+    def __repr__(self) -> str:
+        count = sum(tensor.numel() for tensor in self.model.stored_weights().values())
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"Pipeline({self.name or 'unnamed'}, {count / 1e6:,.1f}M parameters, {self.device}, {dtype})"
+
+    @suggests_options
+    def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> "Pipeline":
+        """Moves the model to a device, changes the type of its weights, or both; returns this pipeline.
+
+        device, dtype: as in `opencoca.load`; None leaves it as it is. Single numbers, such as the temperature, keep
+        their type. Raises ValueError for what is unknown or not there, and then nothing has changed.
+        """
+        target = self.device if device is None else choose_device(device)
+        if dtype is not None:
+            wanted = as_dtype(dtype)
+            self.model._apply(lambda tensor: cast_weight(tensor, wanted))
+        self.model.to(target).tie_head()
+        self.session = DecodingSession(self.model, records_steps=self.session.records_steps)
+        return self
+
+    @suggests_options
+    def save(
+        self, folder: str | os.PathLike[str], *, dtype: str | torch.dtype | None = None, overwrite: bool = False
+    ) -> Path:
+        """Writes the model as a folder that `opencoca.load` reads, and returns the folder.
+
+        dtype: floating-point type of the stored weights; None keeps the model's. overwrite: whether a model that lies
+        there already is replaced, which is a FileExistsError else. Raises also as `save_model_folder`.
+        """
+        folder = Path(folder)
+        if (folder / CONFIG_FILE).exists() and not overwrite:
+            raise FileExistsError(f"{folder} holds a model already; choose another folder, or overwrite=True")
+        stored_as, looks = None if dtype is None else as_dtype(dtype), self.preprocess.config
+        save_model_folder(folder, self.model, self.tokenizer, looks, dtype=stored_as, info=self.info, task=self.task)
+        return folder
 
     @property
     def device(self) -> torch.device:
@@ -157,6 +201,7 @@ class Pipeline:
             return generate(model, images.tokens, tokenizer, options, image_seeds=seeds, session=session)
         return generate_reranked(model, images, tokenizer, options, weight, image_seeds=seeds, session=session)
 
+    @suggests_options
     def embed_images(self, images: Images, *, batch_size: int = 32) -> Tensor:
         """Embeddings (I, E) of images: float32, on the CPU, of length 1."""
         embeds = [torch.empty(0, self.model.config.embed_dim)]
@@ -165,6 +210,7 @@ class Pipeline:
                 embeds.append(self.model.encode_image(pixels).embed.float().cpu())
         return torch.cat(embeds)
 
+    @suggests_options
     def embed_texts(
         self, texts: str | Iterable[str], *, batch_size: int = _TEXT_BATCH_SIZE, progress: bool = False
     ) -> Tensor:
@@ -174,7 +220,7 @@ class Pipeline:
         embeds = [torch.empty(0, self.model.config.embed_dim)]
         starts = range(0, len(texts), batch_size)
         for start in tqdm(starts, desc="embedding texts", unit="batch", disable=not progress):
-            batch = self.tokenizer(texts[start : start + batch_size], self.model.config.text.context_length)
+            batch = self.tokenizer(texts[start : start + batch_size])
             with torch.inference_mode():
                 output = self.model.encode_text(batch.token_ids.to(self.device), batch.token_mask.to(self.device))
             embeds.append(output.embed.float().cpu())
@@ -184,6 +230,7 @@ class Pipeline:
         """Cosine (I, B) of every image with every text, -1 to 1."""
         return self.embed_images(images) @ self.embed_texts(texts).T
 
+    @suggests_options
     def score_captions(
         self, images: Images, texts: str | Iterable[str], *, prior_weight: float = 0.0, batch_size: int = 32
     ) -> Tensor:
@@ -204,7 +251,7 @@ class Pipeline:
     def text_scorer(self, texts: str | Iterable[str]) -> TextScorer:
         """Prepares texts to be scored for images; see `TextScorer`."""
         texts = [texts] if isinstance(texts, str) else list(texts)
-        batch = self.tokenizer(texts, self.model.config.text.context_length)
+        batch = self.tokenizer(texts)
         return TextScorer(self.model, batch.token_ids.to(self.device), batch.token_mask.to(self.device))
 
     def text_prior(self, scorer: TextScorer) -> Tensor:
@@ -213,6 +260,7 @@ class Pipeline:
         with torch.inference_mode():
             return prior_of_texts(scorer, self.model.encode_image(blank).tokens)
 
+    @suggests_options
     def explain(self, image: ImageLike, caption: str | None = None) -> Explanation:
         """Shows where in one image each word of a caption looks; without a caption the model writes one.
 
@@ -229,6 +277,7 @@ class Pipeline:
         maps = word_maps(self.model, self.tokenizer, pixels[0], caption)
         return Explanation(photograph, caption, maps, visible_box(photograph.size, self.preprocess.config))
 
+    @suggests_options
     def classify(
         self,
         images: Images,

@@ -68,12 +68,15 @@ def save_model_folder(
         task: see `LoadedModel`.
 
     Raises:
-        ValueError: a weight is not finite, or not in `dtype`; the tokenizer has more ids than the model.
+        ValueError: a weight is not finite, or not in `dtype`; the tokenizer has more ids than the model; the image
+            encoder is a module that was handed over, which no folder describes.
         WriteError: (an OSError) the disk is full or the folder is not writable; the old file stays as it was.
     """
     _check_vocabulary(model.config, tokenizer, "this tokenizer")
+    if model.config.image.name == "custom":
+        raise ValueError("a folder cannot describe an image encoder of your own; store model.state_dict() instead")
     tensors = model.stored_weights()
-    tensors = {name: _cast(tensor.detach(), dtype).cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: cast_weight(tensor.detach(), dtype).cpu().contiguous() for name, tensor in tensors.items()}
     if broken := non_finite(tensors):
         kind = f" in {dtype}" if dtype is not None else ""
         raise ValueError(f"the model was not saved: these weights are not finite{kind}: {first_names(broken)}")
@@ -121,7 +124,7 @@ def load_model_folder(
     tensors = read_tensors(weights, str(device))
     _check_same(weights, listed_names({"not finite": non_finite(tensors)}))
     for name in tuple(tensors):
-        tensors[name] = _cast(tensors[name], dtype)
+        tensors[name] = cast_weight(tensors[name], dtype)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_head()
     return LoadedModel(model.to(device).eval(), tokenizer, *rest)
@@ -240,5 +243,6 @@ def _check_vocabulary(config: CoCaConfig, tokenizer: Tokenizer, name: str) -> No
         )
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def cast_weight(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The weight in a floating-point type; None, whole numbers and single numbers leave it as it is."""
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() and tensor.ndim else tensor

@@ -28,7 +28,7 @@ def choose_device(name: str | torch.device, local_rank: int | None = None) -> to
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"{name!r} is no device; choose auto, cpu, cuda, cuda:N or mps") from error
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("the device mps is not there: this PyTorch or this machine has none; choose cpu")
@@ -155,3 +155,16 @@ def measured_flops(device: torch.device, precision: str) -> float:
                 torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - began)
     return 2 * side**3 / min(seconds[1:])
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    """The floating-point type that a user names; None is float32. Raises ValueError for others."""
+    if dtype is None:
+        return torch.float32
+    found = _DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"the dtype {dtype!r} is none of {', '.join(_DTYPES)}")
+    return found

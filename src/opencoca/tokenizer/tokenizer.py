@@ -3,6 +3,7 @@
 Letters: B batch, T text positions.
 """
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,8 +33,9 @@ class TokenBatch(NamedTuple):
 class Tokenizer:
     """Turns texts into token ids and back; made by `clip`, `load` or `train_tokenizer`.
 
-    Attributes: `pad_id`, `bos_id`, `eos_id`, three different ids; `vocab_size`, the number of ids. In the CLIP
-    vocabulary the padding id 0 is also a word ("!" inside a run of punctuation), so only the mask tells padding.
+    Attributes: `pad_id`, `bos_id`, `eos_id`, three different ids; `vocab_size`, the number of ids; `context_length`,
+    where texts are cut unless a call says otherwise (a `Pipeline`'s tokenizer has its model's; None: nowhere). In the
+    CLIP vocabulary the padding id 0 is also a word ("!" inside a run of punctuation), so only the mask tells padding.
 
     A text may be any `str`; a lone surrogate, which is no character, is read as U+FFFD.
     """
@@ -47,6 +49,7 @@ class Tokenizer:
         self.pad_id: int = backend.padding["pad_id"]
         self.bos_id, self.eos_id = framing
         self.vocab_size: int = backend.get_vocab_size()
+        self.context_length: int | None = None
         if sorted(backend.get_vocab().values()) != list(range(self.vocab_size)):
             raise ValueError(f"its ids are not 0 to {self.vocab_size - 1}, each used once")
         if len({self.pad_id, *framing}) != 3 or not 0 <= self.pad_id < self.vocab_size:
@@ -123,21 +126,30 @@ class Tokenizer:
         """Returns the token ids of one text, of any length: bos, words, eos."""
         return self._backend.encode(self._readable([text])[0]).ids
 
-    def encode_batch(self, texts: Sequence[str], context_length: int) -> list[list[int]]:
+    def with_context_length(self, context_length: int) -> "Tokenizer":
+        """Returns this tokenizer with another `context_length`."""
+        tokenizer = copy.copy(self)
+        tokenizer.context_length = context_length
+        return tokenizer
+
+    def encode_batch(self, texts: Sequence[str], context_length: int | None = None) -> list[list[int]]:
         """Returns the token ids of many texts, unpadded; a text longer than `context_length` is cut and ends in eos.
 
-        Runs on all cores: meant for tokenising a whole data set at once.
+        Runs on all cores: meant for tokenising a whole data set at once. context_length: None for the tokenizer's own.
 
         Raises:
             ValueError: `context_length` is under 2, or a text is not a string (the first such is named).
         """
-        if context_length < 2:
-            raise ValueError(f"context_length is {context_length}, but start and end alone take 2 positions")
+        limit = self.context_length if context_length is None else context_length
+        if limit is not None and limit < 2:
+            raise ValueError(f"context_length is {limit}, but start and end alone take 2 positions")
         encodings = self._backend.encode_batch_fast(self._readable(texts))
-        return [self._cut(encoding.ids, context_length) for encoding in encodings]
+        return [encoding.ids if limit is None else self._cut(encoding.ids, limit) for encoding in encodings]
 
-    def __call__(self, texts: str | Sequence[str], context_length: int) -> TokenBatch:
+    def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> TokenBatch:
         """Makes a batch of one text or several; T is the length of the longest, at most `context_length`.
+
+        context_length: None for the tokenizer's own, which in a `Pipeline` is its model's.
 
         Raises:
             ValueError: as `encode_batch`.
