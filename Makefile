@@ -5,11 +5,12 @@ PEERS_VENV ?= .peers-venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-slow test-java test-gpu test-peers lint types imports check
+.PHONY: help setup demo wheel test test-slow test-java test-gpu test-peers lint types imports check
 
 help:
 	@echo "make setup    install into $(VENV) (choose another with VENV=DIR, another Python with SYSTEM_PYTHON=PATH)"
 	@echo "make demo     caption, classify and find the photographs in demo/photos; draws demo/output/contact_sheet.png"
+	@echo "make wheel    build the wheel in dist/"
 	@echo "make test     all tests that need no GPU, no Java and no other projects"
 	@echo "make test-peers  ours against other projects' models, in an environment of its own ($(PEERS_VENV))"
 	@echo "make test-slow  those that take minutes each"
@@ -27,6 +28,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(PYTHON) demo/demo.py
+
+# What an earlier build left would get into the wheel.
+wheel:
+	rm -rf build
+	$(SYSTEM_PYTHON) -m pip wheel --disable-pip-version-check --no-input --quiet --no-deps --wheel-dir dist .
 
 test: setup
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not java and not peers and not gpu and not slow"

@@ -214,8 +214,16 @@ def test_options_are_an_object_or_keywords_or_both(pipeline, paths):
     details = pipeline.caption_details(paths, options, max_new_tokens=4)
     assert details == pipeline.caption_details(paths, **{**keywords, "max_new_tokens": 4})
     assert max(caption.length for own in details for caption in own) <= 4
-    with pytest.raises(TypeError, match="num_beems"):
-        pipeline.caption(paths, num_beems=2)
+    for call, option, meant in (
+        (pipeline.caption, "num_beems", "num_beams"),
+        (pipeline.caption, "re_rank", "rerank"),
+        (pipeline.caption_details, "batchsize", "batch_size"),
+        (pipeline.classify, "template", "templates"),
+        (load, "devise", "device"),
+        (opencoca.GenerationOptions, "max_tokens", "max_new_tokens"),
+    ):
+        with pytest.raises(TypeError, match=rf"has no option '{option}'; did you mean '{meant}'\?"):
+            call(**{option: 2})
 
 
 @pytest.mark.parametrize("name", ["caption", "caption_details"])
@@ -258,6 +266,64 @@ def test_a_long_text_is_cut_at_the_context(pipeline):
     long = "a dog runs over the grass " * 20
     longer = long + "cat " * 20
     torch.testing.assert_close(pipeline.embed_texts(long), pipeline.embed_texts(longer), rtol=0, atol=0)
+
+
+def test_the_tokenizer_cuts_at_the_context_unless_told_otherwise(pipeline):
+    long = "a dog runs over the grass " * 20
+    assert pipeline.tokenizer(long).token_ids.shape == (1, 14)
+    assert torch.equal(pipeline.tokenizer(long).token_ids, pipeline.tokenizer(long, 14).token_ids)
+    assert pipeline.tokenizer(long, 5).token_ids.shape == (1, 5)
+    assert pipeline.tokenizer.encode_batch([long]) == pipeline.tokenizer.encode_batch([long], 14)
+
+
+def test_a_saved_pipeline_is_loaded_again(pipeline, folder, tmp_path, arrays):
+    assert pipeline.save(tmp_path / "saved") == tmp_path / "saved"
+    names = ("config.json", "model.safetensors", "tokenizer.json")
+    for name in names:
+        assert (tmp_path / "saved" / name).read_bytes() == (folder / name).read_bytes()
+    with pytest.raises(FileExistsError, match=r"holds a model already.*overwrite=True"):
+        pipeline.save(tmp_path / "saved", dtype="bfloat16")
+    assert (tmp_path / "saved" / names[1]).read_bytes() == (folder / names[1]).read_bytes()
+    pipeline.save(tmp_path / "saved", dtype="bfloat16", overwrite=True)
+    halved = load(tmp_path / "saved", device="cpu")
+    expected = load(folder, device="cpu", dtype="bfloat16").to(dtype="float32")
+    torch.testing.assert_close(halved.embed_images(arrays), expected.embed_images(arrays), rtol=0, atol=0)
+
+
+def test_an_encoder_that_no_folder_describes_is_not_saved(pipeline, tmp_path):
+    image = ImageEncoderConfig(name="custom", image_size=(16, 24), width=8)
+    encoder = torch.nn.Conv2d(3, 8, kernel_size=8, stride=8)
+    model = CoCa(replace(pipeline.model.config, image=image), image_encoder=encoder)
+    with pytest.raises(ValueError, match="an image encoder of your own"):
+        Pipeline(model, pipeline.tokenizer, pipeline.preprocess).save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_another_type_is_that_of_loading_in_it(folder, arrays):
+    moved = load(folder, device="cpu")
+    session = moved.session
+    assert moved.to("cpu", torch.bfloat16) is moved
+    assert moved.dtype == torch.bfloat16
+    assert moved.session is not session
+    expected = load(folder, device="cpu", dtype="bfloat16")
+    for (name, tensor), wanted in zip(
+        moved.model.state_dict().items(), expected.model.state_dict().values(), strict=True
+    ):
+        assert tensor.dtype == wanted.dtype, name
+        assert torch.equal(tensor, wanted), name
+    assert moved.model.lm_head.weight is moved.model.unimodal_decoder.token_embed.weight
+    assert moved.caption(arrays) == expected.caption(arrays)
+    for wrong in ({"device": "gpu"}, {"device": torch.bfloat16}, {"dtype": "half"}):
+        with pytest.raises(ValueError, match="'gpu' is no device|bfloat16 is no device|the dtype 'half' is none of"):
+            moved.to(**wrong)
+    assert moved.dtype == torch.bfloat16
+
+
+def test_a_pipeline_shows_name_size_device_and_type(pipeline, folder):
+    count = sum(parameter.numel() for parameter in pipeline.model.parameters())
+    assert repr(pipeline) == f"Pipeline({folder}, {count / 1e6:.1f}M parameters, cpu, float32)"
+    unnamed = Pipeline(pipeline.model, pipeline.tokenizer, pipeline.preprocess)
+    assert repr(unnamed).startswith("Pipeline(unnamed, ")
 
 
 def test_similarity_is_the_cosine(pipeline, arrays):

@@ -278,6 +278,17 @@ def test_one_text_is_a_batch_of_one(tokenizer: Tokenizer):
     assert tokenizer([], 8).token_ids.shape == (0, 0)
 
 
+def test_texts_are_cut_at_the_tokenizers_own_length_if_it_has_one(tokenizer: Tokenizer):
+    text = "a dog runs " * 50
+    assert tokenizer.context_length is None
+    assert tokenizer(text).token_ids[0].tolist() == tokenizer.encode(text)
+    short = tokenizer.with_context_length(6)
+    assert torch.equal(short(text).token_ids, tokenizer(text, 6).token_ids)
+    assert torch.equal(short(text, 9).token_ids, tokenizer(text, 9).token_ids)
+    assert tokenizer.context_length is None
+    assert short.to_json() == tokenizer.to_json()
+
+
 def test_wrong_texts_and_lengths_are_refused(tokenizer: Tokenizer):
     with pytest.raises(ValueError, match=r"text number 1 is None"):
         tokenizer(["a dog", None], 8)  # type: ignore[list-item]
