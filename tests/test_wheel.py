@@ -1,4 +1,4 @@
-"""The package as people install it: the wheel, built from the checkout and tried in an environment without the checkout."""
+"""The package as people install it: the wheel, built from the checkout and tried in an environment without it."""
 
 import email
 import os

@@ -1,4 +1,4 @@
-"""The Python that pages and the notebook show runs as it is printed, in order, by a small model under the names used."""
+"""The Python that pages and the notebook show runs as printed, in order, by a small model under the names used."""
 
 import json
 import re
