@@ -12,9 +12,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns "; did you mean 'NAME'?" with the known name that is nearest to a misspelt one, "" if none is near."""
+    """Returns "; did you mean NAME?" with the known name that is nearest to a misspelt one, "" if none is near."""
     near = get_close_matches(name[:_LONGEST], list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def suggests_options(function: _Function) -> _Function:
