@@ -34,5 +34,5 @@ def suggests_options(function: _Function) -> _Function:
 
     if isinstance(function, type):
         function.__init__ = checked  # pyright: ignore[reportAttributeAccessIssue]
-        return function
+        return function  # pyright: ignore[reportReturnType]
     return checked  # pyright: ignore[reportReturnType]
