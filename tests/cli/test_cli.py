@@ -390,14 +390,30 @@ def test_evaluate_zero_shot(model: str, images: Path, tmp_path: Path, capsys: py
     assert from_folders["data"]["labels"] is None
 
 
+def test_evaluate_with_other_columns(model: str, images: Path, captions: Path, tmp_path: Path) -> None:
+    rows = [[f"{name}.png", text, str(number)] for number, name in enumerate(COLOURS) for text in CAPTIONS[name]]
+    other = write_csv(tmp_path / "other.csv", ["file", "words", "kind"], rows)
+    usual = ["retrieval", tmp_path, "--images", str(images), "--model", model, "--captions"]
+    named = ["--image-column", "file", "--caption-column", "words"]
+    expected = evaluate(*usual, str(captions))["metrics"]
+    assert evaluate(*usual, str(other), *named)["metrics"] == expected
+    labels = ["--labels", str(other), "--image-column", "file", "--label-column", "kind", "--templates", "simple"]
+    report = evaluate("zero-shot", tmp_path, "--images", str(images), "--model", model, *labels)
+    assert report["counts"]["labels"] == 4
+    write_csv(images / "metadata.csv", ["file_name", "text", "label"], rows)
+    assert evaluate(*usual[:-1])["metrics"] == expected
+    by_metadata = evaluate("zero-shot", tmp_path, "--images", str(images), "--model", model, "--templates", "simple")
+    assert by_metadata["metrics"] == report["metrics"]
+
+
 def test_evaluate_mistakes(
     model: str, images: Path, captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     retrieval = ["evaluate", "retrieval", "--model", model, "--images", str(images)]
     assert_mistake(capsys, retrieval, "--captions")
     assert_mistake(capsys, [*retrieval, "--captions", "no.csv"], "no.csv")
-    bad = write_csv(tmp_path / "bad.csv", ["image", "text"], [["red.png", "a"]])
-    assert_mistake(capsys, [*retrieval, "--captions", str(bad)], "bad.csv", "'caption'", "'text'")
+    bad = write_csv(tmp_path / "bad.csv", ["image", "words"], [["red.png", "a"]])
+    assert_mistake(capsys, [*retrieval, "--captions", str(bad)], "bad.csv", "'caption'", "'words'")
     (images / "blue.png").unlink()
     assert_mistake(capsys, [*retrieval, "--captions", str(captions)], "blue.png")
     assert_mistake(capsys, [*retrieval, "--captions", str(captions), "--out", str(tmp_path)], "not an ordinary file")

@@ -289,10 +289,11 @@ class TestShards:
             source.target(0)
         assert source.read(0, target=False).texts == ("x",)
 
-    def test_tables_are_refused(self, tmp_path):
-        path = self.write(tmp_path, {"label": "7"})
-        with pytest.raises(ValueError, match=r"carry their captions and labels themselves; leave 'l\.csv' out"):
-            open_source(path, labels="l.csv")
+    def test_a_table_of_labels_goes_first(self, tmp_path):
+        path = self.write(tmp_path, {"label": "7", "text": "x"}, {"label": "8"})
+        source = open_source(path, labels=write_table(tmp_path / "l.csv", [("00000", "9")], ("image", "label")))
+        assert targets(source) == {"00000": "9"}
+        assert source.captions(0) == ("x",)
 
     def test_an_index_made_before_classes_were_looked_for_is_made_again(self, tmp_path, monkeypatch):
         path = self.write(tmp_path, {"label": "7"}, {"label": "8"})

@@ -9,6 +9,7 @@ import pytest
 from cli_helpers import text_as_jpeg
 from opencoca.cli import build_parser, main
 from opencoca.cli.generation_options import chosen_generation_options
+from opencoca.data import list_images, open_source
 from opencoca.generation import GenerationOptions
 
 from .helpers import write_images, write_shard
@@ -110,3 +111,16 @@ def test_every_option_of_generation_is_one_of_the_command() -> None:
             argv += ["--" + name.replace("_", "-"), str(one)]
     assert chosen_generation_options(build_parser().parse_args(argv)) == GenerationOptions(**given)  # pyright: ignore
     assert chosen_generation_options(build_parser().parse_args(["caption", "x.jpg"])) == GenerationOptions()
+
+
+def test_captions_can_be_trained_on_from_where_they_lie(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    out = tmp_path / "out" / "o.csv"
+    relative = [argv[0], "../images", *argv[2:]]
+    assert main([*relative, "--out", str(out), "--batch-size", "4"]) == 0
+    monkeypatch.chdir(tmp_path)
+    source = open_source("images", out)
+    assert [source.key(index) for index in range(len(source))] == list_images("images")

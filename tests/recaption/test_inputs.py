@@ -1,5 +1,6 @@
 """Whatever is given on the command line becomes one list of images, each once, in order."""
 
+import base64
 import csv
 from pathlib import Path
 
@@ -116,6 +117,31 @@ def test_parquet_that_holds_the_images(tmp_path: Path, as_struct: bool) -> None:
         assert source.open_bytes(index) == data[index - (index > 3)]
     with pytest.raises(ImageError, match="#3': the row holds no image"):
         source.open_bytes(3)
+
+
+def test_parquet_in_a_folder_and_base64(tmp_path: Path) -> None:
+    data = [image_bytes(seed) for seed in range(2)]
+    (tmp_path / "sub").mkdir()
+    pq.write_table(pa.table({"image": data}), tmp_path / "sub" / "t.parquet")
+    write_table(tmp_path / "names.parquet", ["x.png"])
+    source = open_inputs([str(tmp_path)])
+    assert keys(source) == [f"{tmp_path}/sub/t.parquet#{row}" for row in range(2)]
+    assert contents(source) == data
+    text = write_table(tmp_path / "t.csv", [base64.b64encode(cell).decode() for cell in data])
+    assert contents(open_inputs([str(text)])) == data
+
+
+def test_paths_in_parquet_and_other_unicode_forms(tmp_path: Path) -> None:
+    paths = write_images(tmp_path / "i", 1)
+    decomposed = Path(paths[0]).rename(tmp_path / "i" / "cafe\u0301.png")
+    pq.write_table(pa.table({"image": [{"bytes": None, "path": "caf\u00e9.png"}]}), tmp_path / "t.parquet")
+    source = open_inputs([str(tmp_path / "t.parquet")], image_root=tmp_path / "i")
+    assert contents(source) == [image_bytes(0)]
+    table = write_table(tmp_path / "t.csv", ["caf\u00e9.png", "a\0.png"])
+    source = open_inputs([str(table)], image_root=tmp_path / "i")
+    assert keys(source)[0] == str(decomposed)
+    with pytest.raises(ImageError, match="no file can have this name"):
+        source.open_bytes(1)
 
 
 def test_text_files_beside(tmp_path: Path) -> None:

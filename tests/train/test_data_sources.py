@@ -31,6 +31,17 @@ def test_labels_and_captions_of_training_and_validation(pairs: Pairs, tmp_path: 
         ]
 
 
+def test_columns_of_training_and_validation(pairs: Pairs, tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("file,words\n" + "".join(f"{key},about {key}\n" for key in pairs.captions))
+    names = {"data__image_column": "file", "data__caption_column": "words"}
+    tables = {"data__train_captions": str(table), "data__val_captions": str(table)}
+    recipe = tiny_recipe(pairs, tmp_path / "run", **names, **tables)
+    for source in (open_train_source(recipe), open_val_source(recipe)):
+        assert source is not None
+        assert source.captions(0) == (f"about {source.key(0)}",)
+
+
 def test_labels_alone_are_enough(pairs: Pairs, tmp_path: Path) -> None:
     labels = str(label_table(pairs, tmp_path / "labels.csv", "label"))
     recipe = tiny_recipe(pairs, tmp_path / "run", data__train_labels=labels, data__train_captions=None)

@@ -85,15 +85,28 @@ def add_model_and_folder(parser: argparse.ArgumentParser, out_dir: str = "folder
 
 
 def add_captioned_images(parser: argparse.ArgumentParser, required: bool) -> None:
-    """Adds --images, --captions and --limit, which `open_captioned` reads."""
-    parser.add_argument("--images", required=required, metavar="DIR", help="folder of images, or tar shards")
+    """Adds --images, --captions, the tables' columns and --limit, which `open_captioned` reads."""
+    parser.add_argument("--images", required=required, metavar="DIR", help="folder of images, tar shards, or a table")
     parser.add_argument(
         "--captions",
         metavar="CSV",
-        help="table (CSV, TSV, JSONL or Parquet) with the columns image and caption; several captions of an image "
-        "are several rows or a list; tar shards contain their own captions",
+        help="table (CSV, TSV, JSONL, JSON or Parquet) with the columns image and caption; several captions of an "
+        "image are several rows or a list; tar shards and tables of images contain their own captions",
     )
+    add_columns(parser, "image", "caption")
     add_limit(parser)
+
+
+def add_columns(parser: argparse.ArgumentParser, *columns: str) -> None:
+    """Adds --image-column, --caption-column and --label-column, or some of them."""
+    also = {"image": "images, file_name, filepath", "caption": "captions, text, title", "label": "labels"}
+    for column in columns:
+        parser.add_argument(
+            f"--{column}-column",
+            default=column,
+            metavar="NAME",
+            help=f"the tables' column with the {column} (default: {column}, or {also[column]})",
+        )
 
 
 def add_limit(parser: argparse.ArgumentParser) -> None:
@@ -127,8 +140,9 @@ def open_captioned(arguments: argparse.Namespace) -> "SampleSource":
     """The images and captions that --images, --captions and --limit name."""
     from opencoca.data import ImageFolder, open_source
 
-    source = open_source(arguments.images, arguments.captions)
-    if arguments.captions is None and isinstance(source, ImageFolder):
+    columns = {"image_column": arguments.image_column, "caption_column": arguments.caption_column}
+    source = open_source(arguments.images, arguments.captions, **columns)
+    if isinstance(source, ImageFolder) and not any(source.captions(index) for index in range(len(source))):
         raise CommandError(f"{arguments.images!r} is a folder of images without captions; add --captions CSV")
     return some_images(source, arguments.limit)
 

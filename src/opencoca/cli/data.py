@@ -6,6 +6,7 @@ from typing import Any
 
 from opencoca.cli.common import (
     CommandError,
+    add_columns,
     add_command,
     add_group,
     check_writable,
@@ -26,7 +27,7 @@ def add_commands(commands: Any) -> None:
         example="opencoca data check --images DIR --captions train.csv",
         more="The exit code is 2 if anything is broken, missing or empty; duplicates alone are no fault.",
     )
-    check.add_argument("source", nargs="?", metavar="SOURCE", help="folder of images, or tar shards")
+    check.add_argument("source", nargs="?", metavar="SOURCE", help="folder of images, tar shards, or a table")
     check.add_argument("--json", metavar="FILE", help="write the whole report, every finding included")
     pack = add_command(
         group,
@@ -44,9 +45,9 @@ def add_commands(commands: Any) -> None:
     pack.add_argument("--quality", type=positive_int, default=95, metavar="N", help="JPEG quality if resized, 1 to 100")
     _add_index(group)
     for parser in (check, pack):
-        parser.add_argument("--images", metavar="DIR", help="folder of images, or tar shards")
+        parser.add_argument("--images", metavar="DIR", help="folder of images, tar shards, or a table")
         parser.add_argument(
-            "--captions", metavar="CSV", help="table (CSV, TSV, JSONL or Parquet) with the columns image and caption"
+            "--captions", metavar="CSV", help="table (CSV, TSV, JSONL, JSON or Parquet) with columns image and caption"
         )
         parser.add_argument(
             "--labels",
@@ -54,10 +55,7 @@ def add_commands(commands: Any) -> None:
             help="table with the columns image and label, which may be that of captions; or `folders`: the folder that "
             "an image lies in is its class",
         )
-        for column in ("image", "caption", "label"):
-            parser.add_argument(
-                f"--{column}-column", default=column, metavar="NAME", help=f"the column of the table with the {column}"
-            )
+        add_columns(parser, "image", "caption", "label")
         parser.add_argument("--num-workers", type=non_negative_int, default=4, metavar="N", help="decoding threads")
 
 

@@ -11,6 +11,7 @@ from opencoca.cli.common import (
     CommandError,
     add_by,
     add_captioned_images,
+    add_columns,
     add_command,
     add_group,
     add_limit,
@@ -129,12 +130,13 @@ def _add(group: Any, name: str, measure: _Measure, purpose: str, example: str, l
     more = "Images that cannot be read are left out, counted, and named on stderr and in the JSON file."
     parser = add_command(group, name, run, purpose, example=f"opencoca evaluate {name} {example}", more=more)
     if labelled:
-        parser.add_argument("--images", required=True, metavar="DIR", help="folder of images")
+        parser.add_argument("--images", required=True, metavar="DIR", help="folder of images, tar shards, or a table")
         parser.add_argument(
             "--labels",
             metavar="CSV",
             help="table with the columns image and label (default: the sub-folder that an image lies in is its label)",
         )
+        add_columns(parser, "image", "label")
         add_limit(parser)
     else:
         add_captioned_images(parser, required=True)
@@ -146,7 +148,8 @@ def _add(group: Any, name: str, measure: _Measure, purpose: str, example: str, l
 def _open_labelled(arguments: argparse.Namespace) -> "SampleSource":
     from opencoca.data import open_labelled
 
-    return some_images(open_labelled(arguments.images, arguments.labels), arguments.limit)
+    columns = {"image_column": arguments.image_column, "label_column": arguments.label_column}
+    return some_images(open_labelled(arguments.images, arguments.labels, **columns), arguments.limit)
 
 
 def _run(

@@ -17,6 +17,7 @@ from opencoca.data.rgb import to_rgb
 from opencoca.data.shard_index import index_shards, load_index
 from opencoca.data.source import BadSample, Sample, SampleSource
 from opencoca.data.sources import ImageFolder, JoinedSource, Subset
+from opencoca.data.table_images import TableImages
 from opencoca.data.tables import read_table
 from opencoca.data.tar_source import ShardStorage, TarShards
 from opencoca.data.targets import Target
@@ -54,6 +55,7 @@ __all__ = [
     "SampleSource",
     "ShardStorage",
     "Subset",
+    "TableImages",
     "TarShards",
     "Target",
     "TokenizedCaptions",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
@@ -10,12 +11,16 @@ from pathlib import Path
 
 from opencoca.data.compressed import is_shard_name
 from opencoca.data.images import IMAGE_SUFFIXES
+from opencoca.data.recaptioned import Recaptioned
 from opencoca.data.remote import find_remote, is_remote
+from opencoca.data.sidecars import read_sidecars
 from opencoca.data.source import SampleSource
-from opencoca.data.sources import ImageFolder
-from opencoca.data.tables import SampleTable, Table, TableColumns, read_table
+from opencoca.data.sources import ImageFolder, JoinedSource
+from opencoca.data.table_images import TableImages
+from opencoca.data.tables import SampleTable, Table, TableColumns, is_table, read_table, split_of
 from opencoca.data.tar_source import ShardStorage, TarShards
 from opencoca.data.targets import class_folder
+from opencoca.system.messages import brief, shown
 
 FOLDERS = "folders"
 """In place of a table of labels: the folder that an image lies in names its class."""
@@ -36,14 +41,17 @@ def open_source(
 ) -> SampleSource:
     """Open images, with their captions and targets if there are any.
 
-    A folder that has a `metadata.csv`, `metadata.jsonl` or `metadata.parquet` with the column `file_name` (Hugging
-    Face's imagefolder) gets its captions (column `text`, or as named here) and labels from there, unless others are
-    given.
+    Captions and labels that are not given are looked for where the images are: in the `metadata.csv`, `.jsonl` or
+    `.parquet` of Hugging Face's imagefolder, else in the text files beside the images (`photo.txt` or `photo.caption`,
+    a caption on each line).
 
     Args:
-        images: a folder of images, searched with its subfolders if no table names them; or tar shards: one `.tar`, a
-            folder of them, or a pattern such as `shards/*.tar` or `s3://bucket/{00000..00099}.tar`; see `find_shards`.
-        captions: a CSV, TSV, JSON lines or Parquet table for a folder of images; shards carry their own.
+        images: a folder of images, searched with its subfolders if no table names them; a table that names images
+            relative to its own folder, or that holds them, a pattern or a folder of such tables; or tar shards: one
+            `.tar`, a folder of them, or a pattern such as `shards/*.tar` or `s3://bucket/{00000..00099}.tar`; see
+            `find_shards`.
+        captions: a table (CSV, TSV, JSON lines, JSON, Parquet), in place of captions that shards and tables of images
+            carry themselves; see `Recaptioned` for the names of their samples.
         labels: such a table with classes or answers, which may be the same one; or `folders`: the folder that an image
             lies in names its class. Shards carry their own if it is None.
         image_column: the tables' column of image names, relative to `images`; a list of them is a sample of several.
@@ -59,22 +67,26 @@ def open_source(
     """
     by_folder = labels == FOLDERS
     given = [table for table in (captions, labels) if table is not None and table != FOLDERS]
-    if shards := _shards_of(images, given):
+    columns = TableColumns(image_column, caption_column, label_column)
+    tables = _given_tables(captions, None if by_folder else labels, columns)
+    source = None
+    if of_images := _tables_of_images(images):
+        if by_folder:
+            raise ValueError(f"{shown(str(images))} is a table, and its images lie in no folders; leave the labels out")
+        read = columns._replace(caption=None, label=None) if given else columns
+        source = _joined([_of_table(Table(path), read, strict) for path in of_images])
+    elif shards := _shards_of(images, bool(given)):
         field = None if by_folder else label_column
-        return TarShards(shards, caption_field=caption_column, label_field=field, storage=storage)
-    folder, columns = Path(images), TableColumns(image_column, caption_column, label_column)
-    if len(given) == 2 and captions != labels:
-        tables = [(Path(given[0]), columns._replace(label=None)), (Path(given[1]), columns._replace(caption=None))]
-    elif given:
-        own = {} if captions == labels else {"label": None} if captions is not None else {"caption": None}
-        tables = [(Path(given[0]), columns._replace(**own))]
-    else:
-        tables = [] if by_folder else _metadata_of(folder, columns)
+        source = TarShards(shards, caption_field=caption_column, label_field=field, storage=storage)
+    if source is not None and not isinstance(source, ImageFolder):
+        return Recaptioned(source, tables, strict) if tables else source
+    if source is not None and not tables:
+        return source
+    folder = Path(images) if source is None else source.root
     if not tables:
-        keys = list_images(folder)
-        if by_folder and not any(map(class_folder, keys)):
-            raise ValueError(f"no image of {str(images)!r} lies in a sub-folder named after its class")
-        return ImageFolder(folder, keys, targets=FOLDERS if by_folder else None)
+        return _plain_folder(folder, columns, by_folder, strict)
+    if len(tables) == 1 and tables[0][0].holds_images(image_column):
+        return TableImages(*tables[0], folder)
     return _folder_of(folder, tables, by_folder, strict)
 
 
@@ -87,70 +99,145 @@ def open_labelled(
         FileNotFoundError: a folder, the table, or an image that it names does not exist.
         ValueError: no images, or an image that has no class or several labels.
     """
-    by_folder = labels is None and not _shards_of(images, [])
+    columns = TableColumns(image_column, "caption", label_column)
+    by_folder = (
+        labels is None
+        and not _tables_of_images(images)
+        and not _shards_of(images)
+        and not any(own.label for _, own in _metadata_of(Path(images), columns))
+    )
     source = open_source(
         images, labels=FOLDERS if by_folder else labels, image_column=image_column, label_column=label_column
     )
-    where = repr(str(labels or images))
+    where = shown(str(labels or images))
     for index in range(len(source)):
-        target, key = source.target(index), source.key(index)
+        target, key = source.target(index), shown(source.key(index))
         if isinstance(target, str):
             continue
         if target is None and by_folder:
             raise ValueError(
-                f"the image {key!r} lies in {where} itself, not in a sub-folder named after its class; "
+                f"the image {key} lies in {where} itself, not in a sub-folder named after its class; "
                 "move it there, or give a table of labels"
             )
-        found = "no label" if target is None else f"{len(target)} labels ({', '.join(target)})"
-        raise ValueError(f"the image {key!r} has {found} in {where}; give each image one")
+        found = "no label" if target is None else f"{len(target)} labels ({brief(', '.join(target), 60)})"
+        raise ValueError(f"the image {key} has {found} in {where}; give each image one")
     return source
 
 
-def _shards_of(images: str | Path, tables: list[str | Path]) -> list[str]:
+def _given_tables(
+    captions: str | Path | None, labels: str | Path | None, columns: TableColumns
+) -> list[tuple[Table, TableColumns]]:
+    """The tables of captions and of labels, which may be one, with the columns that are read of each."""
+    if captions is not None and captions == labels:
+        return [(Table(captions), columns)]
+    tables = [] if captions is None else [(Table(captions), columns._replace(label=None))]
+    return tables if labels is None else [*tables, (Table(labels), columns._replace(caption=None))]
+
+
+def _tables_of_images(images: str | Path) -> list[str | Path]:
+    """The tables that stand for images: one, or those that a pattern matches."""
+    if is_remote(images):
+        return []
+    if not is_table(images) or Path(images).is_dir():
+        return []
+    if not split_of(images)[0].exists() and (found := sorted(glob.glob(str(images)))):
+        return [*found]
+    return [images]
+
+
+def parquet_of_images(folder: Path, image_column: str) -> list[Table]:
+    """The Parquet files below a folder that hold images, as data sets on Hugging Face are stored; sorted.
+
+    Those that can't be read, and hidden ones, are left out.
+    """
+    found: list[Table] = []
+    for path in sorted(folder.rglob("*.parquet")):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            with contextlib.suppress(ValueError, FileNotFoundError):
+                table = Table(path)
+                found += [table] if table.holds_images(image_column) else []
+    return found
+
+
+def _joined(sources: list[SampleSource]) -> SampleSource:
+    return sources[0] if len(sources) == 1 else JoinedSource(sources)
+
+
+def _of_table(table: Table, columns: TableColumns, strict: bool) -> SampleSource:
+    """The images that a table holds, or names relative to its own folder, with the captions and labels that it has."""
+    columns = table.present(columns)
+    if table.holds_images(columns.image or ""):
+        return TableImages(table, columns)
+    return _folder_of(table.path.parent, [(table, columns)], False, strict)
+
+
+def _shards_of(images: str | Path, has_tables: bool = False) -> list[str]:
     """Finds the shards that `images` names; none if it is a folder of images."""
-    if not is_remote(images) and Path(images).is_dir():
-        return [] if tables else _shards_in(Path(images))
     if is_remote(images) or is_shard_name(images):
-        shards = find_shards(str(images))
-        if tables:
-            raise ValueError(f"tar shards carry their captions and labels themselves; leave {str(tables[0])!r} out")
-        return shards
+        return find_shards(str(images))
+    if Path(images).is_dir():
+        shards = _shards_in(Path(images))
+        return [] if shards and has_tables and _has_images(Path(images)) else shards
     if Path(images).is_file():
-        raise ValueError(f"{str(images)!r} is neither a folder of images nor a .tar shard")
-    raise FileNotFoundError(f"there is no folder of images {str(images)!r}")
+        raise ValueError(f"{shown(str(images))} is neither a folder of images nor a table or a .tar shard")
+    raise FileNotFoundError(f"there is no folder of images {shown(str(images))}")
 
 
-def _metadata_of(folder: Path, columns: TableColumns) -> list[tuple[Path, TableColumns]]:
+def _has_images(folder: Path) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(list_images(folder))
+    return False
+
+
+def _metadata_of(folder: Path, columns: TableColumns) -> list[tuple[Table, TableColumns]]:
     """Finds Hugging Face's table of a folder of images, if it has one with captions or labels."""
     for path in (folder / name for name in _METADATA_FILES):
-        names = Table(path).columns if path.is_file() else ()
-        caption = next((name for name in (columns.caption, "text") if name in names), None)
-        label = columns.label if columns.label in names else None
-        if "file_name" in names and (caption or label):
-            return [(path, TableColumns("file_name", caption, label))]
+        table = Table(path) if path.is_file() else None
+        if table is not None and "file_name" in table.columns:
+            caption = next((name for name in (columns.caption, "caption") if name and table.has(name)), None)
+            label = columns.label if columns.label and table.has(columns.label) else None
+            if caption or label:
+                return [(table, TableColumns("file_name", caption, label))]
     return []
 
 
-def _folder_of(folder: Path, tables: list[tuple[Path, TableColumns]], by_folder: bool, strict: bool) -> ImageFolder:
+def _plain_folder(folder: Path, columns: TableColumns, by_folder: bool, strict: bool) -> SampleSource:
+    """A folder of images with what is known of them there: its metadata, its folders' names, texts beside images."""
+    if not by_folder and (metadata := _metadata_of(folder, columns)):
+        return _folder_of(folder, metadata, by_folder, strict)
+    try:
+        keys = list_images(folder)
+    except ValueError:
+        if tables := parquet_of_images(folder, columns.image or ""):
+            return _joined([_of_table(table, columns, strict) for table in tables])
+        raise
+    if by_folder and not any(map(class_folder, keys)):
+        raise ValueError(f"no image of {shown(str(folder))} lies in a sub-folder named after its class")
+    captions, blank = read_sidecars(folder, keys)
+    return ImageFolder(folder, keys, captions, FOLDERS if by_folder else None, blank_captions=blank)
+
+
+def _folder_of(folder: Path, tables: list[tuple[Table, TableColumns]], by_folder: bool, strict: bool) -> ImageFolder:
     """Makes a source of the samples whose images exist. Raises ValueError for a table without captions and labels."""
     whole = SampleTable()
-    for path, columns in tables:
-        table = read_table(path, columns, images_root=folder)
-        if not table.targets and not any(table.captions.values()) and (strict or not table.captions):
-            raise ValueError(f"the table {str(path)!r} holds no {'captions' if columns.caption else 'labels'}")
-        whole.join(table)
+    for table, columns in tables:
+        found = read_table(table, columns, images_root=folder)
+        wanted = "captions" if columns.caption else "labels" if columns.label else ""
+        if wanted and not found.targets and not any(found.captions.values()) and (strict or not found.captions):
+            raise ValueError(f"the table {shown(str(table.path), 100)} holds no {wanted}")
+        whole.join(found)
     files = {key: whole.images.get(key, (key,)) for key in whole.captions}
-    missing = [name for names in files.values() for name in names if not (folder / name).is_file()]
+    missing = [name for names in files.values() for name in names if name in whole.missing]
     if missing and strict:
+        named = brief(" and ".join(shown(str(table.path), 60) for table, _ in tables), 100)
         raise FileNotFoundError(
-            f"{len(missing)} of the {len(files)} images that {' and '.join(repr(str(path)) for path, _ in tables)} "
-            f"names are not in {str(folder)!r}: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; "
-            "remove their rows or add the images"
+            f"{len(missing)} of the {len(files)} images that {named} names are not in {shown(str(folder), 60)}: "
+            f"{brief(', '.join(missing[:3]), 60)}{', ...' if len(missing) > 3 else ''}; remove their rows or add the "
+            "images"
         )
-    absent = set(missing)
     return ImageFolder(
         folder,
-        [key for key, names in files.items() if absent.isdisjoint(names)],
+        [key for key, names in files.items() if whole.missing.keys().isdisjoint(names)],
         whole.captions,
         FOLDERS if by_folder else whole.targets,
         images=whole.images,

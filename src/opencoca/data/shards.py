@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from opencoca.data.cells import split_captions
 from opencoca.data.compressed import compression_of
 from opencoca.data.images import IMAGE_SUFFIXES
-from opencoca.data.tables import split_captions
 from opencoca.data.tar_scan import BLOCK, Member, ReadAt, scan_tar
 from opencoca.data.targets import Target, parse_target
 from opencoca.system.reading import open_ordinary

@@ -1,24 +1,36 @@
-"""The one reader of tables: CSV, TSV, JSON lines and Parquet files whose rows name images, captions and labels."""
+"""The one reader of tables: CSV, TSV, JSON lines, JSON and Parquet files that name images, captions and labels."""
 
 from __future__ import annotations
 
-import csv
-import json
-import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opencoca.data.targets import Target, from_json, parse_target, shares
+from opencoca.data.cells import image_cells, image_in, split_captions
+from opencoca.data.names import ImageKeys
+from opencoca.data.parquet import ParquetRows
+from opencoca.data.table_files import TextRows
+from opencoca.data.targets import Target, parse_target, shares
+from opencoca.system.messages import brief, shown
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
+
+# A row may have the second of these where it hasn't the first.
+_TOGETHER = {"image": ("image", "images"), "caption": ("captions", "caption"), "label": ("label", "labels")}
+# What other tools call these columns, for tables that have none of the above.
+_KNOWN = {
+    "image": ("file_name", "filename", "filepath", "image_path", "image_file", "path", "jpg", "png"),
+    "caption": ("text", "title"),
+    "label": (),
+}
 
 
 class TableColumns(NamedTuple):
     """The names of a table's columns; None for one that isn't read.
 
-    Where a table has no `image`, `caption` or `label` but `images`, `captions` or `labels`, that is read.
+    Where a table has no `image`, `caption` or `label`, what else such a column is called is read: `images`,
+    `file_name`, `filepath` and others; `captions`, `text`, `title`; `labels`.
     """
 
     image: str | None = "image"
@@ -41,27 +53,27 @@ class TableRow(NamedTuple):
 class Table:
     """A table of any kind: the names of its columns, and what its rows say of images.
 
+    Args:
+        path: the file; behind annotations with splits, `#` and the ones to read: `dataset_coco.json#train+restval`.
+
     Raises:
         FileNotFoundError: there is no such table.
         ValueError: it is unreadable, or of an unknown format.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        suffix = self.path.suffix.lower()
-        self._holds_json = suffix in (".csv", ".tsv")  # a list is a JSON array there
+        self.path, split = split_of(path)
+        suffix, name = self.path.suffix.lower(), shown(str(path), 100)
         if not self.path.is_file():
-            raise FileNotFoundError(f"there is no table {str(path)!r}")
+            raise FileNotFoundError(f"there is no table {name}")
         if suffix not in TABLE_SUFFIXES:
             known = ", ".join(TABLE_SUFFIXES[:-1]) + " or " + TABLE_SUFFIXES[-1]
-            raise ValueError(f"cannot tell the format of the table {str(path)!r}: expected {known}")
-        read = {".parquet": _read_parquet}.get(suffix, _read_csv if self._holds_json else _read_jsonl)
+            raise ValueError(f"cannot tell the format of the table {name}: expected {known}")
         try:
-            self.columns, self._rows = read(self.path)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"cannot read the table {str(path)!r}: it is not UTF-8 text ({error})") from error
-        except (csv.Error, OSError) as error:
-            raise ValueError(f"cannot read the table {str(path)!r}: {error}") from error
+            self._content = ParquetRows(self.path) if suffix == ".parquet" else TextRows(self.path, split)
+        except OSError as error:
+            raise ValueError(f"cannot read the table {name}: {brief(error.strerror or error)}") from error
+        self.columns = self._content.columns
 
     def rows(self, columns: TableColumns) -> Iterator[TableRow]:
         """Reads these columns of every row, once.
@@ -69,24 +81,65 @@ class Table:
         Raises ValueError for a column that isn't there, and for a row that names no image, a caption that isn't text or
         a label that can't be used.
         """
-        image, caption, label = (column and self._column(column) for column in columns)
-        unit = "row" if self.path.suffix.lower() == ".parquet" else "line"
-        for number, cells in self._rows:
-            where, parse_json = f"{unit} {number} of {str(self.path)!r}", self._holds_json
+        image, caption, label = (self.columns_for(column) if column else () for column in columns)
+        file = shown(str(self.path), 100)
+        for place, cells in self._content.rows([*image, *caption, *label]):
+            where = f"{place} of {file}"
             yield TableRow(
                 where,
-                _image_names(cells.get(image), where, parse_json) if image else [],
-                split_captions(cells.get(caption), where, parse_json=parse_json) if caption else [],
-                parse_target(cells.get(label), where, parse_json=parse_json) if label else None,
+                _image_names(_first(cells, image), where) if image else [],
+                split_captions(_first(cells, caption), where, parse_json=True) if caption else [],
+                parse_target(_first(cells, label), where, parse_json=True) if label else None,
             )
 
-    def _column(self, wanted: str) -> str:
-        if wanted in self.columns:
-            return wanted
-        if wanted in ("image", "caption", "label") and f"{wanted}s" in self.columns:
-            return f"{wanted}s"
-        have = ", ".join(repr(name) for name in self.columns) or "none"
-        raise ValueError(f"the table {str(self.path)!r} has no column {wanted!r}; its columns are: {have}")
+    def has(self, wanted: str) -> bool:
+        """Tells whether there is such a column, under this or, for the usual ones, another usual name."""
+        return any(name in self.columns for name in (*_TOGETHER.get(wanted, (wanted,)), *_KNOWN.get(wanted, ())))
+
+    def present(self, columns: TableColumns) -> TableColumns:
+        """These columns without `caption` and `label` where the table has none; other names must be there."""
+        caption, label = columns.caption, columns.label
+        return columns._replace(
+            caption=None if caption == "caption" and not self.has(caption) else caption,
+            label=None if label == "label" and not self.has(label) else label,
+        )
+
+    def columns_for(self, wanted: str) -> tuple[str, ...]:
+        """The columns that are read for a wanted one. Raises ValueError if there is none, or several of one name."""
+        found = tuple(name for name in _TOGETHER.get(wanted, (wanted,)) if name in self.columns)
+        found = found or tuple(name for name in _KNOWN.get(wanted, ()) if name in self.columns)[:1]
+        for name in found:
+            if (count := self.columns.count(name)) > 1:
+                path = shown(str(self.path), 100)
+                raise ValueError(f"the table {path} has {count} columns {shown(name)}; rename or remove all but one")
+        if found:
+            return found
+        have = ", ".join(shown(name, 40) for name in self.columns[:20]) or "none"
+        have = have if len(have) <= 100 else f"{have[:97]}..."
+        raise ValueError(
+            f"the table {shown(str(self.path), 80)} has no column {shown(wanted, 60)}; its columns are: {have}"
+        )
+
+    def holds_images(self, image_column: str) -> bool:
+        """Tells whether the column of images holds them, as bytes or in base64, and not only their names."""
+        return self.has(image_column) and self._content.holds_images(self.columns_for(image_column)[0])
+
+    def image_cells(self, image_column: str) -> Sequence[Any]:
+        """The cells of the column of images, in the order of the rows."""
+        return self._content.cells(self.columns_for(image_column)[0])
+
+
+def split_of(path: str | Path) -> tuple[Path, str]:
+    """The file, and the splits behind `#` in its name, if there is no file of the whole name."""
+    file, mark, split = str(path).rpartition("#")
+    if mark and file.lower().endswith(".json") and not Path(path).is_file():
+        return Path(file), split
+    return Path(path), ""
+
+
+def is_table(path: str | Path) -> bool:
+    """Tells by its name whether a path is a table."""
+    return split_of(path)[0].suffix.lower() in TABLE_SUFFIXES
 
 
 @dataclass
@@ -98,12 +151,14 @@ class SampleTable:
         targets: of the samples that have one.
         images: the names of the images, of the samples that have several.
         blank: the key of a sample once for each blank caption.
+        missing: keys of images that don't exist.
     """
 
     captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     targets: dict[str, Target] = field(default_factory=dict)
     images: dict[str, tuple[str, ...]] = field(default_factory=dict)
     blank: list[str] = field(default_factory=list)
+    missing: dict[str, None] = field(default_factory=dict)
 
     def join(self, other: SampleTable) -> None:
         """Adds the samples of another table, and further captions and targets of the same samples."""
@@ -112,28 +167,31 @@ class SampleTable:
         self.targets |= other.targets
         self.images |= other.images
         self.blank += other.blank
+        self.missing |= other.missing
 
 
 def read_table(
-    path: str | Path, columns: TableColumns = DEFAULT_COLUMNS, *, images_root: str | Path = "."
+    table: str | Path | Table, columns: TableColumns = DEFAULT_COLUMNS, *, images_root: str | Path = "."
 ) -> SampleTable:
     """Read a table whose rows hold an image's name with one caption or a list of captions, with a label, or with both.
 
-    A list is a list in JSON lines and Parquet, and a JSON array in CSV. A row of several images is a sample of several,
-    and its key is their names with ` + ` between them. Rows of the same images are joined in order of appearance, their
-    labels as `parse_target` treats a list. Image names are relative to `images_root`, with `/` between folders;
-    absolute ones within it are made relative.
+    A list is a list in JSON and Parquet, and text that is one in JSON or Python in CSV. A row of several images is a
+    sample of several, and its key is their names with ` + ` between them. Rows of the same images are joined in order
+    of appearance, their labels as `parse_target` treats a list. Names become paths relative to `images_root`, with `/`
+    between folders; see `ImageKeys` for what else they may be relative to.
 
     Raises:
         FileNotFoundError: no such table.
         ValueError: unreadable, of an unknown format, without the columns, or with a row that names no image, an image
             outside of `images_root`, a caption that isn't text, or a label that can't be used.
     """
-    found, root = SampleTable(), Path(images_root)
+    table = table if isinstance(table, Table) else Table(table)
+    keys = ImageKeys(Path(images_root), table.path)
+    found = SampleTable(missing=keys.missing)
     targets: dict[str, list[Target]] = {}
     classes: dict[str, str] = {}  # one string for each class, however many samples it has
-    for where, images, texts, target in Table(path).rows(columns):
-        names = tuple(_image_key(name, root, where) for name in images)
+    for where, images, texts, target in table.rows(columns):
+        names = tuple(keys.key(name, where) for name in images)
         key = " + ".join(names)
         if len(names) > 1:
             found.images[key] = names
@@ -142,112 +200,38 @@ def read_table(
         if target is not None:
             target = classes.setdefault(target, target) if isinstance(target, str) else target
             targets.setdefault(key, []).append(target)
-    found.targets |= {key: _join(key, own, path) for key, own in targets.items()}
+    found.targets |= {key: join_targets(key, own, table.path) for key, own in targets.items()}
     return found
 
 
-def split_captions(value: Any, where: str, *, parse_json: bool = False) -> list[str]:
-    """The captions that a table cell or JSON field holds, stripped; "" stands for each blank or missing one.
-
-    Raises ValueError that begins with `where` for anything but text and lists of text.
-    """
-    if parse_json and isinstance(parsed := from_json(value), list) and all(isinstance(item, str) for item in parsed):
-        value = parsed
-    if value is None or (isinstance(value, float) and value != value):
-        return [""]
-    items: Sequence[Any] = value if isinstance(value, list | tuple) else [value]
-    for item in items:
-        if item is not None and not isinstance(item, str):
-            raise ValueError(f"{where} has a caption that is not text but {type(item).__name__} ({item!r})")
-    return [(item or "").strip() for item in items] or [""]
-
-
-def _join(key: str, targets: list[Target], path: str | Path) -> Target:
-    """One target out of those that the rows of a sample name."""
+def join_targets(key: str, targets: list[Target], path: Path) -> Target:
+    """One target out of those that the rows of a sample name. Raises ValueError if they can't be joined."""
     if all(target == targets[0] for target in targets):
         return targets[0]
     names = [target for target in targets if isinstance(target, str)]
     joined = shares(names) if len(names) == len(targets) else None
     if joined is None:
-        raise ValueError(f"several rows of {str(path)!r} give {key!r} different answers; put them into one row")
+        rows = f"several rows of {shown(str(path), 100)}"
+        raise ValueError(f"{rows} give {shown(key)} different answers; put them into one row")
     return joined
 
 
-def _image_names(value: Any, where: str, parse_json: bool) -> list[str]:
-    found = from_json(value) if parse_json else value
-    names = found if isinstance(found, list) and found else [value]
-    for name in names:
-        if not isinstance(name, str) or not name.strip():
+def _first(cells: dict[str, Any], names: Sequence[str]) -> Any:
+    """The first of these cells that isn't blank, else the first."""
+    filled = (cells[name] for name in names if cells.get(name) not in (None, "", []))
+    return next(filled, cells.get(names[0]))
+
+
+def _image_names(value: Any, where: str) -> list[str]:
+    names: list[str] = []
+    for cell in image_cells(value):
+        try:
+            name = image_in(cell)
+        except ValueError as error:
+            raise ValueError(f"{where} holds an image in base64 where others have names: {error}") from None
+        if isinstance(name, bytes):
+            raise ValueError(f"{where} holds an image itself where others have names; make two tables of them")
+        if not name:
             raise ValueError(f"{where} names no image")
-    return [name.strip() for name in names]
-
-
-def _image_key(written: str, root: Path, where: str) -> str:
-    """The path of an image relative to the folder of images."""
-    name = posixpath.normpath(written)
-    if posixpath.isabs(name):
-        name = name.removeprefix(root.absolute().as_posix().rstrip("/") + "/")
-    if posixpath.isabs(name) or name == ".." or name.startswith("../"):
-        raise ValueError(f"{where} names the image {written!r}, which is outside of the images folder {str(root)!r}")
-    return name
-
-
-# What the readers return: the columns, and (number of the line or row, its cells by column).
-_Content = tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]
-
-
-def _read_csv(path: Path) -> _Content:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    rows: list[tuple[int, dict[str, Any]]] = []
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        columns = [name.strip() for name in next(reader, [])]
-        for fields in filter(None, reader):
-            if len(fields) != len(columns):
-                raise ValueError(
-                    f"line {reader.line_num} of {str(path)!r} has {len(fields)} fields where the header has "
-                    f"{len(columns)}; put text that contains the separator in double quotes"
-                )
-            rows.append((reader.line_num, dict(zip(columns, fields, strict=True))))
-    return columns, iter(rows)
-
-
-def _read_jsonl(path: Path) -> _Content:
-    columns: dict[str, None] = {}
-    rows: list[tuple[int, dict[str, Any]]] = []
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"line {number} of {str(path)!r} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} of {str(path)!r} is not a JSON object but {type(row).__name__}")
-            columns.update(dict.fromkeys(row))
-            rows.append((number, row))
-    return list(columns), iter(rows)
-
-
-def _read_parquet(path: Path) -> _Content:
-    """Reads only columns that could be a name, captions or labels: a table may carry pixels next to them."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        schema = file.schema_arrow
-        wanted = [name for name, kind in zip(schema.names, schema.types, strict=True) if _is_text(kind)]
-        batches = file.read(columns=wanted).to_batches(max_chunksize=8192)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"cannot read the table {str(path)!r}: {error}") from error
-    return list(schema.names), enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow.types as types
-
-    if types.is_list(kind) or types.is_large_list(kind):
-        kind = kind.value_type
-    return not (types.is_binary(kind) or types.is_large_binary(kind) or types.is_struct(kind))
+        names.append(name)
+    return names

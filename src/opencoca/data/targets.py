@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+from opencoca.system.messages import shown
+
 Target = str | Mapping[str, float]
 """The name of a class; or answers, each with its weight from 0 to 1."""
+
+# Lists of texts and weights of texts as Python and numpy print them: ['a', "it's"], ['a' 'b'], {'yes': 0.5}
+_QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_NUMBER = r"[0-9.eE+-]+"
+_PRINTED_LIST = re.compile(rf"\[(?:[\s,]*(?:{_QUOTED}|None|nan))+[\s,]*\]", re.DOTALL)
+_PRINTED_WEIGHTS = re.compile(rf"\{{(?:[\s,]*{_QUOTED}\s*:\s*{_NUMBER})+[\s,]*\}}", re.DOTALL)
 
 
 def parse_target(value: Any, where: str, *, parse_json: bool = False) -> Target | None:
@@ -22,7 +31,7 @@ def parse_target(value: Any, where: str, *, parse_json: bool = False) -> Target 
     Args:
         value: what the cell or field holds.
         where: where that is, for messages.
-        parse_json: whether text that is a JSON list or object counts as one, as in a CSV.
+        parse_json: whether text that is a list or object counts as one, as in a CSV; see `from_json`.
 
     Raises ValueError that begins with `where` for anything else.
     """
@@ -38,11 +47,26 @@ def parse_target(value: Any, where: str, *, parse_json: bool = False) -> Target 
 
 
 def from_json(value: Any) -> Any:
-    """Parses the text of a cell if it is a JSON list or object; else returns the value as it is."""
-    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+    """Parses the text of a cell if it is a list or object, in JSON or as Python prints it; else returns the value."""
+    if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
+        return value
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(value)
+    text = value.strip()
+    if _PRINTED_LIST.fullmatch(text):
+        return [_unquoted(item) for item in re.findall(rf"{_QUOTED}|None|nan", text, re.DOTALL)]
+    if _PRINTED_WEIGHTS.fullmatch(text):
         with contextlib.suppress(ValueError):
-            return json.loads(value)
+            pairs = re.findall(rf"({_QUOTED})\s*:\s*({_NUMBER})", text, re.DOTALL)
+            return {_unquoted(name): float(weight) for name, weight in pairs}
     return value
+
+
+def _unquoted(item: str) -> str | None:
+    """The text between quotation marks, with Python's escapes undone; None for `None` and `nan`."""
+    if item in ("None", "nan"):
+        return None
+    return re.sub(r"\\(.)", lambda match: {"n": "\n", "t": "\t"}.get(match[1], match[1]), item[1:-1], flags=re.DOTALL)
 
 
 def shares(names: Sequence[str]) -> Target | None:
@@ -70,12 +94,15 @@ def _name(value: Any, where: str) -> str:
         return ""
     if isinstance(value, str):
         return value.strip()
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode().strip()
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
         return str(int(value))
     kind = type(value).__name__
-    raise ValueError(f"{where} has a label that is neither text nor a whole number but {kind} ({value!r})")
+    raise ValueError(f"{where} has a label that is neither text nor a whole number but {kind} ({shown(value, 60)})")
 
 
 def _weights(items: Iterable[tuple[Any, Any]], where: str) -> Target | None:
@@ -85,6 +112,7 @@ def _weights(items: Iterable[tuple[Any, Any]], where: str) -> Target | None:
         if not name or weight is None:  # tables give every row of a column the same fields
             continue
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
-            raise ValueError(f"{where} gives the answer {name!r} the weight {weight!r}; weights are numbers in 0..1")
+            given = f"the answer {shown(name, 60)} the weight {shown(weight, 40)}"
+            raise ValueError(f"{where} gives {given}; weights are numbers in 0..1")
         found[name] = float(weight)
     return found or None

@@ -9,11 +9,22 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from opencoca.data import ImageFolder, JoinedSource, SampleSource, ShardStorage, TarShards, find_shards, list_images
+from opencoca.data import (
+    ImageFolder,
+    JoinedSource,
+    SampleSource,
+    ShardStorage,
+    TableImages,
+    TarShards,
+    find_shards,
+    list_images,
+)
 from opencoca.data.compressed import SHARD_SUFFIXES, is_shard_name
 from opencoca.data.images import IMAGE_SUFFIXES
-from opencoca.data.tables import TABLE_SUFFIXES, Table, TableColumns
-from opencoca.recaption.parquet_images import ParquetImages, has_encoded_images
+from opencoca.data.names import FileFinder, table_folders
+from opencoca.data.opening import parquet_of_images
+from opencoca.data.tables import Table, TableColumns, is_table
+from opencoca.system.messages import shown
 
 
 class ShardImages(TarShards):
@@ -37,10 +48,12 @@ def open_inputs(
 
     Args:
         arguments: image files; folders, searched with their sub-folders for images and tar shards; globs, in which
-            `**` stands for any sub-folders; tar shards, also as `shards/{00000..00099}.tar`; and CSV, TSV, JSON lines
-            or Parquet tables of image files, or Parquet tables that hold the images themselves.
+            `**` stands for any sub-folders; tar shards, also as `shards/{00000..00099}.tar`; and tables (CSV, TSV,
+            JSON lines, JSON, Parquet) of image files, or that hold the images themselves. Of a folder's tables, the
+            Parquet files that hold images are used.
         image_column: the tables' column of images.
-        image_root: the folder that image files in tables are relative to; None for the folder of their table.
+        image_root: the folder that image files in tables are relative to; None for the folder of their table, or the
+            one in which `opencoca caption` wrote it.
         storage: which members of tar shards are images.
 
     A file that does not exist or is not an image is part of the result; reading it raises ImageError.
@@ -83,8 +96,8 @@ class _Collection:
             self._add_folder(path)
         elif is_shard_name(argument):
             self._add_shards(argument)
-        elif path.suffix.lower() in TABLE_SUFFIXES:
-            self._add_table(path)
+        elif is_table(argument):
+            self._add_table(Table(argument))
         else:
             self._add_file(argument)
 
@@ -111,17 +124,20 @@ class _Collection:
             and path.is_file()
             and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         )
+        tables = parquet_of_images(folder, self.image_column)
         images: list[str] = []
         try:
             images = list_images(folder)
         except ValueError:
-            if not shards and not may_be_empty:
+            if not shards and not tables and not may_be_empty:
                 raise
         for key in images:
             self._add_file(str(folder / key))
         for shard in shards:
             self._add_shards(str(shard))
-        return len(images) + len(shards)
+        for table in tables:
+            self._add_table(table)
+        return len(images) + len(shards) + len(tables)
 
     def _add_shards(self, pattern: str) -> None:
         for path in find_shards(pattern):
@@ -133,18 +149,21 @@ class _Collection:
                 except ValueError as error:
                     self.unusable.append(error)
 
-    def _add_table(self, path: Path) -> None:
-        if str(path) in self.seen:
+    def _add_table(self, table: Table) -> None:
+        path = str(table.path)
+        if path in self.seen:
             return
-        if has_encoded_images(path, self.image_column):
-            self.seen.add(str(path))
+        columns = TableColumns(self.image_column, None)
+        if table.holds_images(self.image_column):
+            self.seen.add(path)
             self._close_files()
-            self.sources.append(ParquetImages(path, self.image_column))
+            self.sources.append(TableImages(table, columns, self.image_root))
             return
-        root = path.parent if self.image_root is None else self.image_root
-        for row in Table(path).rows(TableColumns(self.image_column, None)):
+        folders = table_folders(table.path) if self.image_root is None else [self.image_root]
+        files = FileFinder(folders)
+        for row in table.rows(columns):
             for name in row.images:
-                self._add_file(str(root / name))
+                self._add_file(str(Path(files.find(name) or folders[0] / name)))
 
     def _add_file(self, path: str) -> None:
         if path not in self.seen:
@@ -166,7 +185,8 @@ def text_files_beside(source: SampleSource) -> list[str]:
     for part in source.sources if isinstance(source, JoinedSource) else (source,):
         if not isinstance(part, ImageFolder):
             raise ValueError(
-                f"{part.key(0)!r} is not a file of its own, so no text can be put beside it; write one file with --out"
+                f"{shown(part.key(0))} is not a file of its own, so no text can be put beside it; write one file with "
+                "--out"
             )
         paths += [os.path.splitext(part.key(index))[0] + ".txt" for index in range(len(part))]
     owners: dict[str, str] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -140,7 +141,8 @@ def make_files(
         write_texts((path, _text_file(row)) for path, row in rows if "error" not in row)
     report = _report(journal, _flagged_rows(journal, prefix, common))
     _write_errors(destination.errors, journal.rows(), report.unreadable)
-    write_json(destination.record, {"settings": settings, "report": asdict(report)})
+    roots = [os.getcwd(), os.path.relpath(os.getcwd(), os.path.realpath(destination.record.parent))]
+    write_json(destination.record, {"settings": settings, "report": asdict(report), "roots": roots})
     return report
 
 

@@ -80,7 +80,15 @@ def _open_part(part: SourceRecipe, data: DataRecipe) -> SampleSource:
 
 
 def _open(data: DataRecipe, images: str, captions: str | None, labels: str | None) -> SampleSource:
-    return open_source(images, captions, labels, label_column=data.label_column, storage=_storage(data))
+    return open_source(
+        images,
+        captions,
+        labels,
+        image_column=data.image_column,
+        caption_column=data.caption_column,
+        label_column=data.label_column,
+        storage=_storage(data),
+    )
 
 
 def _storage(data: DataRecipe) -> ShardStorage:

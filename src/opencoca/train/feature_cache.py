@@ -23,7 +23,9 @@ from tqdm import tqdm
 from opencoca.data import EvalTransform, SampleSource, TrainTransform, decode_image, mentions_side
 from opencoca.data.images import ImageError
 from opencoca.data.read_ahead import batches_ahead
+from opencoca.data.recaptioned import Recaptioned
 from opencoca.data.sources import ImageFolder
+from opencoca.data.table_images import TableImages
 from opencoca.data.tar_source import TarShards
 from opencoca.distributed.world import World
 from opencoca.model.coca import CoCa
@@ -209,7 +211,7 @@ def _fingerprint(encoder, stages: int, source: SampleSource, views: CacheViews, 
         plain = {key: value for key, value in vars(module).items() if isinstance(value, int | float | str | tuple)}
         digest.update(f"{name} {type(module).__name__} {sorted(plain.items())}".encode())
     digest.update(json.dumps([stages, precision, views.describe()]).encode())
-    for path in source.paths if isinstance(source, TarShards) else ():
+    for path in source.paths if isinstance(source, TarShards | TableImages | Recaptioned) else ():
         digest.update(_stamp(path))
     for image in range(len(source)):
         digest.update(source.key(image).encode("utf-8", "backslashreplace") + b"\0")

@@ -35,14 +35,17 @@ class DataRecipe:
     """Where the pairs are and how images are prepared.
 
     Args:
-        train_images: folder of images, or tar shards (folder, pattern or URL) that hold captions too.
-        train_captions: CSV, JSONL or Parquet with one row a caption; not needed for shards.
+        train_images: folder of images, or tar shards (folder, pattern or URL) or tables that hold captions too.
+        train_captions: table (CSV, TSV, JSONL, JSON or Parquet) of captions; not needed for shards, for the metadata of
+            an imagefolder, and for captions in text files beside the images.
         train_labels: such a table with classes (it may be that of captions), or folders: the folder that an image lies
             in names its class; not needed for shards.
         sources: several data sets, with weights, in place of train_images.
         val_images: as train_images; nothing is validated without it.
         val_captions: as train_captions.
         val_labels: as train_labels.
+        image_column: column of images of these tables.
+        caption_column: column of captions of these tables, or the field of a sample's json.
         label_column: column of classes of these tables, or the field of a sample's json.
         image_member: ending of the members of tar shards that are a sample's image, such as seg.png; null = any image.
         text_member: ending of the members that are its text; null = txt.
@@ -75,6 +78,8 @@ class DataRecipe:
     val_images: str | None = None
     val_captions: str | None = None
     val_labels: str | None = None
+    image_column: str = "image"
+    caption_column: str = "caption"
     label_column: str = "label"
     image_member: str | None = None
     text_member: str | None = None

@@ -1,0 +1,31 @@
+"""How values that somebody else chose (names, cells, errors of libraries) appear in messages: short and on one line."""
+
+import reprlib
+
+_VALUES = reprlib.Repr()
+_VALUES.maxstring = _VALUES.maxother = _VALUES.maxlong = 80
+
+
+def shown(value: object, most: int = 80) -> str:
+    """Writes a value as Python would: in quotes, control characters escaped, with at most `most` characters.
+
+    What is longer loses its middle; of nested values a few items are shown.
+    """
+    if isinstance(value, str | bytes | bytearray):
+        text = repr(value if len(value) <= 2 * most else value[:most] + value[-most:])
+    else:
+        text = _VALUES.repr(value)
+    return _shorten(text, most)
+
+
+def brief(message: object, most: int = 120) -> str:
+    """The text of another message, on one line, with at most `most` characters, control characters escaped."""
+    text = " ".join(str(message)[: 10 * most].split())
+    return _shorten("".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in text), most)
+
+
+def _shorten(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    end = (most - 3) // 2
+    return f"{text[: most - 3 - end]}...{text[-end:]}"
