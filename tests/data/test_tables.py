@@ -36,6 +36,7 @@ def write(path: Path, content: str | bytes) -> Path:
         ("utf16.jsonl", '{"image": "a.png", "caption": "red, green"}\n'.encode("utf-16-le")),
         ("mark.jsonl", b'\xef\xbb\xbf{"image": "a.png", "caption": "red, green"}\n'),
         ("facebook.jsonl", '{"file_name": "a.png", "text": "red, green"}\n'),
+        ("capitals.csv", 'Image,Caption\na.png,"red, green"\n'),
         ("rows.json", json.dumps([{"image": "a.png", "caption": "red, green"}], indent=1)),
         ("lines.json", '{"image": "a.png", "caption": "red, green"}\n{"image": "a.png", "caption": null}\n'),
     ],
@@ -114,6 +115,11 @@ def test_names_in_another_unicode_form(tmp_path):
     table = write(tmp_path / "t.csv", f"image,caption\n{unicodedata.normalize('NFC', stored)},1\n{stored},2\nb.png,3\n")
     source = open_source(tmp_path / "i", table)
     assert {source.key(i): source.captions(i) for i in range(2)} == {stored: ("1", "2"), "b.png": ("3",)}
+
+
+def test_backslashes_between_folders(tmp_path):
+    write_images(tmp_path, ["sub/a.png"])
+    assert open_source(tmp_path, write(tmp_path / "t.csv", "image,caption\nsub\\a.png,x\n")).key(0) == "sub/a.png"
 
 
 def test_absolute_names_through_links(tmp_path):

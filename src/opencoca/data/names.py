@@ -19,7 +19,7 @@ class FileFinder:
     """Looks for a file in several folders, the first of them first.
 
     Where a folder has no file of exactly this name, one counts whose name differs in its Unicode form alone: archives
-    from macOS store `é` as `e` and an accent.
+    from macOS store `é` as `e` and an accent. Backslashes stand between folders if there is no other such file.
     """
 
     def __init__(self, folders: Iterable[str | Path]):
@@ -34,7 +34,7 @@ class FileFinder:
                 return path
             if not name.isascii() and (other := self._other_form(folder, name)):
                 return other
-        return None
+        return self.find(name.replace("\\", "/")) if "\\" in name else None
 
     def _other_form(self, folder: str, name: str) -> str | None:
         path = "/" if name.startswith("/") else folder

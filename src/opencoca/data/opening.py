@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from opencoca.data.compressed import is_shard_name
 from opencoca.data.images import IMAGE_SUFFIXES
 from opencoca.data.recaptioned import Recaptioned
@@ -160,7 +162,13 @@ def parquet_of_images(folder: Path, image_column: str) -> list[Table]:
 
 
 def _joined(sources: list[SampleSource]) -> SampleSource:
-    return sources[0] if len(sources) == 1 else JoinedSource(sources)
+    if len(sources) == 1:
+        return sources[0]
+    joined, firsts = JoinedSource(sources), np.cumsum([0, *map(len, sources)])
+    starts = [source.block_starts for source in sources]
+    if all(own is not None for own in starts):
+        joined.block_starts = np.concatenate([own + first for own, first in zip(starts, firsts, strict=False)])
+    return joined
 
 
 def _of_table(table: Table, columns: TableColumns, strict: bool) -> SampleSource:

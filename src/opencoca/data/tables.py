@@ -94,7 +94,14 @@ class Table:
 
     def has(self, wanted: str) -> bool:
         """Tells whether there is such a column, under this or, for the usual ones, another usual name."""
-        return any(name in self.columns for name in (*_TOGETHER.get(wanted, (wanted,)), *_KNOWN.get(wanted, ())))
+        return bool(self._named(wanted))
+
+    def _named(self, wanted: str) -> tuple[str, ...]:
+        for names in (_TOGETHER.get(wanted, (wanted,)), *((name,) for name in _KNOWN.get(wanted, ()))):
+            exact = tuple(name for name in names if name in self.columns)
+            if found := exact or tuple(name for name in self.columns if name.lower() in names):
+                return found
+        return ()
 
     def present(self, columns: TableColumns) -> TableColumns:
         """These columns without `caption` and `label` where the table has none; other names must be there."""
@@ -106,8 +113,7 @@ class Table:
 
     def columns_for(self, wanted: str) -> tuple[str, ...]:
         """The columns that are read for a wanted one. Raises ValueError if there is none, or several of one name."""
-        found = tuple(name for name in _TOGETHER.get(wanted, (wanted,)) if name in self.columns)
-        found = found or tuple(name for name in _KNOWN.get(wanted, ()) if name in self.columns)[:1]
+        found = self._named(wanted)
         for name in found:
             if (count := self.columns.count(name)) > 1:
                 path = shown(str(self.path), 100)
@@ -228,9 +234,9 @@ def _image_names(value: Any, where: str) -> list[str]:
         try:
             name = image_in(cell)
         except ValueError as error:
-            raise ValueError(f"{where} holds an image in base64 where others have names: {error}") from None
+            raise ValueError(f"{where} holds an image in base64 where others have names, and {error}") from None
         if isinstance(name, bytes):
-            raise ValueError(f"{where} holds an image itself where others have names; make two tables of them")
+            raise ValueError(f"{where} holds an image and not the name of its file; give this table as the images")
         if not name:
             raise ValueError(f"{where} names no image")
         names.append(name)
