@@ -75,8 +75,10 @@ def open_source(
     if of_images := _tables_of_images(images):
         if by_folder:
             raise ValueError(f"{shown(str(images))} is a table, and its images lie in no folders; leave the labels out")
-        read = columns._replace(caption=None, label=None) if given else columns
-        source = _joined([_of_table(Table(path), read, strict) for path in of_images])
+        own = TableColumns(
+            image_column, None if captions is not None else caption_column, None if labels is not None else label_column
+        )
+        source = _joined([_of_table(Table(path), own, strict) for path in of_images])
     elif shards := _shards_of(images, bool(given)):
         field = None if by_folder else label_column
         source = TarShards(shards, caption_field=caption_column, label_field=field, storage=storage)
@@ -113,9 +115,10 @@ def open_labelled(
     )
     where = shown(str(labels or images))
     for index in range(len(source)):
-        target, key = source.target(index), shown(source.key(index))
+        target = source.target(index)
         if isinstance(target, str):
             continue
+        key = shown(source.key(index))
         if target is None and by_folder:
             raise ValueError(
                 f"the image {key} lies in {where} itself, not in a sub-folder named after its class; "

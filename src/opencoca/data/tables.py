@@ -224,8 +224,10 @@ def join_targets(key: str, targets: list[Target], path: Path) -> Target:
 
 def _first(cells: dict[str, Any], names: Sequence[str]) -> Any:
     """The first of these cells that isn't blank, else the first."""
-    filled = (cells[name] for name in names if cells.get(name) not in (None, "", []))
-    return next(filled, cells.get(names[0]))
+    first = cells.get(names[0])
+    if len(names) == 1 or first not in (None, "", []):
+        return first
+    return next((cells[name] for name in names if cells.get(name) not in (None, "", [])), first)
 
 
 def _image_names(value: Any, where: str) -> list[str]:
