@@ -495,7 +495,7 @@ def test_tokenizer_train(captions: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert Tokenizer.load(tmp_path).normalize("A Dog") == "A Dog"
     capsys.readouterr()
     argv = ["tokenizer", "train", "--out", str(tmp_path / "t.json")]
-    assert_mistake(capsys, [*argv, str(tmp_path / "only.csv")], "only.csv", "'caption'", "'text'")
+    assert_mistake(capsys, [*argv, str(tmp_path / "only.csv"), "--caption-column", "x"], "only.csv", "'x'", "'text'")
     assert_mistake(capsys, [*argv, str(tmp_path / "no.csv")], "no.csv")
     assert_mistake(capsys, [*argv, str(captions), "--vocab-size", "100"], "100", "259")
     (tmp_path / "blank.txt").write_text("\n\n")
@@ -563,7 +563,7 @@ def test_train_mistakes(images: Path, captions: Path, tmp_path: Path, capsys: py
     assert_mistake(capsys, [*argv, "--optimizer.learningrate", "1"], "learningrate")
     assert_mistake(capsys, [*argv, "--batch_size", "many"], "batch_size")
     assert_mistake(capsys, [*argv, "--data.train_images", str(tmp_path / "gone")], "gone")
-    no_column = write_csv(tmp_path / "no_column.csv", ["image", "text"], [["red.png", "a"]])
+    no_column = write_csv(tmp_path / "no_column.csv", ["image", "words"], [["red.png", "a"]])
     assert_mistake(capsys, [*argv, "--data.train_captions", str(no_column)], "no_column.csv", "'caption'")
     with open(captions, "a", newline="") as file:
         csv.writer(file).writerow(["lost.png", "a lost picture"])

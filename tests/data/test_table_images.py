@@ -123,8 +123,8 @@ def test_captions_of_shards_and_tables_of_images_in_tables(tmp_path):
         table.write_text("\n".join(json.dumps({"image": image, "caption": text}) for image, text in rows))
         source = open_source(images, table)
         assert contents(source) == [
-            (IMAGES[1], ("new 1",), None if images == path else "b"),
-            (IMAGES[4], ("new 4",), None if images == path else "e"),
+            (IMAGES[1], ("new 1",), "b"),
+            (IMAGES[4], ("new 4",), "e"),
         ]
         with open(table, "a") as file:
             file.write('\n{"image": "other.png", "caption": "x"}')

@@ -14,7 +14,8 @@ from opencoca.system.messages import shown
 # What base64 makes of the first bytes of JPEG, PNG, GIF, WebP, TIFF, BMP, and of HEIC and AVIF.
 _BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkq", "TU0AK", "Qk0", "AAAA")
 _DATA_URI = re.compile(r"data:[\w.+/-]{0,60};base64,")
-_MIN_BASE64 = 64
+MIN_BASE64 = 64
+"""Text that is shorter is no image in base64."""
 _LONGEST_NAME = 1024  # text that is longer and could be base64 is no file name
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s_-]+={0,2}\s*")
 _CAPTION_FIELDS = ("caption", "text", "raw")
@@ -29,6 +30,8 @@ def split_captions(value: Any, where: str, *, parse_json: bool = False) -> list[
 
     Raises ValueError that begins with `where` for anything but captions and lists of them.
     """
+    if isinstance(value, str) and value[:1] not in ("[", " "):
+        return [value.strip()]
     parsed = from_json(value) if parse_json else value
     if isinstance(parsed, list) and all(item is None or isinstance(item, str) for item in parsed):
         value = parsed
@@ -86,7 +89,7 @@ def holds_image(cell: Any) -> bool:
 
 def is_base64(text: str) -> bool:
     """Tells whether text is an image in base64 rather than the name of a file."""
-    if len(text) < _MIN_BASE64:
+    if len(text) < MIN_BASE64:
         return False
     if _DATA_URI.match(text):
         return True

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opencoca.data.cells import image_cells, image_in, split_captions
+from opencoca.data.cells import MIN_BASE64, image_cells, image_in, split_captions
 from opencoca.data.names import ImageKeys
 from opencoca.data.parquet import ParquetRows
 from opencoca.data.table_files import TextRows
@@ -231,6 +231,8 @@ def _first(cells: dict[str, Any], names: Sequence[str]) -> Any:
 
 
 def _image_names(value: Any, where: str) -> list[str]:
+    if isinstance(value, str) and len(value) < MIN_BASE64 and value[:1] not in ("[", "{", " ", ""):
+        return [value.rstrip()]
     names: list[str] = []
     for cell in image_cells(value):
         try:

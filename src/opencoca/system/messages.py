@@ -11,11 +11,11 @@ def shown(value: object, most: int = 80) -> str:
 
     What is longer loses its middle; of nested values a few items are shown.
     """
-    if isinstance(value, str | bytes | bytearray):
-        text = repr(value if len(value) <= 2 * most else value[:most] + value[-most:])
-    else:
-        text = _VALUES.repr(value)
-    return _shorten(text, most)
+    if not isinstance(value, str | bytes):
+        return _shorten(_VALUES.repr(value), most)
+    if isinstance(value, str):
+        return _shorten(repr(value if len(value) <= 2 * most else value[:most] + value[-most:]), most)
+    return _shorten(repr(value[: 2 * most]), most)
 
 
 def brief(message: object, most: int = 120) -> str:
