@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import hostile_images
+import hostile_tables
 import hostile_tars
 from trials import Trial, describe
 
@@ -29,6 +30,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "images": Kind(hostile_images.attempt, 4000),
+    "tables": Kind(hostile_tables.attempt, 200),
     "tars": Kind(hostile_tars.attempt, 100),
 }
 _TOGETHER = 100

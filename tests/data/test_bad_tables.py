@@ -1,17 +1,24 @@
 """Whatever is in a table, it is read or refused by one short sentence that names it, and soon."""
 
-import time
+import sys
+from pathlib import Path
 
-from .bad_tables import bad_tables, faults, refusal
+import pytest
 
 
-def test_each_is_read_or_refused_by_one_sentence(tmp_path):
-    read = refused = 0
-    for path in bad_tables(tmp_path / "t", 160):
-        started = time.process_time()
-        sentence = refusal(path)
-        assert faults(path, sentence) == [], sentence
-        assert time.process_time() - started < 2, path
-        read, refused = read + (sentence is None), refused + (sentence is not None)
-    assert read > 10
-    assert refused > 50
+@pytest.fixture
+def attempt(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    modules = {"hostile_tables", "trials"} - sys.modules.keys()
+    import hostile_tables
+
+    yield hostile_tables.attempt
+    for name in modules:
+        sys.modules.pop(name, None)
+
+
+def test_each_is_read_or_refused_by_one_sentence(attempt):
+    found = attempt(0, 0, 160)
+    assert [trial for trial in found if trial.fault] == []
+    refused = sum(bool(trial.refusal) for trial in found)
+    assert 50 < refused < 150

@@ -140,7 +140,7 @@ def test_paths_in_parquet_and_other_unicode_forms(tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.csv", ["caf\u00e9.png", "a\0.png"])
     source = open_inputs([str(table)], image_root=tmp_path / "i")
     assert keys(source)[0] == str(decomposed)
-    with pytest.raises(ImageError, match="no file can have this name"):
+    with pytest.raises(ImageError, match="null byte"):
         source.open_bytes(1)
 
 

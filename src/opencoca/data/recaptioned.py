@@ -14,7 +14,7 @@ from opencoca.data.tables import SampleTable, Table, TableColumns, join_targets
 from opencoca.data.targets import Target
 from opencoca.system.messages import brief, shown
 
-_IN_SHARD = re.compile(r"(.*?)\.tar(?:\.\w+)?/(.*)", re.DOTALL)
+_IN_SHARD = re.compile(r"(.*?)\.(?:tar(?:\.\w+)?|tgz|tzst)/(.*)", re.DOTALL)
 
 
 class Recaptioned(SourceView):

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from opencoca.data.cells import image_cells, image_in
-from opencoca.data.images import ImageError
+from opencoca.data.images import ImageError, read_image_file
 from opencoca.data.names import FileFinder, table_folders
 from opencoca.data.source import Sample, SampleSource
-from opencoca.data.sources import ImageFolder
 from opencoca.data.tables import DEFAULT_COLUMNS, Table, TableColumns
 from opencoca.data.targets import Target
 from opencoca.system.messages import brief, shown
@@ -79,4 +78,4 @@ class TableImages(SampleSource):
         path = self._files.find(image)
         if path is None:
             raise ImageError(self.key(index), f"there is no file {shown(image)}")
-        return ImageFolder("", [path]).open_bytes(0)
+        return read_image_file(path)

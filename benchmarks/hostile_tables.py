@@ -1,33 +1,35 @@
-"""Makes damaged and strange tables out of good ones of all kinds, and tries to read them."""
+"""Tables of every kind that are damaged or strange: cut, flipped, nested, in other encodings, with other cells."""
 
 from __future__ import annotations
 
 import base64
+import io
 import json
 import random
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import trials
+from PIL import Image
 
 from opencoca.data.images import ImageError
 from opencoca.data.opening import open_source
 
-from .helpers import encode, gradient, write_images
-
+MAX_SECONDS, MAX_BYTES = 2.0, 0.5e9
 NAMES = ["a.png", "b.png", "sub/c.png"]
 TEXTS = ["two dogs", 'a "red" ball, on grass', "ein Häuschen"]
-LONGEST_SENTENCE = 300
 
 
 def good_tables(folder: Path) -> list[Path]:
-    """Writes a table of each kind about the images of `write_images(folder, NAMES)`."""
+    """Writes a table of each kind about the images NAMES."""
     rows = [
         {"image": name, "caption": text, "label": i} for i, (name, text) in enumerate(zip(NAMES, TEXTS, strict=True))
     ]
     quoted = [[row["image"], '"' + row["caption"].replace('"', '""') + '"', str(row["label"])] for row in rows]
-    data = [encode(gradient(seed=seed), "PNG") for seed in range(3)]
+    data = [_image(seed) for seed in range(3)]
     images = [{"id": i, "file_name": row["image"]} for i, row in enumerate(rows)]
     notes = [{"image_id": i, "caption": row["caption"]} for i, row in enumerate(rows)]
     sentences = [{"filename": row["image"], "split": "val", "sentences": [{"raw": row["caption"]}]} for row in rows]
@@ -49,64 +51,82 @@ def good_tables(folder: Path) -> list[Path]:
     return [folder / name for name in (*texts, "t.parquet", "i.parquet")]
 
 
-def bad_tables(folder: Path, count: int, seed: int = 0) -> Iterator[Path]:
-    """Writes `count` tables, one at a time, each made from a good one by one to three changes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_images(folder, NAMES)
-    good = good_tables(folder)
-    for number in range(count):
-        random_ = random.Random(f"{seed} {number}")
-        original = good[number % len(good)]
-        content = original.read_bytes()
-        for _ in range(random_.randint(1, 3)):
-            changes = _ANY if original.suffix == ".parquet" else _ANY + _TEXT
-            content = random_.choice(changes)(content, random_)
-        path = folder / f"bad{number}{original.suffix}"
-        path.write_bytes(content)
-        yield path
+def attempt(seed: int, first: int, count: int) -> list[trials.Trial]:
+    """Reads the tables from number `first` on."""
+    with tempfile.TemporaryDirectory() as folder:
+        kinds = write_good(Path(folder))
+        return [_read(kinds, seed, number) for number in range(first, first + count)]
+
+
+def write_good(folder: Path) -> list[Path]:
+    """Writes images, and a table of each kind that is sound."""
+    for seed, name in enumerate(NAMES):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(_image(seed))
+    return good_tables(folder)
+
+
+def _read(kinds: list[Path], seed: int, number: int) -> trials.Trial:
+    path, name = malformed(kinds, seed, number)
+    try:
+        trial = trials.attempt(f"{number} {name}", lambda: use(path), MAX_SECONDS, MAX_BYTES)
+    finally:
         path.unlink()
+    if trial.refusal and path.name not in trial.refusal:
+        trial = trial._replace(fault=f"{trial.fault}; the sentence names no file: {trial.refusal!r}")
+    return trial
 
 
-def refusal(path: Path) -> str | None:
-    """Reads a table in every way; returns the sentence that refuses it, or None. Any other error is one of the code."""
-    sentence = None
+def malformed(kinds: list[Path], seed: int, number: int) -> tuple[Path, str]:
+    """Writes a table made from a good one by one to three changes; returns it and what it was made from."""
+    rng = random.Random(seed * 1_000_003 + number)
+    original = kinds[number % len(kinds)]
+    content = original.read_bytes()
+    for _ in range(rng.randint(1, 3)):
+        content = rng.choice(_ANY if original.suffix == ".parquet" else _ANY + _TEXT)(content, rng)
+    path = original.with_name(f"bad{number}{original.suffix}")
+    path.write_bytes(content)
+    return path, original.name
+
+
+def use(path: Path) -> None:
+    """Reads a table in every way; raises ValueError with the sentence that refuses it or one of its images."""
+    refusals: list[ValueError] = []
     for images, captions in ((path.parent, path), (path, None)):
         try:
             source = open_source(images, captions, strict=False)
         except ValueError as error:
-            sentence = str(error)
+            refusals.append(error)
             continue
         for index in range(min(len(source), 50)):
             try:
                 source.read(index)
             except ImageError as error:
-                sentence = str(error)
-    return sentence
+                refusals.append(error)
+    if refusals:
+        raise refusals[-1]
 
 
-def faults(path: Path, sentence: str | None) -> list[str]:
-    """What is wrong with a sentence that refuses a table."""
-    if sentence is None:
-        return []
-    found = [] if len(sentence) <= LONGEST_SENTENCE else [f"{len(sentence)} characters"]
-    found += [] if sentence.isprintable() else ["not printable"]
-    return found + ([] if path.name in sentence else ["names no file"])
+def _image(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((24, 16), 10 + seed).convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
 
 
-def _cut(content: bytes, random_: random.Random) -> bytes:
-    return content[: random_.randrange(len(content) + 1)]
+def _cut(content: bytes, rng: random.Random) -> bytes:
+    return content[: rng.randrange(len(content) + 1)]
 
 
-def _flip(content: bytes, random_: random.Random) -> bytes:
+def _flip(content: bytes, rng: random.Random) -> bytes:
     changed = bytearray(content)
-    for _ in range(random_.randint(1, 20) if content else 0):
-        changed[random_.randrange(len(changed))] = random_.randrange(256)
+    for _ in range(rng.randint(1, 20) if content else 0):
+        changed[rng.randrange(len(changed))] = rng.randrange(256)
     return bytes(changed)
 
 
-def _insert(content: bytes, random_: random.Random) -> bytes:
-    place = random_.randrange(len(content) + 1)
-    piece = random_.choice(
+def _insert(content: bytes, rng: random.Random) -> bytes:
+    place = rng.randrange(len(content) + 1)
+    piece = rng.choice(
         [
             b"\0",
             b"\xff\xfe",
@@ -124,25 +144,25 @@ def _insert(content: bytes, random_: random.Random) -> bytes:
     return content[:place] + piece + content[place:]
 
 
-def _move(content: bytes, random_: random.Random) -> bytes:
-    first, second = sorted(random_.randrange(len(content) + 1) for _ in range(2))
+def _move(content: bytes, rng: random.Random) -> bytes:
+    first, second = sorted(rng.randrange(len(content) + 1) for _ in range(2))
     return content[second:] + content[first:second] + content[:first]
 
 
-def _repeat(content: bytes, random_: random.Random) -> bytes:
-    return content * random_.randint(2, 5)
+def _repeat(content: bytes, rng: random.Random) -> bytes:
+    return content * rng.randint(2, 5)
 
 
 def _replacing(old: str, *new: str) -> Callable[[bytes, random.Random], bytes]:
-    return lambda content, random_: content.replace(old.encode(), random_.choice(new).encode())
+    return lambda content, rng: content.replace(old.encode(), rng.choice(new).encode())
 
 
-def _encoded(content: bytes, random_: random.Random) -> bytes:
-    encoding = random_.choice(["utf-16", "utf-16-le", "utf-32", "utf-8-sig", "cp1252", "utf-7"])
+def _encoded(content: bytes, rng: random.Random) -> bytes:
+    encoding = rng.choice(["utf-16", "utf-16-le", "utf-32", "utf-8-sig", "cp1252", "utf-7"])
     return content.decode("utf-8", "replace").encode(encoding, "replace")
 
 
-_ANY = [_cut, _flip, _insert, _move, _repeat, lambda content, random_: b""]
+_ANY = [_cut, _flip, _insert, _move, _repeat, lambda content, rng: b""]
 _TEXT = [
     _encoded,
     _replacing("caption", "image", "text", "", "cap\u0000tion", "x" * 5000),
