@@ -249,7 +249,7 @@ class TestShards:
         own = [(f"{number:05d}.{suffixes[name]}", value.encode()) for name, value in parts.items()]
         return [(f"{number:05d}.jpg", encode(gradient(seed=number))), *own]
 
-    def scan_without_classes(self, path):
+    def scan_without_classes(self, path, chosen):
         index = scan_shard(path)
         return dataclasses.replace(index, members=index.members[:, :3])
 
