@@ -66,9 +66,16 @@ def _finite(values: np.ndarray) -> np.ndarray:
     return np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
 
 
+def _grey(values: np.ndarray, limit: float) -> np.ndarray:
+    return np.rint(np.clip(values.astype(np.float64) / limit, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
 def _deep_grey_to_rgb(image: Image.Image, limit: float) -> Image.Image:
-    values = _finite(np.asarray(image).astype(np.float64))
-    grey = np.rint(np.clip(values / limit, 0.0, 1.0) * 255.0).astype(np.uint8)
+    values = np.asarray(image)
+    if image.mode.startswith("I;16"):
+        grey = _grey(np.arange(65536), limit)[values]
+    else:
+        grey = _grey(_finite(values), limit)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey[values == transparent] = 255
