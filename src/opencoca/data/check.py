@@ -292,10 +292,15 @@ def format_report(report: CheckReport, *, examples: int = 5) -> str:
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     for name, found, _ in findings:
         if found:
-            lines += ["", f"{name}:"] + [f"  {item}" for item in found[:examples]]
+            lines += ["", f"{name}:"] + [f"  {_on_one_line(item)}" for item in found[:examples]]
             if len(found) > examples:
                 lines.append(f"  ... and {len(found) - examples:,} more")
     return "\n".join(lines)
+
+
+def _on_one_line(item: str) -> str:
+    """Escapes what would begin a new line or change colours; a file's name may hold it."""
+    return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in item)
 
 
 def _target_rows(report: CheckReport, examples: int = 3) -> list[tuple[str, str]]:

@@ -72,10 +72,8 @@ def _grey(values: np.ndarray, limit: float) -> np.ndarray:
 
 def _deep_grey_to_rgb(image: Image.Image, limit: float) -> Image.Image:
     values = np.asarray(image)
-    if image.mode.startswith("I;16"):
-        grey = _grey(np.arange(65536), limit)[values]
-    else:
-        grey = _grey(_finite(values), limit)
+    of_16_bits = image.mode.startswith("I;16")
+    grey = _grey(np.arange(65536), limit)[values] if of_16_bits else _grey(_finite(values), limit)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey[values == transparent] = 255
