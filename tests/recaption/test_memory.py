@@ -1,18 +1,19 @@
 """The batch that a budget allows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from opencoca.data import PreprocessConfig
 from opencoca.inference.pipeline import Pipeline
-from opencoca.recaption.memory import (
-    _PeakMemory,
-    choose_batch_size,
-    free_bytes,
-    measure_bytes_per_image,
-    parse_bytes,
-)
+from opencoca.inference.preprocess import Preprocess
+from opencoca.model.coca import CoCa
+from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
+from opencoca.recaption.memory import bytes_per_image, choose_batch_size, free_bytes, parse_bytes
 
 from .helpers import make_captioner
+from .peak_memory import PeakMemory, measured_bytes_per_image
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_what_is_no_amount_of_memory(text: str) -> None:
 @torch.inference_mode()
 def test_peak_counts_what_lives_at_the_same_time() -> None:
     kilobyte = torch.ones(256)
-    with _PeakMemory() as memory:
+    with PeakMemory() as memory:
         first = kilobyte.repeat(10)
         second = first.repeat(2)[:1]  # a view keeps all of it
         del first
@@ -53,18 +54,54 @@ def test_peak_counts_what_lives_at_the_same_time() -> None:
     del third, fourth
 
 
-def test_bytes_per_image_grow_with_the_work(pipeline: Pipeline) -> None:
-    greedy = measure_bytes_per_image(make_captioner(pipeline))
-    beams = measure_bytes_per_image(make_captioner(pipeline, num_beams=6))
-    height, width = pipeline.preprocess.config.image_size
-    assert greedy > 10 * 3 * height * width
+@pytest.fixture(scope="module")
+def encoders(pipeline: Pipeline) -> dict[str, Pipeline]:
+    """Models with different encoders, of shapes in which no part is negligible."""
+    found = {}
+    for name, size, width in (("vit", 96, 64), ("efficientnet_lite0", 96, 320)):
+        config = CoCaConfig(
+            embed_dim=32,
+            image=ImageEncoderConfig(
+                name=name, image_size=(size, size), patch_size=8, width=width, depth=2, num_heads=4, mlp_width=256
+            ),
+            pooler=PoolerConfig(num_queries=16, num_heads=4),
+            text=TextConfig(
+                vocab_size=3000, context_length=24, width=64, unimodal_depth=2, multimodal_depth=2, num_heads=4
+            ),
+        )
+        found[name] = Pipeline(CoCa(config), pipeline.tokenizer, Preprocess(PreprocessConfig((size, size))))
+    return found
+
+
+@pytest.mark.parametrize("encoder", ["vit", "efficientnet_lite0"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 6}, {"temperature": 0.9, "num_captions": 4}, {"repetition_penalty": 1.2, "no_repeat_ngram": 2}],
+)
+def test_what_shapes_say_is_enough_and_not_wasteful(
+    encoders: dict[str, Pipeline], encoder: str, options: dict[str, object]
+) -> None:
+    captioner = make_captioner(encoders[encoder], **options)
+    measured = measured_bytes_per_image(captioner)
+    assert measured <= bytes_per_image(captioner) <= 5 * measured
+
+
+def test_bytes_per_image_grow_with_beams_and_candidates(pipeline: Pipeline) -> None:
+    greedy, beams = (bytes_per_image(make_captioner(pipeline, num_beams=number)) for number in (1, 6))
     assert beams > 1.5 * greedy
+    sampled = make_captioner(pipeline, temperature=1.0)
+    assert bytes_per_image(replace(sampled, rerank=0.5)) > 1.5 * bytes_per_image(sampled)
+
+
+def test_nothing_is_captioned_to_choose(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pipeline, "caption_pixels", lambda *_, **__: pytest.fail("an image was captioned"))
+    assert choose_batch_size(make_captioner(pipeline), 10**6, 10**12) == 32
 
 
 @pytest.mark.parametrize(("images", "expected"), [(1, 1), (2, 2), (3, 2), (7, 4), (8, 8), (1000, 32)])
 def test_the_largest_power_of_two_that_fits(pipeline: Pipeline, images: int, expected: int) -> None:
     captioner = make_captioner(pipeline)
-    one = measure_bytes_per_image(captioner)
+    one = bytes_per_image(captioner)
     assert choose_batch_size(captioner, 10**6, images * one + one // 2) == expected
 
 

@@ -1,26 +1,27 @@
-"""Chooses how many images to caption at a time: measures the memory of one, and divides the budget by it."""
+"""Chooses how many images to caption at a time: computes the memory of one, and divides the budget by it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-import weakref
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from opencoca.generation.decoding.arena import ArenaSize
+from opencoca.generation.rerank import candidate_options
 from opencoca.recaption.captioner import Captioner
 
 # Larger batches gain nothing on a CPU; on a GPU, the waiting ones would fill the machine's memory.
 _LARGEST_BATCH = {"cpu": 32, "cuda": 256}
 _SHARE_OF_FREE = 0.5
-# Kernels' scratch space and the allocator's gaps, which are not measured.
+# Kernels' scratch space and the allocator's gaps.
 _OVERHEAD = 1.5
+# Numbers that a convolutional encoder holds for each pixel: four maps of 100 channels at half the resolution.
+_MOST_PER_PIXEL = 100
+# Bytes for each logit: it and its log-probability in float32, each with a copy; and its place, where all are sorted.
+_PER_LOGIT, _PER_SORTED_LOGIT = 16, 32
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -42,63 +43,56 @@ def choose_batch_size(captioner: Captioner, num_images: int, budget_bytes: int |
     It is at most 32 on a CPU and 256 on a GPU, and at least 1 even if that does not fit.
     """
     device = captioner.device
-    most = min(_LARGEST_BATCH.get(device.type, 32), max(1, num_images))
-    if most > 1:
-        budget = budget_bytes if budget_bytes is not None else int(_SHARE_OF_FREE * free_bytes(device))
-        fitting = budget // max(1, measure_bytes_per_image(captioner))
-        most = max(1, min(most, fitting))
+    budget = budget_bytes if budget_bytes is not None else int(_SHARE_OF_FREE * free_bytes(device))
+    most = max(1, min(_LARGEST_BATCH.get(device.type, 32), num_images, budget // bytes_per_image(captioner)))
     return 1 << (most.bit_length() - 1)
 
 
-def measure_bytes_per_image(captioner: Captioner) -> int:
-    """Measures the memory that each further image takes: the difference between batches of two and of one."""
+def bytes_per_image(captioner: Captioner) -> int:
+    """Computes from shapes how much memory each further image takes: rather too much than too little."""
     height, width = captioner.image_size
-    captioner(torch.zeros(1, 3, height, width), ["0"])  # what is set up once does not belong to an image
-    one, two = (_peak_bytes(captioner, torch.zeros(count, 3, height, width)) for count in (1, 2))
     # The batch itself and the next one as float32, and two more as bytes.
     waiting = 3 * height * width * (2 * 4 + 2)
-    return int(_OVERHEAD * max(0, two - one)) + waiting
+    return waiting + int(_OVERHEAD * max(_encoder_bytes(captioner), _decoder_bytes(captioner)))
 
 
-def _peak_bytes(captioner: Captioner, pixels: Tensor) -> int:
-    """Measures the most memory that tensors take while these images are captioned."""
-    names = [str(index) for index in range(len(pixels))]
-    if captioner.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(captioner.device)
-        captioner(pixels, names)
-        return torch.cuda.max_memory_allocated(captioner.device)
-    with _PeakMemory() as memory:
-        captioner(pixels, names)
-    return memory.peak
+def _encoder_bytes(captioner: Captioner) -> int:
+    """The most that the image encoder holds of one image at a time, and then its poolers."""
+    config, (height, width) = captioner.pipeline.model.config, captioner.image_size
+    image, text = config.image, config.text
+    features = _num_features(captioner)
+    if image.name == "vit":
+        # The block's input and its norm, with queries, keys, values and their mixture, or with both sides of its MLP.
+        numbers = features * (2 * image.width + max(5 * image.width, 3 * image.mlp_width))
+    else:
+        numbers = _MOST_PER_PIXEL * height * width
+    pooled = (features + 2 * max(1, config.pooler.num_queries)) * (
+        captioner.pipeline.model.image_encoder.width + 4 * text.width
+    )
+    return max(numbers, pooled) * captioner.pipeline.dtype.itemsize
 
 
-class _PeakMemory(TorchDispatchMode):
-    """Adds up the bytes of the tensors that exist at the same time; `peak` is the largest sum."""
+def _decoder_bytes(captioner: Captioner) -> int:
+    """What decoding keeps of one image and of its texts, and a step's tensors of the vocabulary's size."""
+    model, options = captioner.pipeline.model, captioner.options
+    if captioner.rerank is not False:
+        options = candidate_options(options)
+    text, dtype = model.config.text, captioner.pipeline.dtype
+    if captioner.device.type == "cpu":
+        dtype = torch.promote_types(dtype, torch.float32)
+    texts = options.texts_in_work
+    # A token has at least one byte of the prefix.
+    length = min(text.context_length, 1 + len(options.prefix.encode()) + options.max_new_tokens)
+    tokens = model.config.pooler.num_queries or _num_features(captioner)
+    kept = ArenaSize(1, texts, length, tokens).num_bytes(model, dtype)
+    return kept + texts * text.vocab_size * (_PER_SORTED_LOGIT if options.samples else _PER_LOGIT)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, int] = {}
-        self.total = 0
-        self.peak = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:  # else: weights that are packed
-                self._add(tensor.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        address = storage.data_ptr()
-        if address == 0 or address in self.live:
-            return
-        self.live[address] = storage.nbytes()
-        self.total += storage.nbytes()
-        self.peak = max(self.peak, self.total)
-        weakref.finalize(storage, self._remove, address)
-
-    def _remove(self, address: int) -> None:
-        self.total -= self.live.pop(address, 0)
+def _num_features(captioner: Captioner) -> int:
+    """The number of features that the image encoder makes of an image; for one that is not known, one in 16 x 16."""
+    image, (height, width) = captioner.pipeline.model.config.image, captioner.image_size
+    side = image.patch_size if image.name == "vit" else 16
+    return 1 + (height // side) * (width // side)
 
 
 def free_bytes(device: torch.device) -> int:
