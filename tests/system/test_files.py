@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from opencoca.system.files import WriteError, atomic_write
+from opencoca.system.files import WriteError, atomic_write, check_writable, clean_folder
 
 
 def names(folder):
@@ -146,3 +146,46 @@ def test_what_a_killed_process_of_the_same_number_left_does_no_harm(tmp_path):
 
 def mode(path):
     return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path):
+    code = (
+        "import os, sys; from opencoca.system.files import atomic_write\n"
+        "with atomic_write(sys.argv[1]) as partial: partial.write_text('half'); os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "file"], check=False)
+    (left,) = names(tmp_path)
+    (tmp_path / ".0123456789ab.00000000-999999999-1.partial").touch()  # of another machine: it may be at work
+    with atomic_write(tmp_path / "another") as mine:
+        mine.write_text("whole")
+    assert left not in names(tmp_path)
+    assert names(tmp_path) == [".0123456789ab.00000000-999999999-1.partial", "another"]
+
+
+def test_what_a_running_process_writes_is_left_alone(tmp_path):
+    with atomic_write(tmp_path / "one") as one:
+        one.write_text("1")
+        clean_folder.cache_clear()
+        with atomic_write(tmp_path / "two") as two:
+            two.write_text("2")
+    assert names(tmp_path) == ["one", "two"]
+
+
+def test_the_longest_name_can_be_written(tmp_path):
+    target = tmp_path / ("x" * 255)
+    with atomic_write(target) as partial:
+        partial.write_text("whole")
+    assert target.read_text() == "whole"
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo"])
+def test_what_cannot_be_written_is_found_beforehand(tmp_path, kind):
+    path = tmp_path / "out"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with pytest.raises(ValueError, match="it is a folder" if kind == "folder" else "not an ordinary file"):
+        check_writable(path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="part of its path is a file"):
+        check_writable(None, tmp_path / "file" / "inner")
+    check_writable(tmp_path / "new" / "folder" / "out")
+    assert not (tmp_path / "new").exists()

@@ -2,16 +2,20 @@
 
 import contextlib
 import errno
-import glob
+import functools
+import hashlib
 import json
 import os
+import re
+import socket
 import stat
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_PARTIAL_SUFFIX = ".partial"
+_PARTIAL_NAME = re.compile(r"\.[0-9a-f]{12}\.([0-9a-f]{8})-(\d+)-\d+\.partial")
 
 
 class WriteError(OSError):
@@ -36,9 +40,10 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     if target.exists() and not target.is_file():
         # Renaming onto a device such as /dev/stdout would replace the device itself.
         raise WriteError(errno.EINVAL, f"cannot write {path}: it is not an ordinary file; choose another name")
-    partial = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}{_PARTIAL_SUFFIX}")
+    partial = partial_path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        clean_folder(target.parent)
         mode = _ordinary_mode(target, partial)
         yield partial
         flush_to_disk(partial)
@@ -74,11 +79,64 @@ def write_error(path: str | os.PathLike[str], error: OSError) -> WriteError:
     return WriteError(error.errno, message)
 
 
-def remove_partial_files(path: str | os.PathLike[str]) -> None:
-    """Removes temporary files that killed processes left beside `path`; no process may be writing it now."""
-    target = Path(os.path.realpath(path))
-    for partial in target.parent.glob(f".{glob.escape(target.name)}.*{_PARTIAL_SUFFIX}"):
-        partial.unlink(missing_ok=True)
+def check_writable(*paths: str | os.PathLike[str] | None) -> None:
+    """Checks before the work begins that its results can be stored, and creates nothing.
+
+    Raises ValueError that names the file.
+    """
+    for path in filter(None, paths):
+        target = Path(path)
+        if target.is_dir():
+            raise ValueError(f"cannot write {path}: it is a folder; give the name of a file")
+        if target.exists() and not target.is_file():
+            raise ValueError(f"cannot write {path}: it is not an ordinary file; choose another name")
+        folder = next(parent for parent in target.absolute().parents if parent.exists())
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ValueError(f"cannot write {path} ({reason}); {_remedy(error.errno)}") from error
+
+
+def partial_path(target: Path) -> Path:
+    """The name of a file that will become `target`: of this thread alone, and equally long for every target.
+
+    A killed process leaves it behind; the next process that writes into that folder removes it.
+    """
+    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]
+    return target.with_name(f".{digest}.{_place()}-{os.getpid()}-{threading.get_ident()}.partial")
+
+
+@functools.cache
+def _place() -> str:
+    """A short name of where numbers of processes are unique: this machine, or this container on it."""
+    with contextlib.suppress(OSError):
+        names = os.readlink("/proc/self/ns/pid") if os.name == "posix" else ""
+        return hashlib.sha256(f"{socket.gethostname()} {names}".encode()).hexdigest()[:8]
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+@functools.lru_cache(maxsize=4096)
+def clean_folder(folder: str | Path) -> None:
+    """Removes, once in this process, what killed processes of this machine left in a folder."""
+    with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
+        for entry in entries:
+            found = _PARTIAL_NAME.fullmatch(entry.name)
+            if found and found[1] == _place() and not _is_running(int(found[2])):
+                Path(entry.path).unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":
+        return True  # elsewhere the question would end the process
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
 
 
 def flush_to_disk(path: Path) -> None:
@@ -116,6 +174,8 @@ def _remedy(code: int | None) -> str:
         return "free some space or choose a folder on another disk"
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "choose a folder that you may write to"
+    if code == errno.ENAMETOOLONG:
+        return "choose a shorter name"
     if code in (errno.ENOTDIR, errno.EEXIST):
         return "a part of its path is a file; choose another folder"
     return "choose another folder"

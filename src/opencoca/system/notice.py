@@ -1,0 +1,5 @@
+"""The category of this package's own warnings; a command shows them as sentences, and those of libraries not at all."""
+
+
+class Notice(UserWarning):
+    """Something that a user should know although the work goes on."""
