@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from opencoca.system.files import WriteError, atomic_write
+from opencoca.system.notice import Notice
 
 _SUFFIX = ".block"
 _NUM_LOCKS = 256
@@ -65,7 +66,7 @@ class BlockCache:
             self._make_room(keep=path)
         except WriteError as error:
             if not self._warned:
-                warnings.warn(f"remote data are not kept: {error}", stacklevel=2)
+                warnings.warn(f"remote data are not kept: {error}", Notice, stacklevel=2)
                 self._warned = True
 
     def _make_room(self, keep: Path) -> None:

@@ -31,6 +31,7 @@ from opencoca.data.remote import RemoteReadError
 from opencoca.data.source import BadSample, Sample, SampleSource
 from opencoca.data.targets import Target
 from opencoca.data.transforms import TrainTransform, normalize
+from opencoca.system.notice import Notice
 
 Position = tuple[int, int]
 EncodeTarget = Callable[[Target], np.ndarray | int | float]
@@ -309,7 +310,7 @@ def _check_captions(source: SampleSource, without: np.ndarray, max_share: float)
     message = f"{int(without.sum())} of {len(source)} images have no caption, for example {first!r}"
     if without.mean() > max_share:
         raise ValueError(f"{message}; that is more than {max_share:.0%}, remove them or add their captions")
-    warnings.warn(f"{message}; other images take their places", stacklevel=5)
+    warnings.warn(f"{message}; other images take their places", Notice, stacklevel=5)
 
 
 def _unchanged(item: Any) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from opencoca.data.source import BadSample, SampleSource
+from opencoca.system.notice import Notice
 
 MAX_BAD_SHARE = 0.1
 """The default share of the samples read that may be bad before a run stops."""
@@ -61,10 +62,10 @@ class Quarantine:
 
     def _warn(self, bad: BadSample) -> None:
         if len(self.by_index) < _MAX_WARNINGS:
-            warnings.warn(f"{bad.reason}; another image takes its place", stacklevel=5)
+            warnings.warn(f"{bad.reason}; another image takes its place", Notice, stacklevel=5)
         elif len(self.by_index) == _MAX_WARNINGS:
             where = f"; {str(self.path)!r} lists them all" if self.path else ""
-            warnings.warn(f"more than {_MAX_WARNINGS} images are bad{where}", stacklevel=5)
+            warnings.warn(f"more than {_MAX_WARNINGS} images are bad{where}", Notice, stacklevel=5)
 
     def _stop(self, bad: list[BadSample], seen: int) -> None:
         first = "; ".join(sample.reason for sample in bad[:_REASONS_SHOWN])

@@ -25,6 +25,7 @@ from opencoca.data.compressed import compression_of
 from opencoca.data.images import IMAGE_SUFFIXES
 from opencoca.data.tar_scan import BLOCK, Member, ReadAt, scan_tar
 from opencoca.data.targets import Target, parse_target
+from opencoca.system.notice import Notice
 from opencoca.system.reading import open_ordinary
 
 IMAGE, TEXT, JSON, CLASS = range(4)
@@ -219,7 +220,7 @@ def _own_key(read_at: ReadAt, group: _Group, name: str) -> str:
         values = parse_json(read_at(offset, min(size, MAX_JSON_BYTES + 1)))
     except ValueError as error:
         where = f"the sample {group.key!r} of {name!r}"
-        warnings.warn(f"{where} has json that cannot be read ({error}); it is ignored", stacklevel=2)
+        warnings.warn(f"{where} has json that cannot be read ({error}); it is ignored", Notice, stacklevel=2)
         return group.key
     key = values.get("key") if isinstance(values, dict) else None
     return key if isinstance(key, str) and key else group.key

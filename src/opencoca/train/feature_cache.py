@@ -30,6 +30,7 @@ from opencoca.data.tar_source import TarShards
 from opencoca.distributed.world import World
 from opencoca.model.coca import CoCa
 from opencoca.system.files import WriteError, atomic_write
+from opencoca.system.notice import Notice
 from opencoca.train.compute import autocast
 from opencoca.train.recipe.recipe import Recipe
 
@@ -113,7 +114,7 @@ class FeatureCaches:
             message = f"{len(cache.broken)} of {len(source)} {label} are left out: {next(iter(cache.broken.values()))}"
             if len(cache.broken) > most * len(source):
                 raise ValueError(f"{message}; that is more than {most:.0%}, remove or repair them")
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, Notice, stacklevel=2)
         return cache
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from opencoca.distributed.world import World
 from opencoca.model.coca import CoCa
 from opencoca.system.allocator import release_freed_memory
 from opencoca.system.files import WriteError
+from opencoca.system.notice import Notice
 from opencoca.train.best_model import BestModel
 from opencoca.train.checkpoints import Checkpoints, TrainState
 from opencoca.train.checkpoints.random_state import random_state, seed_generators, set_random_state
@@ -142,7 +143,7 @@ class Trainer:
             self.checkpoints.finish()
         except WriteError as error:  # in all processes alike
             if self.world.is_main:
-                warnings.warn(f"{error}; training continues without this checkpoint", stacklevel=2)
+                warnings.warn(f"{error}; training continues without this checkpoint", Notice, stacklevel=2)
 
     def _advance(self, supply: Iterator[Batch], window: MetricsWindow, log: MetricsLog | None) -> bool:
         """Takes one step; returns False if it could not, because the signal to stop ended the worker processes too."""

@@ -23,6 +23,7 @@ from opencoca.generation.decoding.arena import ArenaSize, DecodingArena
 from opencoca.generation.decoding.state import DecodingState, ImageKeysValues, WordCache, num_images
 from opencoca.model.coca import CoCa
 from opencoca.model.layers.attention import NextWords
+from opencoca.system.notice import Notice
 
 # Steps of more texts keep a GPU busy for longer than they take to start.
 _MOST_TEXTS = 1024
@@ -163,7 +164,7 @@ class DecodingGraphs:
         try:
             step.record(self.model, self._recorder)
         except RuntimeError as error:
-            warnings.warn(f"decoding goes on without CUDA graphs: {error}", stacklevel=2)
+            warnings.warn(f"decoding goes on without CUDA graphs: {error}", Notice, stacklevel=2)
             self._failed = True
             return None
         if len(self._steps) >= _MOST_STEPS:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from opencoca.system.notice import Notice
+
 CONFIG_FILE = "open_clip_config.json"
 _MAX_CONFIG_BYTES = 1_000_000
 DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
@@ -240,6 +242,7 @@ def _read(options: Mapping[str, Any], defaults: Mapping[str, Any], section: str)
         warnings.warn(
             f"open_clip's option {section}.patch_dropout = {values['patch_dropout']} drops patches in training and is "
             "not carried over; outputs are the same",
+            Notice,
             stacklevel=4,
         )
     return values

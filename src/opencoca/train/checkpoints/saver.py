@@ -15,6 +15,7 @@ from pathlib import Path
 from opencoca.distributed.world import World, local_part
 from opencoca.store.safetensors_file import non_finite
 from opencoca.system.files import WriteError, write_error
+from opencoca.system.notice import Notice
 from opencoca.train.checkpoints.folder import CheckpointFolder
 from opencoca.train.checkpoints.index import CheckpointIndex
 from opencoca.train.checkpoints.reader import CheckpointReader
@@ -87,7 +88,7 @@ class Checkpoints:
                 return step
             refused.append(problem)
             if self.world.is_main and len(refused) < len(names):
-                warnings.warn(f"{problem}; continuing from the checkpoint before it", stacklevel=2)
+                warnings.warn(f"{problem}; continuing from the checkpoint before it", Notice, stacklevel=2)
         if refused:
             raise ValueError(
                 f"{refused[0]}, and there is no checkpoint before it; restore it from a copy, or delete "
