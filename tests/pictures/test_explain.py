@@ -9,7 +9,7 @@ from PIL import Image
 
 from opencoca.generation.attention_maps import WordMaps
 from opencoca.generation.explanation import Explanation
-from opencoca.pictures.explain import overlay, write_explanations
+from opencoca.pictures.explain import LEGEND_HEIGHT, overlay, write_explanations
 
 
 def explanation(words: tuple[str, ...], cell: int = 0, size: tuple[int, int] = (60, 40)) -> Explanation:
@@ -25,9 +25,9 @@ def blue_pixels(path: Path) -> int:
 
 
 def orange_pixels(path: Path) -> np.ndarray:
-    """(K, 2) rows and columns of strongly lit pixels."""
+    """(K, 2) rows and columns of strongly lit pixels above the legend."""
     with Image.open(path) as sheet:
-        pixels = np.asarray(sheet.convert("RGB")).astype(int)
+        pixels = np.asarray(sheet.convert("RGB")).astype(int)[: -LEGEND_HEIGHT - 48]
     return np.argwhere((pixels[..., 0] > 130) & (pixels[..., 0] - pixels[..., 2] > 30))
 
 
@@ -90,3 +90,17 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no layer 1"):
         write_explanations(tmp_path / "sheet.png", [explanation(("a",))], layers=[1])
     assert not (tmp_path / "sheet.png").exists()
+
+
+def test_a_legend_shows_the_colours_once(tmp_path: Path) -> None:
+    """From grey to orange, with the very colours of an overlay."""
+    path = write_explanations(tmp_path / "sheet.png", [explanation(("a", "dog"))] * 2)
+    with Image.open(path) as sheet:
+        legend = np.asarray(sheet.convert("RGB")).astype(int)[-LEGEND_HEIGHT - 48 : -48]
+        above = np.asarray(sheet.convert("RGB")).astype(int)[: -LEGEND_HEIGHT - 48]
+    bar = np.asarray(overlay(Image.new("RGB", (220, 1), (128, 128, 128)), np.linspace(0, 1, 220)[None])).astype(int)[0]
+    middle = legend[LEGEND_HEIGHT // 2]
+    starts = [x for x in range(middle.shape[0] - 220) if (middle[x : x + 220] == bar).all()]
+    assert len(starts) == 1
+    assert not any((row[x : x + 220] == bar).all() for row in above[::8] for x in starts)
+    assert (legend[:, starts[0] + 232 :] != legend[0, 0]).any(), "words stand beside it"

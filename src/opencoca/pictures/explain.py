@@ -1,6 +1,6 @@
 """Draws explanations: each photograph with its caption, and beside it one overlay for each word.
 
-The photograph is pale and grey where a word does not look, and orange where it looks most.
+The photograph is pale and grey where a word does not look, and orange where it looks most; a legend says so.
 """
 
 import os
@@ -22,6 +22,8 @@ _FADED = 0.62  # how far the photograph fades to white where a word does not loo
 _GLOW = np.array([240, 90, 10], dtype=np.float32)
 _GLOW_SHARE = 0.65
 _GAMMA = 0.7  # below 1: weak attention is visible too
+LEGEND_HEIGHT = 26
+_LEGEND_GREY = (128, 128, 128)
 
 
 def write_explanations(
@@ -46,6 +48,7 @@ def write_explanations(
     sections = [text_block(title, font(38, bold=True), INK, inner)] if title else []
     sections += [text_block(subtitle, font(20), SOFT, inner)] if subtitle else []
     sections += [_section(explanation, layers) for explanation in explanations]
+    sections.append(_legend())
     return save_sheet(path, stacked(sections, _WIDTH, PAPER, _GAP, _MARGIN))
 
 
@@ -57,6 +60,22 @@ def overlay(photograph: Image.Image, heat: np.ndarray) -> Image.Image:
     lit = (1 - _GLOW_SHARE) * pixels + _GLOW_SHARE * _GLOW
     share = (heat.astype(np.float32) ** _GAMMA)[..., None]
     return Image.fromarray((unlit + share * (lit - unlit)).clip(0, 255).round().astype(np.uint8))
+
+
+def _legend() -> Image.Image:
+    """The colours from where a word does not look to where it looks most, and what the percentages are."""
+    small = font(17)
+    left, bar, right = (
+        text_block("does not look here", small, SOFT, 164),
+        overlay(Image.new("RGB", (220, 18), _LEGEND_GREY), np.linspace(0, 1, 220)[None].repeat(18, axis=0)),
+        text_block("looks here most  ·  %: how probable the word was for the model", small, SOFT, 700),
+    )
+    legend = Image.new("RGB", (_WIDTH - 2 * _MARGIN, LEGEND_HEIGHT), PAPER)
+    x = _LEFT + _GAP
+    for part in (left, bar, right):
+        legend.paste(part, (x, (LEGEND_HEIGHT - part.height) // 2))
+        x += part.width + 12
+    return legend
 
 
 def _section(explanation: Explanation, layers: Sequence[int] | None) -> Image.Image:

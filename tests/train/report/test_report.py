@@ -8,12 +8,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from opencoca.cli import main
 from opencoca.data import open_source
 from opencoca.train import train
-from opencoca.train.report.charts import COLOURS
+from opencoca.train.report.charts import COLOURS, charts_of, draw_curves
 from opencoca.train.report.html import write_html
 from opencoca.train.report.live_view import LiveView, duration, learning_figures, working_figures
 from opencoca.train.report.metrics_log import MetricsLog
@@ -75,6 +76,38 @@ def test_the_page_holds_everything(run: Path) -> None:
     assert [line["step"] for line in captions] == [2, 4]
     assert len(captions[0]["captions"]) == 3
     assert "step 4" in page
+
+
+def test_no_legend_of_the_picture_lies_over_a_curve(run: Path) -> None:
+    log = read_run(run)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    draw_curves(axes, charts_of([log])[0], [log])
+    figure.draw_without_rendering()
+    legend = axes.get_legend()
+    assert legend is not None
+    box, curves = legend.get_window_extent(), axes.get_window_extent()
+    assert len(legend.get_texts()) >= 2
+    assert box.y1 < curves.y0
+    assert box.y0 >= 0, "and it is within the picture"
+
+
+def test_the_photographs_of_the_picture_form_a_grid(run: Path, pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tall and wide ones, with short and long captions in any script, have frames of one size, in rows and columns."""
+    sizes = [(300, 100), (100, 300), (200, 200), (40, 30), (500, 20)]
+    texts = ["a dog", "a very long caption " * 20, "猫が眠っている", "costs $5 or $6", "a\ncat"]
+    photographs = [(Image.new("RGB", size, "red"), text) for size, text in zip(sizes, texts, strict=True)]
+    monkeypatch.setattr("opencoca.train.report.report._photographs", lambda *_: photographs)
+    drawn: list[Figure] = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), savefig(self, *a, **k))[1])
+    report_runs([run])
+    frames = [axes.get_window_extent() for axes in drawn[-1].axes if axes.images]
+    assert len(frames) == 5
+    assert len({(round(frame.width), round(frame.height)) for frame in frames}) == 1
+    assert len({round(frame.y0) for frame in frames[:4]}) == 1
+    assert round(frames[4].x0) == round(frames[0].x0)
+    assert frames[4].y1 < frames[0].y0
 
 
 def test_several_runs_are_compared(run: Path, pairs: Pairs, tmp_path: Path) -> None:

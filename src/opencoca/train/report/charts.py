@@ -104,11 +104,12 @@ def chart_svg(chart: Chart, runs: Sequence[RunLog]) -> str | None:
 
 
 def draw_curves(axes: Axes, chart: Chart, runs: Sequence[RunLog]) -> None:
-    """A chart on given axes, with a legend among the curves."""
+    """A chart on given axes, with a legend below the curves."""
     _draw(axes, chart, runs)
     _furnish(axes, chart)
     if axes.lines:
-        axes.legend(handles=_keys(axes, many=len(runs) > 1), fontsize=9)
+        keys = _keys(axes, many=len(runs) > 1)
+        axes.legend(handles=keys, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, fontsize=9, frameon=False)
 
 
 def _draw(axes: Axes, chart: Chart, runs: Sequence[RunLog]) -> None:

@@ -4,10 +4,9 @@ import contextlib
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 
 from opencoca.data import SampleSource, decode_image
 from opencoca.system.files import atomic_write
@@ -17,6 +16,8 @@ from opencoca.train.recipe.load import load_recipe
 from opencoca.train.report.charts import Chart, charts_of, draw_curves
 from opencoca.train.report.html import write_html
 from opencoca.train.report.run_log import RunLog, read_run
+
+_TILE, _TILE_FILL, _CAPTION_LINES = (480, 360), "#efece5", 3
 
 
 def write_report(folder: Path, source: SampleSource | None, title: str) -> Path:
@@ -81,8 +82,8 @@ def _write_picture(run: RunLog, source: SampleSource | None, title: str) -> Path
     draw_curves(figure.add_subplot(grid[0, 2:]), Chart("validation scores", "x 100", curves), [run])
     for index, (picture, text) in enumerate(photographs):
         axes = figure.add_subplot(grid[1 + index // 4, index % 4])
-        axes.imshow(picture)
-        axes.set_title(_literally(textwrap.fill(text, 38)), fontsize=10)
+        axes.imshow(ImageOps.pad(picture, _TILE, color=_TILE_FILL))
+        axes.set_title(_caption(text), y=-0.03, va="top", fontsize=10.5, linespacing=1.4)
         axes.axis("off")
     figure.suptitle(_literally(title))
     path = run.folder / "report.png"
@@ -91,12 +92,18 @@ def _write_picture(run: RunLog, source: SampleSource | None, title: str) -> Path
     return path
 
 
+def _caption(text: str) -> str:
+    """The text on as many lines as every caption has, so that the photographs form a grid."""
+    lines = textwrap.wrap(text, 44, max_lines=_CAPTION_LINES, placeholder=" …")
+    return _literally("\n".join(lines + [""] * (_CAPTION_LINES - len(lines))))
+
+
 def _literally(text: str) -> str:
     """The text with its dollar signs masked, between which matplotlib would read a formula."""
     return text.replace("$", r"\$")
 
 
-def _photographs(source: SampleSource, captions: dict[str, str], count: int = 8) -> list[tuple[Any, str]]:
+def _photographs(source: SampleSource, captions: dict[str, str], count: int = 8) -> list[tuple[Image.Image, str]]:
     wanted = [i for i in range(len(source)) if source.key(i) in captions]
     chosen = wanted[:: max(1, len(wanted) // count)][:count]
     return [(decode_image(source.open_bytes(i)), captions[source.key(i)]) for i in chosen]
