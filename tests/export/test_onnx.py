@@ -119,9 +119,9 @@ def test_shipped_model_on_photographs(tmp_path, capsys):
 
 def test_the_command_prints_differences_and_fails_on_large_ones(folders, monkeypatch, capsys):
     monkeypatch.setattr("opencoca.export.onnx.export_onnx", lambda *_: [folders[1] / "config.json"])
-    assert main(["export", "onnx", str(folders[0]), str(folders[1])]) == 0
+    assert main(["export", "onnx", str(folders[0]), str(folders[1]), "--overwrite"]) == 0
     assert "image_embed, photographs" in capsys.readouterr().out
-    assert main(["export", "onnx", str(folders[0]), str(folders[1]), "--tolerance", "1e-12"]) == 1
+    assert main(["export", "onnx", str(folders[0]), str(folders[1]), "--overwrite", "--tolerance", "1e-12"]) == 1
     assert "differ from the model by more than 1e-12" in capsys.readouterr().err
 
 

@@ -4,15 +4,17 @@ Nothing here imports PyTorch: a command does so when it runs, so that help appea
 """
 
 import argparse
-import contextlib
 import io
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
 from opencoca.cli import (
     caption,
+    common,
     convert,
     data,
     evaluate,
@@ -27,47 +29,86 @@ from opencoca.cli import (
     tokenizer,
     train,
 )
-from opencoca.cli.common import CommandError, HelpFormatter, Parser
+from opencoca.cli.parser import CommandError, HelpFormatter, Parser
+from opencoca.cli.streams import complain, one_line, open_closed_streams, own_lines_alone, silence_stdout
 
-_BROKEN_PIPE, _INTERRUPTED, _MISTAKE = 141, 130, 2
+_FAULT, _MISTAKE, _INTERRUPTED, _BROKEN_PIPE = 1, 2, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 2 for a user's mistake, 130 when interrupted.
+    """Runs one command and returns its exit code: 0, 2 for a user's mistake, 1 for a fault, 130 when interrupted.
 
-    A mistake is one sentence on stderr; OPENCOCA_DEBUG=1 shows where it was raised. Other exceptions are bugs of this
-    program and are not caught.
+    Whatever goes wrong is one sentence on stderr, and nothing that libraries print reaches it. With OPENCOCA_DEBUG=1
+    both are shown as they are.
     """
+    common.stdout_is_closed = open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file's name may have bytes that belong to no encoding
             stream.reconfigure(errors="backslashreplace")
-    try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
-    except BrokenPipeError:
-        # The reader of the output has closed it; Python would report that again when it closes stdout.
-        _silence_stdout()
-        return _BROKEN_PIPE
-    except (CommandError, ValueError, OSError, KeyboardInterrupt) as error:
-        if os.environ.get("OPENCOCA_DEBUG", "0") not in ("", "0"):
-            raise
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if os.environ.get("OPENCOCA_DEBUG", "0") not in ("", "0"):
+        return _run(arguments)
+    with own_lines_alone():
         try:
-            sys.stdout.flush()
-        except OSError:
-            _silence_stdout()
-        print(f"opencoca: {_sentence(error)}", file=sys.stderr)
-        if isinstance(error, CommandError):
-            return error.exit_code
-        return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else _MISTAKE
+            return _run(arguments)
+        except BrokenPipeError:
+            # The reader of the output has closed it; Python would report that again when it closes stdout.
+            silence_stdout()
+            return _BROKEN_PIPE
+        except SystemExit:
+            raise
+        except BaseException as error:  # a library that is written in Rust may raise one that is no Exception
+            return _report(error)
 
 
 def _run(argv: list[str]) -> int:
     if argv[:1] == ["train"]:  # what follows belongs to the recipe
         code = train.run_train(argv[1:])
     else:
-        arguments = build_parser().parse_args(argv)
+        parser = build_parser()
+        if "_ARGCOMPLETE" in os.environ:  # the shell asks how a line may go on
+            import argcomplete
+
+            argcomplete.autocomplete(parser)
+        arguments = parser.parse_args(argv)
         code = arguments.run(arguments)
     sys.stdout.flush()  # so that a full disk or a closed pipe is noticed here
     return code
+
+
+def _report(error: BaseException) -> int:
+    """Says in one sentence what went wrong, and returns the exit code."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        silence_stdout()
+    code, text = _MISTAKE, str(error)
+    if isinstance(error, CommandError):
+        code = error.exit_code
+    elif isinstance(error, KeyboardInterrupt):
+        code, text = _INTERRUPTED, "interrupted"
+    elif isinstance(error, OSError) and error.errno is not None and type(error).__str__ is OSError.__str__:
+        place = "cannot write the output" if error.filename is None else os.fsdecode(error.filename)
+        text = f"{place}: {error.strerror or text}"
+    elif _is_out_of_memory(error):
+        text = f"there is not enough memory ({one_line(text, 120) or 'of this machine'}); take fewer images at a time"
+    elif not isinstance(error, ValueError | OSError | ImportError):
+        code, text = _FAULT, _fault(error)
+    complain(text or type(error).__name__)
+    return code
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    name, text = type(error).__name__, str(error)
+    return isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in text
+
+
+def _fault(error: BaseException) -> str:
+    """Keeps the traceback in a file, and returns a sentence that names it."""
+    what = one_line(f"{type(error).__name__}: {error}", 120)
+    with tempfile.NamedTemporaryFile("wb", prefix="opencoca-fault-", suffix=".txt", delete=False) as file:
+        file.write("".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace"))
+    return f"a fault of this program ({what}); please report it with the file {file.name}"
 
 
 def build_parser() -> Parser:
@@ -108,19 +149,3 @@ class _Version(argparse.Action):
 
         print(f"opencoca {opencoca.__version__}")
         raise SystemExit(0)
-
-
-def _sentence(error: BaseException) -> str:
-    """Returns the error as one line; for errors of the operating system the file comes first."""
-    text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-    if isinstance(error, OSError) and error.errno is not None and type(error).__str__ is OSError.__str__:
-        place = "cannot write the output" if error.filename is None else os.fsdecode(error.filename)
-        text = f"{place}: {error.strerror or text}"
-    return " ".join(text.split()) or type(error).__name__
-
-
-def _silence_stdout() -> None:
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)

@@ -2,32 +2,28 @@
 
 import argparse
 import json
-import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from opencoca.cli.common import (
     CommandError,
     add_command,
+    add_images,
     add_model_options,
-    check_writable,
-    complain,
+    check_printable,
     load_pipeline,
+    open_images,
     shows_progress,
 )
 from opencoca.cli.generation_options import add_generation_options, chosen_generation_options
+from opencoca.cli.streams import complain, one_line
 
 if TYPE_CHECKING:
     from opencoca.data import SampleSource
     from opencoca.generation import GenerationOptions
     from opencoca.recaption import Destination, RunReport
 
-_INPUTS = (
-    "image files; folders, searched with their sub-folders; globs in quotes ('photos/**/*.jpg'); tar shards "
-    "('shards/{0000..0099}.tar'); CSV, TSV, JSON lines or Parquet tables with a column of images"
-)
-_MORE = """\
-Without --out and --beside, captions are printed: PATH<TAB>CAPTION, or with --json one object a line.
-
+_DETAILS = """\
 --out FILE writes a row for each caption: image, caption, log_probability (in nats), length (in tokens), flags; and
 rank (0 is the best) if images have several captions. Finished batches are kept on disk in FILE.journal: after a kill, a
 power cut or a full disk, the same command continues, and the result equals that of an uninterrupted run. If the model,
@@ -38,8 +34,7 @@ Flags mark suspicious captions: near-empty (fewer than 2 words), repetition (a w
 a row, or 10 words or more of whose neighbouring pairs fewer than half are distinct), common (at least 5% of all images
 have the same caption).
 
-An image that cannot be read is reported, with --out also in FILE.errors.jsonl. The others are captioned, and the exit
-code is 2."""
+With --out, images that cannot be read are also listed in FILE.errors.jsonl."""
 
 
 def add_commands(commands: Any) -> None:
@@ -48,10 +43,15 @@ def add_commands(commands: Any) -> None:
         "caption",
         run_caption,
         "Write captions for images: printed, in a file, or as text files beside the images.",
-        example="opencoca caption holiday/ --out captions.jsonl --num-beams 4",
-        more=_MORE,
+        example="opencoca caption photo.jpg\n"
+        "  opencoca caption holiday/ --out captions.jsonl --num-beams 4\n"
+        "  find . -name '*.jpg' | opencoca caption - --json",
+        more="Without --out and --beside, captions are printed: PATH<TAB>CAPTION. An image that cannot be read is\n"
+        "reported; the others are captioned, and the exit code is 2. A run with --out or --beside that was stopped\n"
+        "continues when it is started again.",
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help=_INPUTS)
+    parser.details = _DETAILS
+    add_images(parser)
     parser.add_argument(
         "--json", action="store_true", help="print a JSON object on each line: image, caption, log_probability, length"
     )
@@ -61,17 +61,8 @@ def add_commands(commands: Any) -> None:
         "--beside", action="store_true", help="write photo.txt beside each photo.jpg, with a line for each caption"
     )
     files.add_argument("--overwrite", action="store_true", help="start over and replace what an earlier run wrote")
-    files.add_argument(
-        "--image-column",
-        default="image",
-        metavar="C",
-        help="column of the tables that names image files or, in Parquet, contains the images",
-    )
-    files.add_argument(
-        "--image-root", metavar="DIR", help="folder that image files in tables are relative to (default: the table's)"
-    )
-    add_generation_options(parser.add_argument_group("generation"))
-    parser.add_argument(
+    add_generation_options(parser)
+    parser.add_rare_group("memory").add_argument(
         "--memory",
         metavar="SIZE",
         help="memory for a batch, such as 4GB (default: half of what is free); it decides "
@@ -81,23 +72,20 @@ def add_commands(commands: Any) -> None:
 
 
 def run_caption(arguments: argparse.Namespace) -> int:
-    from opencoca.recaption import Destination, open_inputs, parse_bytes
+    from opencoca.recaption import Destination, parse_bytes
 
     _check_arguments(arguments)
     options = chosen_generation_options(arguments)
     memory_bytes = parse_bytes(arguments.memory) if arguments.memory else None
-    with warnings.catch_warnings(record=True) as damaged_shards:
-        warnings.simplefilter("always")
-        source = open_inputs(arguments.images, image_column=arguments.image_column, image_root=arguments.image_root)
-    for warning in damaged_shards:
-        complain(str(warning.message))
+    source, damage = open_images(arguments)
     if not (arguments.out or arguments.beside):
+        check_printable()
         code = _print_captions(arguments, source, options, memory_bytes)
     else:
         destination = Destination.of(source, arguments.out, arguments.beside)
-        check_writable(destination.journal)
+        destination.check()
         code = _write_captions(arguments, source, destination, options, memory_bytes)
-    return code or (2 if damaged_shards else 0)
+    return code or damage
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
@@ -122,6 +110,7 @@ def _print_captions(
 
     captioner = Captioner(load_pipeline(arguments), options, arguments.rerank)
     batch_size = arguments.batch_size or choose_batch_size(captioner, len(source), memory_bytes)
+    _tell_batch_size(arguments, batch_size)
     failed = False
     with tqdm(total=len(source), desc="captioning", unit="image", disable=not shows_progress()) as bar:
         for batch in caption_source(captioner, source, batch_size):
@@ -131,7 +120,8 @@ def _print_captions(
                     failed = True
                 for row in output_rows(to_journal_row(image)):
                     text = " ".join(row["caption"].split())
-                    print(json.dumps(row, ensure_ascii=False) if arguments.json else f"{row['image']}\t{text}")
+                    line = f"{one_line(row['image'], None)}\t{text}"
+                    print(json.dumps(row, ensure_ascii=False) if arguments.json else line)
             bar.update(len(batch))
     return 2 if failed else 0
 
@@ -156,6 +146,7 @@ def _write_captions(
             progress=True,
             on_error=complain,
             on_note=complain,
+            on_batch_size=partial(_tell_batch_size, arguments),
         )
     except KeyboardInterrupt:
         if destination.journal.exists():
@@ -163,6 +154,11 @@ def _write_captions(
         raise
     print(_summary(report, destination))
     return 2 if report.unreadable else 0
+
+
+def _tell_batch_size(arguments: argparse.Namespace, batch_size: int) -> None:
+    if arguments.verbose:
+        complain(f"{batch_size} images at a time")
 
 
 def _summary(report: "RunReport", destination: "Destination") -> str:

@@ -1,44 +1,28 @@
 """Shared by all commands: the parser, common options, lists of images, output as tables and JSON files."""
 
 import argparse
+import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from opencoca.cli.parser import CommandError, HelpFormatter, Parser
+from opencoca.cli.streams import complain
+from opencoca.system.notice import Notice
 
 if TYPE_CHECKING:
     from opencoca.data import SampleSource
     from opencoca.inference.pipeline import Pipeline
 
 Run = Callable[[argparse.Namespace], int]
-
-
-class CommandError(Exception):
-    """Ends the command with this sentence on stderr and this exit code."""
-
-    def __init__(self, sentence: str, exit_code: int = 2):
-        super().__init__(sentence)
-        self.exit_code = exit_code
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Ends an option's help with its default, unless the help speaks of that itself or the option is a switch."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
-        has_default = bool(action.default) and action.default not in (True, argparse.SUPPRESS)
-        return text + " (default: %(default)s)" if has_default and "default:" not in text else text
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports mistakes in the arguments as one sentence, and takes no abbreviated options."""
-
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **{"allow_abbrev": False, **options})
-
-    def error(self, message: str) -> NoReturn:
-        raise CommandError(f"{message}; `{self.prog} --help` explains the command")
+stdout_is_closed = False
+"""Whether what is printed is lost; `main` finds out."""
+_INPUTS = (
+    "image files; folders, searched with their sub-folders; globs in quotes ('photos/**/*.jpg'); tar shards "
+    "('shards/{0000..0099}.tar'); CSV, TSV, JSON lines or Parquet tables with a column of images; or - for standard "
+    "input: an image, or any of these names, one a line"
+)
 
 
 def add_command(commands: Any, name: str, run: Run, purpose: str, *, example: str, more: str = "") -> Parser:
@@ -56,7 +40,7 @@ def add_group(commands: Any, name: str, purpose: str) -> Any:
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --model, --device and --dtype, which `load_pipeline` reads."""
+    """Adds --model, --device, --dtype and --verbose, which `load_pipeline` reads."""
     parser.add_argument(
         "--model",
         metavar="M",
@@ -69,6 +53,42 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", metavar="T", help="floating-point type: float32, bfloat16 or float16 (default: float32)"
     )
+    parser.add_argument("--verbose", action="store_true", help="say on stderr what was chosen")
+
+
+def add_images(parser: Parser, nargs: str = "+") -> None:
+    """Adds the images that a command works on, and how tables name them, for `open_images`."""
+    parser.add_argument("images", nargs=nargs, metavar="IMAGE", help=_INPUTS)
+    tables = parser.add_rare_group("tables of images")
+    tables.add_argument(
+        "--image-column",
+        default="image",
+        metavar="C",
+        help="column of the tables that names image files or, in Parquet, contains the images",
+    )
+    tables.add_argument(
+        "--image-root", metavar="DIR", help="folder that image files in tables are relative to (default: the table's)"
+    )
+
+
+def open_images(arguments: argparse.Namespace) -> tuple["SampleSource", int]:
+    """Opens the images of `add_images`. Returns also the exit code that damaged shards among them call for, 0 or 2."""
+    import warnings
+
+    from opencoca.recaption import open_inputs
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        source = open_inputs(arguments.images, image_column=arguments.image_column, image_root=arguments.image_root)
+    notices = [str(warning.message) for warning in warned if issubclass(warning.category, Notice)]
+    for notice in notices:
+        complain(notice)
+    return source, 2 if notices else 0
+
+
+def add_overwrite(parser: Any) -> None:
+    """Adds --overwrite, which `check_new` and `check_new_folder` read."""
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist already")
 
 
 def add_model_options(parser: argparse.ArgumentParser, batch_size: int | None = 32) -> None:
@@ -156,11 +176,18 @@ def some_images(source: "SampleSource", limit: int | None) -> "SampleSource":
 
 def load_pipeline(arguments: argparse.Namespace) -> "Pipeline":
     """Loads the model that --model, --device and --dtype name; freed memory is kept for the next batch."""
-    from opencoca.inference.loading import load
+    import torch
+
+    from opencoca.inference.loading import DEFAULT_MODEL, load
     from opencoca.system.allocator import keep_freed_memory
 
     keep_freed_memory()
-    return load(arguments.model, arguments.device, arguments.dtype)
+    pipeline = load(arguments.model, arguments.device, arguments.dtype)
+    if getattr(arguments, "verbose", False):
+        dtype = str(pipeline.dtype).removeprefix("torch.")
+        threads = f", {torch.get_num_threads()} threads" if pipeline.device.type == "cpu" else ""
+        complain(f"model {arguments.model or DEFAULT_MODEL} in {dtype} on {pipeline.device}{threads}")
+    return pipeline
 
 
 def positive_int(text: str) -> int:
@@ -183,42 +210,37 @@ def _int(text: str, least: int) -> int:
     return value
 
 
-def expand_images(arguments: Iterable[str]) -> list[str]:
-    """Replaces each folder by the images below it. Raises ValueError for a folder without any."""
-    from opencoca.data import list_images
-
-    paths: list[str] = []
-    for argument in arguments:
-        folder = Path(argument)
-        paths += [str(folder / key) for key in list_images(folder)] if folder.is_dir() else [argument]
-    return paths
-
-
 def shows_progress() -> bool:
     """Whether to show a progress bar: only where no results are printed into the same window."""
     return sys.stderr.isatty() and not sys.stdout.isatty()
 
 
-def complain(sentence: str) -> None:
-    """Prints a sentence on stderr, above a progress bar if there is one."""
-    from tqdm import tqdm
+def check_printable() -> None:
+    """Raises CommandError if results would be printed into a stdout that is closed."""
+    if stdout_is_closed:
+        raise CommandError("there is nowhere to print the results: standard output is closed; leave it open")
 
-    tqdm.write(f"opencoca: {sentence}", file=sys.stderr)
 
+def check_new(arguments: argparse.Namespace, *paths: str | Path | None) -> None:
+    """Checks before the work begins that files can be written and, without --overwrite, that none exists yet."""
+    from opencoca.system.files import check_writable
 
-def check_writable(*paths: str | Path | None) -> None:
-    """Checks before the work begins that its results can be stored. Raises ValueError that names the file."""
+    check_writable(*paths)
     for path in filter(None, paths):
-        target = Path(path)
-        if target.exists() and not target.is_file():
-            raise ValueError(f"cannot write {path}: it is not an ordinary file; choose another name")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=target.parent):
-                pass
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise ValueError(f"cannot write {path} ({reason}); choose a folder that you may write to") from error
+        if os.path.lexists(path) and not arguments.overwrite:
+            raise CommandError(f"{path} exists already; choose another name, or replace it with --overwrite")
+
+
+def check_new_folder(arguments: argparse.Namespace, folder: str | Path, file: str) -> None:
+    """Checks before the work begins that files can be written into a folder and, without --overwrite, that it is empty.
+
+    file: the name of one of them.
+    """
+    from opencoca.system.files import check_writable
+
+    if not arguments.overwrite and os.path.isdir(folder) and os.listdir(folder):
+        raise CommandError(f"{folder} is not empty; name a new folder, or replace the files in it with --overwrite")
+    check_writable(Path(folder) / file)
 
 
 def read_lines(path: str | Path, content: str) -> list[str]:

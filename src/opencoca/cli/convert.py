@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from opencoca.cli.common import CommandError, add_command, add_group, check_writable
+from opencoca.cli.common import add_command, add_group, add_overwrite, check_new_folder
 
 
 def add_commands(commands: Any) -> None:
@@ -15,10 +15,10 @@ def add_commands(commands: Any) -> None:
 def _add_open_clip(group: Any) -> None:
     parser = add_command(
         group,
-        "open_clip",
+        "open-clip",
         run_open_clip,
         "Turn the weights of open_clip's CoCa into a model's folder.",
-        example="opencoca convert open_clip coca_ViT-B-32 open_clip_pytorch_model.bin coca-b32\n"
+        example="opencoca convert open-clip coca_ViT-B-32 open_clip_pytorch_model.bin coca-b32\n"
         "  opencoca caption photo.jpg --model coca-b32",
         more="The model gives the embeddings, logits, temperature and greedy captions that open_clip gives. No code\n"
         "in the checkpoint is run, and nothing is written if anything about it is wrong. Python takes a checkpoint\n"
@@ -34,7 +34,9 @@ def _add_open_clip(group: Any) -> None:
         metavar="CHECKPOINT",
         help=".pt, .bin or .safetensors: a state dict, or open_clip's training checkpoint",
     )
-    parser.add_argument("out_dir", metavar="OUT_DIR", help="folder to write; it must be new or empty")
+    parser.add_argument("out_dir", metavar="OUT_DIR", help="folder to write")
+    add_overwrite(parser)
+    group.choices["open_clip"] = parser  # the name of before
     parser.add_argument(
         "--dtype", default="float32", metavar="T", help="type of the stored weights: float32, bfloat16 or float16"
     )
@@ -46,11 +48,9 @@ def run_open_clip(arguments: argparse.Namespace) -> int:
     from opencoca.system.devices import as_dtype
 
     folder = Path(arguments.out_dir)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise CommandError(f"{folder} is not empty; name a new folder, so that nothing in it is lost")
+    check_new_folder(arguments, folder, CONFIG_FILE)
     dtype = as_dtype(arguments.dtype)
     model, tokenizer, preprocess = load_open_clip(arguments.name, arguments.checkpoint, dtype)
-    check_writable(folder / CONFIG_FILE)
     source = {"format": "open_clip", "architecture": Path(arguments.name).name, "file": Path(arguments.checkpoint).name}
     save_model_folder(folder, model, tokenizer, preprocess, info={"source": source})
     count, size = sum(p.numel() for p in model.parameters()), (folder / WEIGHTS_FILE).stat().st_size

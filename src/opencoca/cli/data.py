@@ -9,11 +9,12 @@ from opencoca.cli.common import (
     add_columns,
     add_command,
     add_group,
-    check_writable,
-    complain,
+    add_overwrite,
+    check_new,
     non_negative_int,
     positive_int,
 )
+from opencoca.cli.streams import complain
 from opencoca.system.files import write_json
 
 
@@ -29,6 +30,7 @@ def add_commands(commands: Any) -> None:
     )
     check.add_argument("source", nargs="?", metavar="SOURCE", help="folder of images, tar shards, or a table")
     check.add_argument("--json", metavar="FILE", help="write the whole report, every finding included")
+    add_overwrite(check)
     pack = add_command(
         group,
         "pack",
@@ -107,7 +109,7 @@ def run_index(arguments: argparse.Namespace) -> int:
 def run_check(arguments: argparse.Namespace) -> int:
     if (arguments.source is None) == (arguments.images is None):
         raise CommandError("give the images once: as SOURCE, or with --images DIR")
-    check_writable(arguments.json)
+    check_new(arguments, arguments.json)
     from opencoca.data import check_source, format_report
 
     source = _open(arguments, arguments.source or arguments.images, strict=False)

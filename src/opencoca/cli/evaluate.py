@@ -16,9 +16,9 @@ from opencoca.cli.common import (
     add_group,
     add_limit,
     add_model_options,
+    add_overwrite,
     add_templates,
-    check_writable,
-    complain,
+    check_new,
     format_table,
     load_pipeline,
     open_captioned,
@@ -26,6 +26,7 @@ from opencoca.cli.common import (
     some_images,
 )
 from opencoca.cli.generation_options import add_generation_options, chosen_generation_options
+from opencoca.cli.streams import complain
 from opencoca.system.files import write_json
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def add_commands(commands: Any) -> None:
         action="store_true",
         help="also METEOR and SPICE (need the extra coco-metrics and Java; SPICE also a network)",
     )
-    add_generation_options(parser.add_argument_group("generation, as in `opencoca caption`"))
+    add_generation_options(parser, "generation, as in `opencoca caption`")
     parser = _add(
         group,
         "zero-shot",
@@ -141,6 +142,7 @@ def _add(group: Any, name: str, measure: _Measure, purpose: str, example: str, l
     else:
         add_captioned_images(parser, required=True)
     parser.add_argument("--out", metavar="FILE", help="write scores, counts and settings as JSON")
+    add_overwrite(parser)
     add_model_options(parser)
     return parser
 
@@ -156,7 +158,7 @@ def _run(
     arguments: argparse.Namespace, open_source: Callable[[argparse.Namespace], "SampleSource"], measure: _Measure
 ) -> int:
     """Prints the table of scores and, with --out, writes them with everything that tells how they were measured."""
-    check_writable(arguments.out, getattr(arguments, "save_captions", None))
+    check_new(arguments, arguments.out, getattr(arguments, "save_captions", None))
     source = open_source(arguments)
     pipeline = load_pipeline(arguments)
     started = time.perf_counter()

@@ -4,7 +4,17 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opencoca.cli.common import CommandError, add_command, add_load_options, check_writable, load_pipeline
+from opencoca.cli.common import (
+    CommandError,
+    add_command,
+    add_images,
+    add_load_options,
+    add_overwrite,
+    check_new,
+    load_pipeline,
+    open_images,
+)
+from opencoca.cli.streams import complain, one_line
 
 if TYPE_CHECKING:
     from opencoca.generation.explanation import Explanation
@@ -28,13 +38,14 @@ def add_commands(commands: Any) -> None:
         example="opencoca explain photo.jpg --caption 'a dog on a beach' --out dog.png --npz dog.npz",
         more=_ARRAYS,
     )
-    explain.add_argument("images", nargs="+", metavar="IMAGE", help="image files; each gets a section of the picture")
+    add_images(explain)
     explain.add_argument("--caption", metavar="TEXT", help="the caption to explain (default: the model writes one)")
     explain.add_argument(
         "--out",
         metavar="FILE.png",
         help="picture to write (default: the first image's name with .explained.png, in the current folder)",
     )
+    add_overwrite(explain)
     explain.add_argument("--npz", metavar="FILE.npz", help="also store the attention weights; for a single image")
     explain.add_argument(
         "--layers",
@@ -46,26 +57,38 @@ def add_commands(commands: Any) -> None:
 
 
 def run_explain(arguments: argparse.Namespace) -> int:
-    out = Path(arguments.out or f"{Path(arguments.images[0]).stem}.explained.png")
+    source, code = open_images(arguments)
+    out = Path(arguments.out or f"{Path(source.key(0)).stem}.explained.png")
     if out.suffix.lower() != ".png":
         raise CommandError(f"the picture is a PNG, but --out is {str(out)!r}; choose a name that ends in .png")
-    if arguments.npz and len(arguments.images) > 1:
-        raise CommandError(f"--npz stores one image's arrays, but {len(arguments.images)} are given; give one image")
+    if arguments.npz and len(source) > 1:
+        raise CommandError(f"--npz stores one image's arrays, but {len(source)} are given; give one image")
     if arguments.npz and Path(arguments.npz).suffix != ".npz":
         raise CommandError(f"--npz is {arguments.npz!r}; choose a name that ends in .npz")
-    check_writable(out, arguments.npz)
+    check_new(arguments, out, arguments.npz)
     pipeline = load_pipeline(arguments)
-    explanations = [pipeline.explain(image, arguments.caption) for image in arguments.images]
 
+    from opencoca.data import ImageError, decode_image
     from opencoca.pictures.explain import write_explanations
 
-    write_explanations(out, explanations, layers=arguments.layers)
+    explanations: dict[str, Explanation] = {}
+    for index in range(len(source)):
+        try:
+            photograph = decode_image(source.open_bytes(index), name=source.key(index))
+        except (ImageError, OSError) as error:
+            complain(str(error))
+            code = 2
+        else:
+            explanations[source.key(index)] = pipeline.explain(photograph, arguments.caption)
+    if not explanations:
+        raise CommandError("none of the images can be read, so nothing was written")
+    write_explanations(out, list(explanations.values()), layers=arguments.layers)
     if arguments.npz:
-        _write_arrays(Path(arguments.npz), explanations[0])
-    for image, explanation in zip(arguments.images, explanations, strict=True):
-        print(f"{image}\t{explanation.caption}")
+        _write_arrays(Path(arguments.npz), *explanations.values())
+    for name, explanation in explanations.items():
+        print(f"{one_line(name, None)}\t{explanation.caption}")
     print(out if not arguments.npz else f"{out}\t{arguments.npz}")
-    return 0
+    return code
 
 
 def _write_arrays(path: Path, explanation: "Explanation") -> None:

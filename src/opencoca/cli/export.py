@@ -1,16 +1,24 @@
 """`opencoca export`: writes a model in the forms that other programs read."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opencoca.cli.common import CommandError, add_command, add_group, add_model_and_folder, check_writable, format_table
+from opencoca.cli.common import (
+    CommandError,
+    add_command,
+    add_group,
+    add_model_and_folder,
+    add_overwrite,
+    check_new_folder,
+    format_table,
+)
 
 if TYPE_CHECKING:
     from opencoca.export.onnx_check import CheckReport
 
 _FAILED = 1
-_FOLDER = "folder to write; files of an earlier export are replaced"
 
 
 def add_commands(commands: Any) -> None:
@@ -30,7 +38,8 @@ def _add_onnx(group: Any) -> None:
         "the graphs are compared with the model in ONNX Runtime, and the largest differences are printed; the exit\n"
         "code is 1 if one is too large. Needs the extra onnx: pip install 'opencoca[onnx]'.",
     )
-    add_model_and_folder(parser, _FOLDER)
+    add_model_and_folder(parser)
+    add_overwrite(parser)
     parser.add_argument("--no-check", action="store_true", help="do not compare the graphs with the model")
     parser.add_argument(
         "--photos",
@@ -49,13 +58,12 @@ def _add_onnx(group: Any) -> None:
 
 
 def run_onnx(arguments: argparse.Namespace) -> int:
-    from opencoca.cli.common import expand_images
     from opencoca.export.onnx import CONFIG_FILE, export_onnx, require_onnx
     from opencoca.inference.loading import load
 
     require_onnx()
-    check_writable(Path(arguments.out_dir) / CONFIG_FILE)
-    photos = expand_images(arguments.photos)
+    check_new_folder(arguments, arguments.out_dir, CONFIG_FILE)
+    photos = _expanded(arguments.photos)
     pipeline = load(arguments.model, "cpu")
     files = export_onnx(pipeline, arguments.out_dir)
     print(format_table([(str(file), f"{file.stat().st_size / 1e6:,.1f} MB") for file in files]))
@@ -74,6 +82,17 @@ def run_onnx(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _expanded(photos: Iterable[str]) -> list[str]:
+    """Replaces each folder by the images below it. Raises ValueError for a folder without any."""
+    from opencoca.data import list_images
+
+    paths: list[str] = []
+    for photo in photos:
+        folder = Path(photo)
+        paths += [str(folder / key) for key in list_images(folder)] if folder.is_dir() else [photo]
+    return paths
+
+
 def _show(report: "CheckReport") -> None:
     print("\nlargest absolute difference between ONNX Runtime and PyTorch, in float32:")
     rows = [(f"{found.output}, {found.input}", f"{found.value:.1e}") for found in report.differences]
@@ -84,22 +103,24 @@ def _show(report: "CheckReport") -> None:
 def _add_open_clip(group: Any) -> None:
     parser = add_command(
         group,
-        "open_clip",
+        "open-clip",
         run_open_clip,
         "Write a model as open_clip's configuration and weights.",
-        example="opencoca export open_clip my-finetuned-coca open-clip-coca\n"
+        example="opencoca export open-clip my-finetuned-coca open-clip-coca\n"
         "  python -c 'import open_clip; open_clip.create_model_and_transforms(\"local-dir:open-clip-coca\")'",
         more="For models that were converted from open_clip, finetuned or not: open_clip has no other CoCa. Tensors\n"
         "that were not trained have the bytes that they came in with.",
     )
-    add_model_and_folder(parser, _FOLDER)
+    add_model_and_folder(parser)
+    add_overwrite(parser)
+    group.choices["open_clip"] = parser  # the name of before
 
 
 def run_open_clip(arguments: argparse.Namespace) -> int:
     from opencoca.inference.loading import load_model
     from opencoca.store.interop.open_clip import CONFIG_FILE, save_open_clip_folder
 
-    check_writable(Path(arguments.out_dir) / CONFIG_FILE)
+    check_new_folder(arguments, arguments.out_dir, CONFIG_FILE)
     loaded = load_model(arguments.model)
     files = save_open_clip_folder(arguments.out_dir, loaded.model, loaded.preprocess)
     print(format_table([(str(file), f"{file.stat().st_size / 1e6:,.1f} MB") for file in files]))

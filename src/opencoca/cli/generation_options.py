@@ -7,26 +7,31 @@ import types
 import typing
 from typing import Any
 
+from opencoca.cli.parser import Parser
 from opencoca.generation.options import GenerationOptions
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
-def add_generation_options(parser: Any) -> None:
+_USUAL = ("num_captions", "num_beams", "max_new_tokens", "prefix", "temperature", "seed")
+
+
+def add_generation_options(parser: Parser, title: str = "generation") -> None:
     """Adds an option for each field, with the field's name, type, default and explanation; and --rerank."""
+    usual, rare = parser.add_argument_group(title), parser.add_rare_group(f"more of {title}")
     explained = field_descriptions(GenerationOptions)
     hints = typing.get_type_hints(GenerationOptions)
     for field in dataclasses.fields(GenerationOptions):
         kind = _argument_kind(hints[field.name])
         several = "may be given several times; " if kind.get("action") == "append" else ""
         default = str(field.default).lower() if field.default not in (None, "", ()) else "none"
-        parser.add_argument(
+        (usual if field.name in _USUAL else rare).add_argument(
             "--" + field.name.replace("_", "-"),
             default=list(field.default) if isinstance(field.default, tuple) else field.default,
             help=f"{explained[field.name].replace('%', '%%')} ({several}default: {default})",
             **kind,
         )
-    parser.add_argument(
+    usual.add_argument(
         "--rerank",
         type=_rerank_weight,
         default=False,

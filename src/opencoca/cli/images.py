@@ -9,23 +9,26 @@ from opencoca.cli.common import (
     CommandError,
     add_by,
     add_command,
+    add_images,
     add_model_options,
+    add_overwrite,
     add_templates,
-    check_writable,
-    complain,
-    expand_images,
+    check_new,
+    check_printable,
     load_pipeline,
+    open_images,
     positive_int,
     read_lines,
     shows_progress,
 )
+from opencoca.cli.streams import complain, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from opencoca.data import SampleSource
     from opencoca.inference.pipeline import Pipeline
 
-_IMAGES = "image files, or folders that are searched for image files"
 _BROKEN = "An image that cannot be read is reported; the others are used, and the exit code is 2."
 _EMBED_SUFFIXES = (".npz", ".npy", ".safetensors")
 
@@ -39,7 +42,7 @@ def add_commands(commands: Any) -> None:
         example="opencoca classify photo.jpg --labels cat,dog,'a red car'",
         more=_BROKEN,
     )
-    classify.add_argument("images", nargs="+", metavar="IMAGE", help=_IMAGES)
+    add_images(classify)
     classify.add_argument(
         "--labels",
         metavar="A,B,C",
@@ -65,7 +68,7 @@ def add_commands(commands: Any) -> None:
         "each text). A .safetensors file holds the two arrays, and the names as JSON lists in its metadata. An .npy\n"
         "file holds one array; its names are in FILE.names.json.\n\n" + _BROKEN,
     )
-    embed.add_argument("images", nargs="*", metavar="IMAGE", help=_IMAGES)
+    add_images(embed, "*")
     embed.add_argument("--texts", nargs="+", default=[], metavar="TEXT", help="texts to embed")
     embed.add_argument(
         "--texts-file", metavar="FILE", help="UTF-8 text file with a text on each line; empty lines are skipped"
@@ -73,6 +76,7 @@ def add_commands(commands: Any) -> None:
     embed.add_argument(
         "--out", required=True, metavar="FILE", help="file to write; its name ends in .npz, .npy or .safetensors"
     )
+    add_overwrite(embed)
     add_model_options(embed)
 
 
@@ -81,26 +85,27 @@ def run_classify(arguments: argparse.Namespace) -> int:
     from opencoca.evaluation.prompts import load_templates
     from opencoca.inference.labels import DEFAULT_TEMPLATES
 
-    paths = expand_images(arguments.images)
+    check_printable()
+    source, code = open_images(arguments)
     labels = None
     if arguments.labels is not None:
         labels = [label.strip() for label in arguments.labels.split(",") if label.strip()]
     templates = load_templates(arguments.templates) if arguments.templates else DEFAULT_TEMPLATES
     pipeline = load_pipeline(arguments)
     classifier = pipeline.classifier(labels, templates, arguments.by)
-    failed = False
-    for batch in encode_images(pipeline, paths, arguments.batch_size, progress=shows_progress()):
+    for batch in encode_images(pipeline, source, arguments.batch_size, progress=shows_progress()):
         for broken in batch.broken:
             complain(broken.reason)
-            failed = True
+            code = 2
         for index, ranked in zip(batch.indices, classifier.rank(batch.features), strict=True):
             best = ranked[: arguments.top]
             if arguments.json:
                 scores = [{"label": label, "probability": value} for label, value in best]
-                print(json.dumps({"image": paths[index], "labels": scores}, ensure_ascii=False))
+                print(json.dumps({"image": source.key(index), "labels": scores}, ensure_ascii=False))
             else:
-                print("\t".join([paths[index], *(f"{label} {value:.1%}" for label, value in best)]))
-    return 2 if failed else 0
+                shown = [f"{label} {value:.1%}" for label, value in best]
+                print("\t".join([one_line(source.key(index), None), *shown]))
+    return code
 
 
 def run_embed(arguments: argparse.Namespace) -> int:
@@ -112,33 +117,39 @@ def run_embed(arguments: argparse.Namespace) -> int:
         raise CommandError("there is nothing to embed; give images, --texts or --texts-file")
     if out.suffix == ".npy" and arguments.images and texts:
         raise CommandError("a .npy file holds one array; give images or texts, or store both as .npz or .safetensors")
-    check_writable(arguments.out)
-    paths = expand_images(arguments.images)
+    check_new(arguments, out, *([_names_file(out)] if out.suffix == ".npy" else []))
+    source, damage = open_images(arguments) if arguments.images else ([], 0)
     pipeline = load_pipeline(arguments)
-    names, image_embed, failed = _embed_images(pipeline, paths, arguments.batch_size)
-    if paths and not names:
-        raise CommandError(f"none of the {len(paths)} images can be read, so nothing was written")
+    names, image_embed, code = _embed_images(pipeline, source, arguments.batch_size)
+    if source and not names:
+        raise CommandError(f"none of the {len(source)} images can be read, so nothing was written")
     text_embed = pipeline.embed_texts(texts)
     _write_embeddings(out, names, image_embed, texts, text_embed)
     print(f"{out}: {len(names)} images and {len(texts)} texts, {image_embed.shape[1]} numbers each")
-    return 2 if failed else 0
+    return code or damage
 
 
-def _embed_images(pipeline: "Pipeline", paths: list[str], batch_size: int) -> tuple[list[str], "Tensor", bool]:
+def _names_file(out: Path) -> Path:
+    return out.with_name(out.name + ".names.json")
+
+
+def _embed_images(
+    pipeline: "Pipeline", source: "SampleSource | list[str]", batch_size: int
+) -> tuple[list[str], "Tensor", int]:
     import torch
 
     from opencoca.evaluation.encoding import encode_images
 
     names: list[str] = []
     embeds = [torch.empty(0, pipeline.model.config.embed_dim)]
-    failed = False
-    for batch in encode_images(pipeline, paths, batch_size, progress=bool(paths), description="embedding images"):
+    code = 0
+    for batch in encode_images(pipeline, source, batch_size, progress=bool(source), description="embedding images"):
         for broken in batch.broken:
             complain(broken.reason)
-            failed = True
-        names += [paths[index] for index in batch.indices]
+            code = 2
+        names += [source[index] if isinstance(source, list) else source.key(index) for index in batch.indices]
         embeds.append(batch.embed)
-    return names, torch.cat(embeds), failed
+    return names, torch.cat(embeds), code
 
 
 def _write_embeddings(
@@ -150,7 +161,7 @@ def _write_embeddings(
     from opencoca.system.files import atomic_write, write_json
 
     if out.suffix == ".npy":
-        write_json(out.with_name(out.name + ".names.json"), names or texts)
+        write_json(_names_file(out), names or texts)
     with atomic_write(out) as partial:
         if out.suffix == ".safetensors":
             metadata = {"image_names": json.dumps(names), "texts": json.dumps(texts)}

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from opencoca.cli.common import add_command, check_writable
+from opencoca.cli.common import add_command, add_overwrite, check_new_folder
 
 
 def add_commands(commands: Any) -> None:
@@ -34,6 +34,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--message", default="Upload a CoCa", metavar="TEXT", help="message of the commit")
     parser.add_argument("--out", metavar="DIR", help="write the repository into this folder, and upload nothing")
+    add_overwrite(parser)
     parser.add_argument("--dry-run", action="store_true", help="show what would be uploaded, and upload nothing")
 
 
@@ -44,7 +45,7 @@ def run_push(arguments: argparse.Namespace) -> int:
 
     _check_repo_id(arguments.repo_id)
     if arguments.out:
-        check_writable(Path(arguments.out) / CARD_FILE)
+        check_new_folder(arguments, arguments.out, CARD_FILE)
     dtype = as_dtype(arguments.dtype) if arguments.dtype else None
     results = [Result.read(file) for file in arguments.metrics]
     loaded = load_model(arguments.model)

@@ -2,7 +2,6 @@
 
 import argparse
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opencoca.cli.common import (
@@ -10,7 +9,9 @@ from opencoca.cli.common import (
     add_captioned_images,
     add_command,
     add_model_and_folder,
-    check_writable,
+    add_overwrite,
+    check_new,
+    check_new_folder,
     format_table,
     open_captioned,
     positive_int,
@@ -37,6 +38,7 @@ def add_commands(commands: Any) -> None:
         "The folder is used like any other: opencoca caption photo.jpg --model coca-int8.",
     )
     add_model_and_folder(parser)
+    add_overwrite(parser)
     add_captioned_images(parser, required=False)
     parser.add_argument("--max-loss", type=float, default=1.0, metavar="X", help="points of 100 that a score may fall")
     parser.add_argument("--batch-size", type=positive_int, default=32, metavar="N", help="images at a time")
@@ -48,7 +50,8 @@ def run_quantize(arguments: argparse.Namespace) -> int:
     from opencoca.store.model_folder import WEIGHTS_FILE, save_model_folder
     from opencoca.store.quantization import is_quantized, quantize
 
-    check_writable(Path(arguments.out_dir) / WEIGHTS_FILE, arguments.out)
+    check_new(arguments, arguments.out)
+    check_new_folder(arguments, arguments.out_dir, WEIGHTS_FILE)
     if arguments.captions and arguments.images is None:
         raise CommandError("--captions needs --images, the folder of the images that are captioned")
     source = open_captioned(arguments) if arguments.images is not None else None

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from opencoca.cli.common import CommandError, add_command, add_group, check_writable, positive_int, read_lines
+from opencoca.cli.common import CommandError, add_command, add_group, add_overwrite, check_new, positive_int, read_lines
 
 
 def add_commands(commands: Any) -> None:
@@ -27,6 +27,7 @@ def add_commands(commands: Any) -> None:
     train.add_argument(
         "--out", required=True, metavar="FILE", help="tokenizer to write: a name that ends in .json, or a folder"
     )
+    add_overwrite(train)
     train.add_argument(
         "--vocab-size", type=positive_int, default=8000, metavar="N", help="number of token ids, 259 to 65536"
     )
@@ -48,7 +49,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     if out.is_dir() or out.suffix != ".json":
         out /= FILE_NAME
-    check_writable(out)
+    check_new(arguments, out)
     captions = [text for path in arguments.captions for text in _read_captions(Path(path), arguments.caption_column)]
     if not captions:
         raise CommandError(f"there are no captions in {', '.join(arguments.captions)}")

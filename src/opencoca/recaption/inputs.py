@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import os
+import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 from opencoca.data import (
+    ImageError,
     ImageFolder,
     JoinedSource,
+    Sample,
     SampleSource,
     ShardStorage,
     TableImages,
@@ -20,11 +24,13 @@ from opencoca.data import (
     list_images,
 )
 from opencoca.data.compressed import SHARD_SUFFIXES, is_shard_name
-from opencoca.data.images import IMAGE_SUFFIXES
+from opencoca.data.images import IMAGE_SUFFIXES, read_header
 from opencoca.data.names import FileFinder, table_folders
 from opencoca.data.opening import parquet_of_images
 from opencoca.data.tables import Table, TableColumns, is_table
 from opencoca.system.messages import shown
+
+_MOST_STDIN_BYTES = 1 << 28
 
 
 class ShardImages(TarShards):
@@ -35,6 +41,22 @@ class ShardImages(TarShards):
 
     def key(self, index: int) -> str:
         return f"{self.shards[0]}/{super().key(index)}"
+
+
+class OneImage(SampleSource):
+    """A single image that is in memory."""
+
+    def __init__(self, data: bytes, name: str):
+        self.data, self.name = data, name
+
+    def __len__(self) -> int:
+        return 1
+
+    def key(self, index: int) -> str:
+        return self.name
+
+    def read(self, index: int, *, images: bool = True, texts: bool = True, target: bool = True) -> Sample:
+        return Sample((self.data,))
 
 
 def open_inputs(
@@ -48,9 +70,10 @@ def open_inputs(
 
     Args:
         arguments: image files; folders, searched with their sub-folders for images and tar shards; globs, in which
-            `**` stands for any sub-folders; tar shards, also as `shards/{00000..00099}.tar`; and tables (CSV, TSV,
-            JSON lines, JSON, Parquet) of image files, or that hold the images themselves. Of a folder's tables, the
-            Parquet files that hold images are used.
+            `**` stands for any sub-folders; tar shards, also as `shards/{00000..00099}.tar`; tables (CSV, TSV,
+            JSON lines, JSON, Parquet) of image files, or that hold the images themselves; and `-` for what standard
+            input gives: an image, or any of these names, one a line. Of a folder's tables, the Parquet files that hold
+            images are used.
         image_column: the tables' column of images.
         image_root: the folder that image files in tables are relative to; None for the folder of their table, or the
             one in which `opencoca caption` wrote it.
@@ -60,7 +83,8 @@ def open_inputs(
 
     Raises:
         FileNotFoundError: a shard of a list in braces does not exist.
-        ValueError: a folder or glob without images, a table that cannot be used, or only shards without images.
+        ValueError: a folder or glob without images, a table that cannot be used, only shards without images, a web
+            address of anything but a shard, an empty standard input.
     """
     collection = _Collection(image_column, None if image_root is None else Path(image_root), storage)
     for argument in arguments:
@@ -90,16 +114,37 @@ class _Collection:
 
     def add(self, argument: str) -> None:
         path = Path(argument)
-        if not os.path.lexists(argument) and glob.has_magic(argument):
-            self._add_glob(argument)
-        elif path.is_dir():
+        exists = os.path.lexists(argument)
+        if argument == "-" and not exists:
+            self._add_stdin()
+        elif os.path.isdir(argument):
             self._add_folder(path)
         elif is_shard_name(argument):
-            self._add_shards(argument)
+            self._add_glob(argument) if glob.has_magic(argument) and not exists else self._add_shards(argument)
+        elif "://" in argument and not exists:
+            raise ValueError(f"{argument!r} is a web address, not a file; download it first, as with `curl -O ADDRESS`")
+        elif not exists and glob.has_magic(argument):
+            self._add_glob(argument)
         elif is_table(argument):
             self._add_table(Table(argument))
         else:
             self._add_file(argument)
+
+    def _add_stdin(self) -> None:
+        data = sys.stdin.buffer.read(_MOST_STDIN_BYTES + 1)
+        if len(data) > _MOST_STDIN_BYTES:
+            raise ValueError(f"standard input gives more than {_MOST_STDIN_BYTES >> 20} MB; give files or folders")
+        try:
+            read_header(data)
+        except ImageError:
+            names = [os.fsdecode(line) for line in data.splitlines() if line.strip() and b"\0" not in line]
+            if not names or (not data[:512].isascii() and not any(map(os.path.lexists, names))):
+                raise ValueError("standard input is neither an image nor a list of images, one a line") from None
+            for name in names:
+                self._add_file(name) if name == "-" else self.add(name)
+            return
+        self._close_files()
+        self.sources.append(OneImage(data, f"stdin-{hashlib.sha256(data).hexdigest()[:8]}"))
 
     def _add_glob(self, pattern: str) -> None:
         if "{" in pattern and is_shard_name(pattern):

@@ -15,7 +15,7 @@ from typing import Any
 from opencoca.data import SampleSource
 from opencoca.recaption.captioner import Row
 from opencoca.recaption.inputs import common_folder, text_files_beside
-from opencoca.system.files import WriteError, atomic_write
+from opencoca.system.files import atomic_write, check_writable, clean_folder, partial_path, write_error
 
 OUTPUT_SUFFIXES = (".jsonl", ".csv", ".parquet")
 _ROWS_PER_GROUP = 16_384
@@ -56,6 +56,10 @@ class Destination:
     @property
     def record(self) -> Path:
         return self.base.with_name(self.base.name + ".run.json")
+
+    def check(self) -> None:
+        """Raises ValueError if one of the files cannot be written; to be called before the work begins."""
+        check_writable(self.out, self.journal, self.errors, self.record)
 
     def existing(self) -> list[str]:
         """Returns the existing files that the run would replace."""
@@ -123,8 +127,9 @@ def write_texts(texts: Iterable[tuple[str, str]]) -> None:
     Raises WriteError if one cannot be written; those before it are written already.
     """
     for path, content in texts:
-        partial = f"{path}.partial"  # the same name after a kill, so that no such file is left over
+        partial = partial_path(Path(path))
         try:
+            clean_folder(os.path.dirname(path))
             try:
                 with open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
                     file.write(content)
@@ -133,7 +138,6 @@ def write_texts(texts: Iterable[tuple[str, str]]) -> None:
                 with contextlib.suppress(OSError):
                     os.unlink(partial)
         except OSError as error:
-            message = f"cannot write {path} ({error.strerror or error}): free some space or make its folder writable"
-            raise WriteError(error.errno, message) from error
+            raise write_error(path, error) from error
     if hasattr(os, "sync"):
         os.sync()  # once for all: flushing very many small files would take longer than captioning

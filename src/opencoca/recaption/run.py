@@ -24,7 +24,7 @@ from opencoca.recaption.journal import Journal
 from opencoca.recaption.memory import choose_batch_size
 from opencoca.recaption.outputs import Destination, write_rows, write_texts
 from opencoca.recaption.settings import Settings, describe_changes, run_settings
-from opencoca.system.files import remove_partial_files, write_json
+from opencoca.system.files import write_json
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def caption_to_files(
     thresholds: FlagThresholds | None = None,
     on_error: Callable[[str], None] = lambda _: None,
     on_note: Callable[[str], None] = lambda _: None,
+    on_batch_size: Callable[[int], None] = lambda _: None,
 ) -> RunReport:
     """Captions all images of a source into files; started again after a kill, it continues.
 
@@ -60,11 +61,13 @@ def caption_to_files(
         thresholds: the limits from which on captions are flagged.
         on_error: called with a sentence for each image that cannot be read.
         on_note: called with other news for the user: that the run continues, or was complete already.
+        on_batch_size: called with the number of images at a time, when it is known.
 
     Raises:
         ValueError: the files exist, belong to a run with other settings, or are in use by another process.
         WriteError: a file cannot be written; what was done so far is kept.
     """
+    destination.check()
     thresholds = thresholds or FlagThresholds()
     settings = run_settings(captioner, source, thresholds, beside=bool(destination.texts))
     if not overwrite and not destination.journal.exists():
@@ -87,6 +90,7 @@ def caption_to_files(
         if journal.num_done < len(source):
             size = batch_size or (None if memory_bytes else journal.last_batch_size)
             size = size or choose_batch_size(captioner, len(source), memory_bytes)
+            on_batch_size(size)
             _work(captioner, source, journal, size, progress, on_error)
         report = make_files(journal, destination, settings, captioner.options.prefix, thresholds)
         journal.remove()
@@ -128,8 +132,6 @@ def make_files(
 
     Raises WriteError if a file cannot be written; the journal is untouched.
     """
-    for path in filter(None, (destination.out, destination.errors, destination.record)):
-        remove_partial_files(path)
     common = CommonCaptions(thresholds)
     for row in journal.rows():
         if "error" not in row:
