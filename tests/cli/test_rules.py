@@ -144,7 +144,7 @@ def keys(capsys: pytest.CaptureFixture[str], argv: list[str], model: str) -> lis
     return [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
 
 
-@pytest.mark.parametrize("command", [["caption"], ["classify", "--labels", "a,b"], ["explain", "--out", "e.png"]])
+@pytest.mark.parametrize("command", [["caption"], ["classify", "--labels", "a,b"], ["explain", "--caption", "a dog", "--out", "e.png"]])
 def test_every_command_takes_images_in_the_same_ways(
     command: list[str],
     model: str,
