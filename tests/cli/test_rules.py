@@ -144,7 +144,9 @@ def keys(capsys: pytest.CaptureFixture[str], argv: list[str], model: str) -> lis
     return [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
 
 
-@pytest.mark.parametrize("command", [["caption"], ["classify", "--labels", "a,b"], ["explain", "--caption", "a dog", "--out", "e.png"]])
+@pytest.mark.parametrize(
+    "command", [["caption"], ["classify", "--labels", "a,b"], ["explain", "--caption", "a dog", "--out", "e.png"]]
+)
 def test_every_command_takes_images_in_the_same_ways(
     command: list[str],
     model: str,
@@ -154,7 +156,6 @@ def test_every_command_takes_images_in_the_same_ways(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    command = [*command, *(["--overwrite"] if command[0] == "explain" else [])]
     expected = sorted(str(path) for path in images.iterdir())
     table = write_csv(tmp_path / "t.csv", ["picture"], [[Path(path).name] for path in expected])
     lines = "\n".join(expected).encode()

@@ -1,9 +1,9 @@
 """The parser of all commands: short help first, and one sentence for each mistake."""
 
 import argparse
-import difflib
-from collections.abc import Iterable
 from typing import Any, NoReturn
+
+from opencoca.system.names import did_you_mean
 
 
 class CommandError(Exception):
@@ -84,9 +84,3 @@ class _HelpAll(argparse.Action):
     def __call__(self, parser: Any, *_: object) -> NoReturn:
         print(parser.format_help(everything=True), end="")
         raise SystemExit(0)
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Returns the end of a sentence about an unknown word: which known one was probably meant, or nothing."""
-    near = difflib.get_close_matches(word.lower(), list(known), 1)
-    return f"; did you mean {near[0]}?" if near else ""

@@ -127,7 +127,7 @@ class TarShards(SampleSource):
         indexes = parallel_map(self._load, range(len(self.shards)), threads, 2 * _OPENING_THREADS)
         for shard, (path, index) in enumerate(zip(self.shards, indexes, strict=True)):
             if index.damage or index.lost:
-                warnings.warn(_losses(path, index), stacklevel=4)
+                warnings.warn(_losses(path, index), Notice, stacklevel=4)
             for _, reason in index.damage[:1]:
                 more = f" (and {len(index.damage) - 1} more)" if len(index.damage) > 1 else ""
                 kept = f"the {len(index.keys)} whole samples in it are used"

@@ -18,6 +18,7 @@ from opencoca.distributed.world import World
 from opencoca.evaluation.encoding import EncodedImages
 from opencoca.evaluation.runner import Collected, Evaluator, Scores, collect
 from opencoca.model.coca import CoCa
+from opencoca.system.notice import Notice
 from opencoca.tasks.task import Task, batch_losses
 from opencoca.tokenizer import Tokenizer
 from opencoca.train.compute import autocast
@@ -158,7 +159,7 @@ class Validator:
         for index, reason in errors:
             if index not in self._named:
                 self._named.add(index)
-                warnings.warn(f"{reason}; validation leaves it out", stacklevel=2)
+                warnings.warn(f"{reason}; validation leaves it out", Notice, stacklevel=2)
 
 
 def headline(task: Task, values: dict[str, float], epoch: float) -> str:
