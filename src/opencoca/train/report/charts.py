@@ -109,7 +109,7 @@ def draw_curves(axes: Axes, chart: Chart, runs: Sequence[RunLog]) -> None:
     _furnish(axes, chart)
     if axes.lines:
         keys = _keys(axes, many=len(runs) > 1)
-        axes.legend(handles=keys, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, fontsize=9, frameon=False)
+        axes.legend(handles=keys, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=9, frameon=False)
 
 
 def _draw(axes: Axes, chart: Chart, runs: Sequence[RunLog]) -> None:

@@ -1,6 +1,7 @@
 """The reports of a run: a page with everything (report.html), and one picture of losses, scores and captions."""
 
 import contextlib
+import itertools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,18 +74,22 @@ def _source_of(run: RunLog) -> SampleSource | None:
 
 def _write_picture(run: RunLog, source: SampleSource | None, title: str) -> Path:
     photographs = _photographs(source, read_texts(run.folder)) if source is not None else []
-    rows = 1 + (len(photographs) + 3) // 4
-    figure = Figure(figsize=(16, 5 + 4.2 * (rows - 1)), layout="constrained")
-    grid = figure.add_gridspec(rows, 4, height_ratios=[1.2] + [1.0] * (rows - 1))
+    rows = -(-len(photographs) // 4)
+    heights = [5.5, 3.8 * rows] if rows else [5.5]
+    figure = Figure(figsize=(16, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    left, right = parts[0].subplots(1, 2)
     losses, *scores = (chart for chart in charts_of([run]) if chart.curves[0].kind == "validation" or chart.is_loss)
-    draw_curves(figure.add_subplot(grid[0, :2]), losses, [run])
+    draw_curves(left, losses, [run])
     curves = tuple(curve for chart in scores for curve in chart.curves)
-    draw_curves(figure.add_subplot(grid[0, 2:]), Chart("validation scores", "x 100", curves), [run])
-    for index, (picture, text) in enumerate(photographs):
-        axes = figure.add_subplot(grid[1 + index // 4, index % 4])
-        axes.imshow(ImageOps.pad(picture, _TILE, color=_TILE_FILL))
-        axes.set_title(_caption(text), y=-0.03, va="top", fontsize=10.5, linespacing=1.4)
+    draw_curves(right, Chart("validation scores", "x 100", curves), [run])
+    frames = parts[1].subplots(rows, 4, squeeze=False).flat if rows else ()
+    for axes, shown in itertools.zip_longest(frames, photographs):
         axes.axis("off")
+        if shown is not None:
+            picture, text = shown
+            axes.imshow(ImageOps.pad(picture, _TILE, color=_TILE_FILL))
+            axes.set_title(_caption(text), y=-0.03, va="top", fontsize=10.5, linespacing=1.4)
     figure.suptitle(_literally(title))
     path = run.folder / "report.png"
     with atomic_write(path) as partial:
