@@ -85,7 +85,7 @@ def test_explain_mistakes(
     part: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    more = [str(images / "red.png") if word == "SECOND" else word for word in more]
+    more = [str(images / "blue.png") if word == "SECOND" else word for word in more]
     assert main(["explain", str(images / "red.png"), *more, "--model", model]) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
@@ -143,4 +143,4 @@ def test_evaluate_mistakes(model: str, images: Path, tmp_path: Path, capsys: pyt
     assert main([*argv, "--by", "both", "--rerank-top", "1"]) == 2
     assert "at least 2" in capsys.readouterr().err
     assert main([*argv, "--by", "taste"]) == 2
-    assert "invalid choice" in capsys.readouterr().err
+    assert "'taste' is none of similarity, likelihood, both" in capsys.readouterr().err

@@ -145,7 +145,8 @@ def keys(capsys: pytest.CaptureFixture[str], argv: list[str], model: str) -> lis
 
 
 @pytest.mark.parametrize(
-    "command", [["caption"], ["classify", "--labels", "a,b"], ["explain", "--caption", "a dog", "--out", "e.png"]]
+    "command",
+    [["caption"], ["classify", "--labels", "a,b"], ["explain", "--caption", "a dog", "--out", "e.png", "--overwrite"]],
 )
 def test_every_command_takes_images_in_the_same_ways(
     command: list[str],
