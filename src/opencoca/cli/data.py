@@ -79,6 +79,9 @@ def _add_index(group: Any) -> None:
     index.add_argument(
         "--index-dir", metavar="DIR", help="put the indexes there (web servers take none); training needs the same"
     )
+    for kind, example in (("image", "seg.png"), ("text", "alt.txt")):
+        text = f"index the members with this ending, such as {example}, as the samples' {kind}s"
+        index.add_argument(f"--{kind}-member", metavar="E", help=text)
     index.add_argument("--force", action="store_true", help="also scan shards that have a valid index")
     index.add_argument("--num-workers", type=positive_int, default=4, metavar="N", help="shards at a time")
 
@@ -87,9 +90,16 @@ def run_index(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from opencoca.data import find_shards, index_shards
+    from opencoca.data.shards import ChosenMembers
 
     paths = list(dict.fromkeys(path for pattern in arguments.shards for path in find_shards(pattern)))
-    done = index_shards(paths, index_dir=arguments.index_dir, force=arguments.force, num_workers=arguments.num_workers)
+    done = index_shards(
+        paths,
+        index_dir=arguments.index_dir,
+        chosen=ChosenMembers(arguments.image_member, arguments.text_member),
+        force=arguments.force,
+        num_workers=arguments.num_workers,
+    )
     samples = lost = damaged = new = 0
     for shard in tqdm(done, total=len(paths), desc="indexing", unit="shard", disable=not sys.stderr.isatty()):
         samples += len(shard.index.keys)
