@@ -12,7 +12,7 @@ from opencoca.cli.streams import complain
 from opencoca.system.notice import Notice
 
 if TYPE_CHECKING:
-    from opencoca.data import SampleSource
+    from opencoca.data import SampleSource, ShardStorage
     from opencoca.inference.pipeline import Pipeline
 
 Run = Callable[[argparse.Namespace], int]
@@ -69,6 +69,27 @@ def add_images(parser: Parser, nargs: str = "+") -> None:
     tables.add_argument(
         "--image-root", metavar="DIR", help="folder that image files in tables are relative to (default: the table's)"
     )
+    add_reading(parser)
+
+
+def add_reading(parser: Parser) -> None:
+    """Adds --max-pixels, --image-member and --text-member, which `shard_storage` reads."""
+    group = parser.add_rare_group("reading images")
+    group.add_argument(
+        "--max-pixels", type=positive_int, metavar="N", help="pixels of the largest image (default: 178,956,970)"
+    )
+    for kind, example, default in (("image", "seg.png", "any image's"), ("text", "alt.txt", "txt")):
+        text = f"ending of the members of tar shards that are a sample's {kind}, such as {example} (default: {default})"
+        group.add_argument(f"--{kind}-member", metavar="E", help=text)
+
+
+def shard_storage(arguments: argparse.Namespace) -> "ShardStorage":
+    """What is read of shards, as `add_reading` has it; from now on, images may have as many pixels as it says."""
+    from opencoca.data import ShardStorage, allow_pixels
+
+    if arguments.max_pixels is not None:
+        allow_pixels(arguments.max_pixels)
+    return ShardStorage(image_member=arguments.image_member, text_member=arguments.text_member)
 
 
 def open_images(arguments: argparse.Namespace) -> tuple["SampleSource", int]:
@@ -79,7 +100,12 @@ def open_images(arguments: argparse.Namespace) -> tuple["SampleSource", int]:
 
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        source = open_inputs(arguments.images, image_column=arguments.image_column, image_root=arguments.image_root)
+        source = open_inputs(
+            arguments.images,
+            image_column=arguments.image_column,
+            image_root=arguments.image_root,
+            storage=shard_storage(arguments),
+        )
     notices = [str(warning.message) for warning in warned if issubclass(warning.category, Notice)]
     for notice in notices:
         complain(notice)

@@ -10,9 +10,11 @@ from opencoca.cli.common import (
     add_command,
     add_group,
     add_overwrite,
+    add_reading,
     check_new,
     non_negative_int,
     positive_int,
+    shard_storage,
 )
 from opencoca.cli.streams import complain
 from opencoca.system.files import write_json
@@ -59,6 +61,7 @@ def add_commands(commands: Any) -> None:
         )
         add_columns(parser, "image", "caption", "label")
         parser.add_argument("--num-workers", type=non_negative_int, default=4, metavar="N", help="decoding threads")
+        add_reading(parser)
 
 
 def _add_index(group: Any) -> None:
@@ -167,4 +170,5 @@ def _open(arguments: argparse.Namespace, images: str, strict: bool) -> Any:
         caption_column=arguments.caption_column,
         label_column=arguments.label_column,
         strict=strict,
+        storage=shard_storage(arguments),
     )

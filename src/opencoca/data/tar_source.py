@@ -128,10 +128,6 @@ class TarShards(SampleSource):
         for shard, (path, index) in enumerate(zip(self.shards, indexes, strict=True)):
             if index.damage or index.lost:
                 warnings.warn(_losses(path, index), Notice, stacklevel=4)
-            for _, reason in index.damage[:1]:
-                more = f" (and {len(index.damage) - 1} more)" if len(index.damage) > 1 else ""
-                kept = f"the {len(index.keys)} whole samples in it are used"
-                warnings.warn(f"tar shard {path!r}: {reason}{more}; {kept}", Notice, stacklevel=4)
             lost.extend(BadSample("", path, offset, reason) for offset, reason in index.damage)
             lost.extend(BadSample(sample.key, path, sample.offset, sample.reason) for sample in index.lost)
             starts.append(starts[-1] + len(index.keys))
