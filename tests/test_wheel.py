@@ -71,12 +71,12 @@ def test_it_works_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> N
     venv.create(tmp_path / "bare")
     python = tmp_path / "bare" / "bin" / "python"
     install = ["-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps", str(wheel)]
-    subprocess.run([sys.executable, *install, "--disable-pip-version-check"], check=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    subprocess.run([sys.executable, *install, "--disable-pip-version-check"], check=True, env=environment)
     (site,) = (tmp_path / "bare" / "lib").glob("python*/site-packages")
     libraries = Path(pytest.__file__).parents[1]
     # A path within a .pth file is searched, but its own .pth files, such as that of an editable install, are not read.
     (site / "libraries.pth").write_text(f"{libraries}\n", encoding="utf-8")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
     def run(*command: str) -> str:
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)

@@ -143,12 +143,13 @@ class TestReport:
         from matplotlib import pyplot
 
         backend = matplotlib.get_backend()
-        figure = pyplot.figure()
+        pyplot.figure()
+        figures = pyplot.get_fignums()
         MetricsLog(tmp_path / "metrics.jsonl", 0).write("train", 1, {"loss": 1.0})
         write_report(tmp_path, None, "nothing")
         assert matplotlib.get_backend() == backend
-        assert pyplot.get_fignums() == [figure.number]  # pyright: ignore
-        pyplot.close(figure)
+        assert pyplot.get_fignums() == figures
+        pyplot.close()
 
 
 class TestTensorBoard:

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import io
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -245,6 +246,7 @@ def _silence_pillow() -> None:
 def _formats() -> tuple[str, ...]:
     """Names of the formats to try: the most frequent ones first, as Pillow tries one after the other."""
     Image.init()
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # else Python prints what its plugins log as errors
     _silence_libtiff()
     with contextlib.suppress(ImportError):  # an extra of the package
         import pi_heif

@@ -123,7 +123,7 @@ class Table:
         have = ", ".join(shown(name, 40) for name in self.columns[:20]) or "none"
         have = have if len(have) <= 100 else f"{have[:97]}..."
         raise ValueError(
-            f"the table {shown(str(self.path), 80)} has no column {shown(wanted, 60)}; its columns are: {have}"
+            f"the table {shown(str(self.path), 140)} has no column {shown(wanted, 60)}; its columns are: {have}"
         )
 
     def holds_images(self, image_column: str) -> bool:

@@ -67,7 +67,7 @@ def _encoder_bytes(captioner: Captioner) -> int:
     else:
         numbers = _MOST_PER_PIXEL * height * width
     pooled = (features + 2 * max(1, config.pooler.num_queries)) * (
-        captioner.pipeline.model.image_encoder.width + 4 * text.width
+        captioner.pipeline.model.structure().image_encoder.width + 4 * text.width
     )
     return max(numbers, pooled) * captioner.pipeline.dtype.itemsize
 
