@@ -21,11 +21,9 @@ from cli_helpers import (
     COLOURS,
     draw,
     huge_png,
-    save_tiny_model,
     text_as_jpeg,
     truncated_jpeg,
     write_captions,
-    write_colours,
     write_csv,
 )
 from opencoca.cli import build_parser, main
@@ -43,18 +41,8 @@ DAMAGED = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny_model(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
 def pipeline(model: str) -> Pipeline:
     return load(model)
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    return write_colours(tmp_path / "images")
 
 
 @pytest.fixture

@@ -7,19 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cli_helpers import COLOURS, save_tiny_model, text_as_jpeg, write_captions, write_colours, write_csv
+from cli_helpers import COLOURS, text_as_jpeg, write_captions, write_csv
 from opencoca.cli import main
 from opencoca.inference.loading import load
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny_model(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    return write_colours(tmp_path / "images")
 
 
 def test_explain_draws_and_stores(model: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,21 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from cli_helpers import draw, save_tiny_model, write_captions, write_colours
+from cli_helpers import draw, write_captions
 from opencoca.cli import main
-from opencoca.cli.streams import one_line
 from opencoca.inference import loading
+from opencoca.system.messages import escaped
 from opencoca.system.notice import Notice
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny_model(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    return write_colours(tmp_path / "images")
 
 
 @pytest.fixture
@@ -144,27 +134,7 @@ def test_closed_streams(
     assert "standard output is closed" in own_lines(capfd.readouterr().err)[0]
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("two\nlines", "two lines"),
-        ("a\x1b[31mred", "a\\x1b[31mred"),
-        ("caf\udce9", "caf\\udce9"),
-        ("café 猫", "café 猫"),
-    ],
-)
-def test_a_line_has_no_control_characters(text: str, shown: str) -> None:
-    assert one_line(text) == shown
-
-
-def test_a_long_line_keeps_its_ends() -> None:
-    line = one_line(f"begin {'x' * 5000} end")
-    assert len(line) == 300
-    assert line.startswith("begin x")
-    assert line.endswith("x end")
-
-
-@pytest.mark.parametrize("name", ["two\nlines.png", "red\x1b[31m.png"])
+@pytest.mark.parametrize("name", ["two\nlines.png", "red\x1b[31m.png", "two  spaces.png"])
 def test_names_never_reach_a_terminal_raw(
     name: str, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,4 +142,5 @@ def test_names_never_reach_a_terminal_raw(
     for argv in (["caption"], ["classify", "--labels", "a,b"]):
         assert main([*argv, str(tmp_path), "--model", model]) == 0
         (line,) = capfd.readouterr().out.splitlines()
+        assert line.split("\t")[0] == escaped(str(tmp_path / name))
         assert line.split("\t")[0].isprintable()

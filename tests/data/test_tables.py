@@ -66,7 +66,7 @@ def test_cells(tmp_path, name, content, expected):
 
 
 def test_parquet_of_bytes_structs_and_categories(tmp_path):
-    pq.write_table(pa.table({"image": [b"a.png"], "caption": [b"a square"]}), tmp_path / "t.parquet")
+    pq.write_table(pa.table({"image": [b"a.png"], "caption": ["\ufeffa square".encode()]}), tmp_path / "t.parquet")
     assert [row.captions for row in Table(tmp_path / "t.parquet").rows(TableColumns(None))] == [["a square"]]
     kinds = {
         "image": [{"path": "a.png"}, {"path": "b.png"}],

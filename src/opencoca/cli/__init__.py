@@ -30,7 +30,8 @@ from opencoca.cli import (
     train,
 )
 from opencoca.cli.parser import CommandError, HelpFormatter, Parser
-from opencoca.cli.streams import complain, one_line, open_closed_streams, own_lines_alone, silence_stdout
+from opencoca.cli.streams import complain, open_closed_streams, own_lines_alone, silence_stdout
+from opencoca.system.messages import brief
 
 _FAULT, _MISTAKE, _INTERRUPTED, _BROKEN_PIPE = 1, 2, 130, 141
 
@@ -91,7 +92,7 @@ def _report(error: BaseException) -> int:
         place = "cannot write the output" if error.filename is None else os.fsdecode(error.filename)
         text = f"{place}: {error.strerror or text}"
     elif _is_out_of_memory(error):
-        text = f"there is not enough memory ({one_line(text, 120) or 'of this machine'}); take fewer images at a time"
+        text = f"there is not enough memory ({brief(text, 120) or 'of this machine'}); take fewer images at a time"
     elif not isinstance(error, ValueError | OSError | ImportError):
         code, text = _FAULT, _fault(error)
     complain(text or type(error).__name__)
@@ -105,7 +106,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _fault(error: BaseException) -> str:
     """Keeps the traceback in a file, and returns a sentence that names it."""
-    what = one_line(f"{type(error).__name__}: {error}", 120)
+    what = brief(f"{type(error).__name__}: {error}", 120)
     with tempfile.NamedTemporaryFile("wb", prefix="opencoca-fault-", suffix=".txt", delete=False) as file:
         file.write("".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace"))
     return f"a fault of this program ({what}); please report it with the file {file.name}"

@@ -16,7 +16,8 @@ from opencoca.cli.common import (
     shows_progress,
 )
 from opencoca.cli.generation_options import add_generation_options, chosen_generation_options
-from opencoca.cli.streams import complain, one_line
+from opencoca.cli.streams import complain
+from opencoca.system.messages import escaped
 
 if TYPE_CHECKING:
     from opencoca.data import SampleSource
@@ -120,7 +121,7 @@ def _print_captions(
                     failed = True
                 for row in output_rows(to_journal_row(image)):
                     text = " ".join(row["caption"].split())
-                    line = f"{one_line(row['image'], None)}\t{text}"
+                    line = f"{escaped(row['image'])}\t{text}"
                     print(json.dumps(row, ensure_ascii=False) if arguments.json else line)
             bar.update(len(batch))
     return 2 if failed else 0

@@ -14,7 +14,8 @@ from opencoca.cli.common import (
     load_pipeline,
     open_images,
 )
-from opencoca.cli.streams import complain, one_line
+from opencoca.cli.streams import complain
+from opencoca.system.messages import escaped
 
 if TYPE_CHECKING:
     from opencoca.generation.explanation import Explanation
@@ -86,7 +87,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
     if arguments.npz:
         _write_arrays(Path(arguments.npz), *explanations.values())
     for name, explanation in explanations.items():
-        print(f"{one_line(name, None)}\t{explanation.caption}")
+        print(f"{escaped(name)}\t{explanation.caption}")
     print(out if not arguments.npz else f"{out}\t{arguments.npz}")
     return code
 

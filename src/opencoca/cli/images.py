@@ -21,7 +21,8 @@ from opencoca.cli.common import (
     read_lines,
     shows_progress,
 )
-from opencoca.cli.streams import complain, one_line
+from opencoca.cli.streams import complain
+from opencoca.system.messages import escaped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +105,7 @@ def run_classify(arguments: argparse.Namespace) -> int:
                 print(json.dumps({"image": source.key(index), "labels": scores}, ensure_ascii=False))
             else:
                 shown = [f"{label} {value:.1%}" for label, value in best]
-                print("\t".join([one_line(source.key(index), None), *shown]))
+                print("\t".join([escaped(source.key(index)), *shown]))
     return code
 
 

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 
+from opencoca.system.messages import brief
 from opencoca.system.notice import Notice
 
 _LONGEST = 300
@@ -48,22 +49,13 @@ def own_lines_alone() -> Iterator[None]:
 
 def complain(sentence: str) -> None:
     """Prints a sentence on stderr, above a progress bar if there is one."""
-    line = f"opencoca: {one_line(sentence)}"
+    line = f"opencoca: {brief(sentence, _LONGEST)}"
     if "tqdm" not in sys.modules:  # there is no bar, and importing it takes longer than some commands
         print(line, file=sys.stderr)
         return
     from tqdm import tqdm
 
     tqdm.write(line, file=sys.stderr)
-
-
-def one_line(text: str, longest: int | None = _LONGEST) -> str:
-    """Makes a text safe to print: one line without control characters, and with the middle left out if it is long."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
-    if longest is None or len(line) <= longest:
-        return line
-    tail = longest // 3
-    return f"{line[: longest - tail - 3]} … {line[-tail:]}"
 
 
 def silence_stdout() -> None:

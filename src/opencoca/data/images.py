@@ -22,6 +22,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from opencoca.data.image_bytes import clean_bytes
 from opencoca.data.rgb import to_rgb
+from opencoca.system.messages import shown
 from opencoca.system.reading import read_ordinary
 
 MAX_PIXELS = 178_956_970
@@ -81,12 +82,7 @@ class ImageError(ValueError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"cannot read the image {shortened(self.name)!r}: {self.reason}"
-
-
-def shortened(name: str) -> str:
-    """A name as messages show it: of a very long one the beginning and the end."""
-    return name if len(name) <= _MAX_NAME else f"{name[:40]}...{name[43 - _MAX_NAME :]}"
+        return f"cannot read the image {shown(self.name, _MAX_NAME)}: {self.reason}"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 
 from opencoca.data.block_cache import BlockCache
 from opencoca.data.compressed import SHARD_SUFFIXES, unpacked
-from opencoca.data.images import MAX_FILE_BYTES, ImageError, shortened
+from opencoca.data.images import MAX_FILE_BYTES, ImageError
 from opencoca.data.read_ahead import parallel_map
 from opencoca.data.remote import DEFAULT_RETRIES, RetryPolicy, is_remote, read_range
 from opencoca.data.shard_index import load_index
@@ -29,6 +29,7 @@ from opencoca.data.shards import CLASS, IMAGE, JSON, TEXT, ChosenMembers, Sample
 from opencoca.data.source import BadSample, Place, Sample, SampleSource
 from opencoca.data.tar_scan import BLOCK, header_fits
 from opencoca.data.targets import class_folder
+from opencoca.system.messages import shown
 from opencoca.system.notice import Notice
 from opencoca.system.reading import open_ordinary
 
@@ -207,7 +208,7 @@ class TarShards(SampleSource):
         return self._members(shard, row, (TEXT, JSON)).captions(self.caption_field, self._where(shard, row))
 
     def _where(self, shard: int, row: int) -> str:
-        return f"the sample {shortened(self._index(shard).keys[row])!r} of {shortened(self.shards[shard])!r}"
+        return f"the sample {shown(self._index(shard).keys[row], 140)} of {shown(self.shards[shard], 140)}"
 
     def _row(self, index: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
@@ -291,8 +292,8 @@ def _losses(path: str, index: ShardIndex) -> str:
         first = index.lost[0]
         reason = f" ({first.reason})" if not index.damage else ""
         others = f" and {len(index.lost) - 1} others" if len(index.lost) > 1 else ""
-        whole += f", and {shortened(first.key)!r}{reason}{others} left out"
-    return f"tar shard {shortened(path)!r}: {'; '.join([*found, whole])}"
+        whole += f", and {shown(first.key, 140)}{reason}{others} left out"
+    return f"tar shard {shown(path, 140)}: {'; '.join([*found, whole])}"
 
 
 def _read_local(path: str, span: _Span) -> bytes:

@@ -20,8 +20,14 @@ def shown(value: object, most: int = 80) -> str:
 
 def brief(message: object, most: int = 120) -> str:
     """The text of another message, on one line, with at most `most` characters, control characters escaped."""
-    text = " ".join(str(message)[: 10 * most].split())
-    return _shorten("".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in text), most)
+    text, reach = str(message), 10 * most  # of a very long one, only its ends are looked at
+    text = text if len(text) <= 2 * reach else text[:reach] + text[-reach:]
+    return _shorten(escaped(" ".join(text.split())), most)
+
+
+def escaped(name: str) -> str:
+    """A name as it is, but for what a terminal would act on: line breaks and control characters, written as escapes."""
+    return "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in name)
 
 
 def _shorten(text: str, most: int) -> str:
