@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,23 @@ def test_closed_doors_are_named(repository: Hub, monkeypatch: pytest.MonkeyPatch
     repository.status = 200
     monkeypatch.setenv("HF_TOKEN", repository.token)
     assert download(REPO, NAME).read_bytes() == WEIGHTS
+
+
+def test_a_hub_that_is_not_there_is_one_sentence_at_once(tmp_path: Path) -> None:
+    """In another process, where the library waits as it does for users and prints what it prints."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-m", "opencoca", "caption", __file__, "--model", f"hf-hub:{REPO}"]
+        start = time.monotonic()
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert time.monotonic() - start < 15  # the library alone takes 25 s
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        f"opencoca: {REPO} at {address} cannot be reached and config.json is not in the cache; check the network, or "
+        "set HF_ENDPOINT"
+    ]
 
 
 def test_an_upload_arrives(repository: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from opencoca.data.transforms import PreprocessConfig
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
 from opencoca.store.model_folder import load_model_folder, save_model_folder
+from opencoca.store.quantization import quantize
 from opencoca.system.files import WriteError
 from opencoca.tokenizer import Tokenizer, train_tokenizer
 
@@ -244,17 +245,58 @@ def test_cut_weights_are_named(folder, length):
         (lambda config: config["preprocess"].update(std=0), "describes no model"),
         (lambda config: config["preprocess"].update(blur=1), "blur"),
         (lambda config: config.update(info=3), "describes no model"),
+        (lambda config: config.update(quantization=["x"] * 1000), "quantized as"),
+        (lambda config: config["model"]["image"].update(depth=10**6), "depth 1000000 must be at most 512"),
+        (lambda config: config["model"]["image"].update(depth=500), "asks for 502 layers"),
+        (lambda config: config["model"]["text"].update(width=10**9), "at most 65,536"),
+        (lambda config: config["model"]["text"].update(tie_embeddings="yes"), "must be true or false"),
+        (lambda config: config["model"].update(initial_temperature=float("nan")), "must be a finite number"),
+        (lambda config: config["model"]["image"].update(image_size=[60_000, 60_000]), "image_size"),
+        (lambda config: config["model"].update({"x\x1b" * 1000: 1}), "unknown fields"),
+        (lambda config: config["preprocess"].update(image_size=[6000, 6000]), "far larger"),
+        (lambda config: config["preprocess"].update(image_size=[15, 24]), "does not divide"),
+        (lambda config: config["preprocess"].update(image_size=[16.0, 24.0]), "whole numbers"),
+        (lambda config: config["preprocess"].update(std=[float("nan")] * 3), "std must be positive"),
+        (lambda config: config["preprocess"].update(std=[1e-300] * 3), "std must be positive"),
+        (lambda config: config["preprocess"].update(mean=[1e300] * 3), "mean must be"),
+        (lambda config: config["preprocess"].update(mean=["a"] * 3), "mean must be"),
     ],
 )
 def test_a_wrong_configuration_is_named(folder, change, message):
     config = json.loads((folder / "config.json").read_text())
     change(config)
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"config.json.*{message}"):
+    with pytest.raises(ValueError, match=f"config.json.*{message}") as caught:
+        load_model_folder(folder)
+    assert len(str(caught.value)) < 300
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
+def test_weights_of_a_type_that_cannot_be_used_are_named(folder, dtype):
+    change_tensors(folder, lambda tensors: tensors.update({"image_proj.weight": torch.ones(24, 32).to(dtype)}))
+    with pytest.raises(ValueError, match=r"holds image_proj\.weight as \w+, which is not supported"):
         load_model_folder(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00"])
+def test_weights_too_large_for_the_wanted_type_are_named(folder):
+    change_tensors(folder, lambda tensors: tensors.update({"image_proj.weight": torch.full((24, 32), 1e6)}))
+    load_model_folder(folder)
+    with pytest.raises(ValueError, match=r"1 not finite \(image_proj\.weight\)"):
+        load_model_folder(folder, dtype=torch.float16)
+
+
+def test_quantized_weights_of_other_integers_are_named(folder, tokenizer):
+    model = make_model()
+    quantize(model)
+    save_model_folder(folder, model, tokenizer, PREPROCESS)
+    name = next(name for name, tensor in load_file(folder / "model.safetensors").items() if tensor.dtype == torch.int8)
+    change_tensors(folder, lambda tensors: tensors.update({name: tensors[name].long()}))
+    with pytest.raises(ValueError, match="1 of another type"):
+        load_model_folder(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00", b"[" * 100_000, b'{"format": 1, "format": 2}'])
 def test_a_damaged_configuration_is_named(folder, content):
     (folder / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json is "):

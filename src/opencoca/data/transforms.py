@@ -25,6 +25,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _MAX_COVER_RATIO = 256
+# Far beyond all models and their images.
+_MAX_SIDE, _MAX_MEAN, _MAX_STD = 8192, 1000, 1000
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,13 @@ class PreprocessConfig:
             if len(values) != length:
                 raise ValueError(f"{name} must have {length} values, got {values}")
             object.__setattr__(self, name, values)  # lists out of JSON or YAML
-        if min(self.image_size) < 1:
-            raise ValueError(f"image_size must be 1 or more pixels, got {self.image_size}")
-        if min(self.std) <= 0:
-            raise ValueError(f"std must be positive, got {self.std}")
+        if not all(type(side) is int and 1 <= side <= _MAX_SIDE for side in self.image_size):
+            raise ValueError(f"image_size must be two whole numbers from 1 to {_MAX_SIDE}, got {self.image_size}")
+        # Comparisons that NaN fails too.
+        if not all(isinstance(value, int | float) and -_MAX_MEAN <= value <= _MAX_MEAN for value in self.mean):
+            raise ValueError(f"mean must be numbers, of values in 0..1, got {self.mean}")
+        if not all(isinstance(value, int | float) and 1 / _MAX_STD <= value <= _MAX_STD for value in self.std):
+            raise ValueError(f"std must be positive numbers, of values in 0..1, got {self.std}")
         if self.resize_mode not in get_args(ResizeMode):
             raise ValueError(f"resize_mode must be one of {get_args(ResizeMode)}, got {self.resize_mode!r}")
         if self.decoding not in get_args(Decoding):

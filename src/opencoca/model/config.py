@@ -6,7 +6,7 @@ Every choice between the known CoCas is a field here or in config_parts.py, made
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from opencoca.model.config_checks import check_counts, check_divides, config_from_dict
+from opencoca.model.config_checks import check_counts, check_divides, check_fields, config_from_dict
 from opencoca.model.config_parts import (
     Activation,
     BlockConfig,
@@ -53,6 +53,7 @@ class CoCaConfig:
     head: HeadConfig | None = None
 
     def __post_init__(self) -> None:
+        check_fields("model", self)
         check_counts("model", self, "embed_dim")
         self._check_compat()
         if self.compat.pooler_head_dim is None:

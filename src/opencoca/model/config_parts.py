@@ -7,7 +7,7 @@ Letters: D width, E embed_dim, N image features, Q pooler queries, V vocabulary,
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from opencoca.model.config_checks import as_pair, check_choices, check_counts, check_divides, check_dropout
+from opencoca.model.config_checks import as_pair, check_counts, check_divides, check_dropout, check_fields
 
 Activation = Literal["gelu", "quick_gelu", "swiglu"]
 
@@ -61,10 +61,10 @@ class ImageEncoderConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", as_pair(self.image_size, "image_size"))
+        check_fields("image", self)
         check_dropout("image", self.dropout)
         if self.name == "vit":
             check_counts("image", self, "patch_size", "width", "depth", "num_heads", "mlp_width", "head_dim")
-            check_choices("image", self)
             check_divides("patch_size", self.patch_size, "image height", self.image_size[0])
             check_divides("patch_size", self.patch_size, "image width", self.image_size[1])
             if self.head_dim is None:
@@ -84,6 +84,7 @@ class HeadConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields("head", self)
         check_counts("head", self, "num_outputs", "num_heads")
         check_dropout("head", self.dropout)
 
@@ -118,7 +119,7 @@ class PoolerConfig:
     num_kv_heads: int | None = None
 
     def __post_init__(self) -> None:
-        check_choices("pooler", self)
+        check_fields("pooler", self)
         check_dropout("pooler", self.dropout)
         check_counts("pooler", self, "num_heads", "num_kv_heads")
         check_divides("pooler num_kv_heads", self.num_kv_heads or self.num_heads, "pooler num_heads", self.num_heads)
@@ -154,13 +155,13 @@ class TextConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields("text", self)
         check_dropout("text", self.dropout)
         check_counts("text", self, "vocab_size", "context_length", "width", "unimodal_depth", "multimodal_depth")
         check_counts("text", self, "num_heads", "num_kv_heads", "head_dim", "mlp_width")
         if self.head_dim is None:
             check_divides("num_heads", self.num_heads, "width", self.width)
         check_divides("num_kv_heads", self.num_kv_heads or self.num_heads, "num_heads", self.num_heads)
-        check_choices("text", self)
         head_dim = self.head_dim or self.width // self.num_heads
         if self.positions == "rotary" and head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {head_dim}")
@@ -221,7 +222,7 @@ class Compat:
     project_embeds: bool | None = None
 
     def __post_init__(self) -> None:
-        check_choices("compat", self)
+        check_fields("compat", self)
         check_counts("compat", self, "pooler_head_dim", "text_multimodal_num_heads", "text_multimodal_mlp_width")
         if self.image_positions != "learned" and not self.image_patch_norm:
             raise ValueError("an image encoder with sincos positions must have image_patch_norm")

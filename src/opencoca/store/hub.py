@@ -13,6 +13,7 @@ from pathlib import Path
 
 # Imported when first used: the import is slow, and most commands need nothing from the hub.
 _SHA256_DIGITS, _GIT_DIGITS = 64, 40
+_ANSWER_S = 4.0
 
 
 class HubError(ValueError):
@@ -42,7 +43,9 @@ def download(repo_id: str, file_name: str, revision: str = "main", sha256: str |
 
     was_there = find_downloaded(repo_id, file_name, revision)
     with _one_sentence(repo_id, file_name, revision):
-        path = Path(hf_hub_download(repo_id, file_name, revision=revision))
+        if was_there is None:
+            _ask_once(repo_id, file_name, revision)
+        path = Path(hf_hub_download(repo_id, file_name, revision=revision, etag_timeout=_answer_s()))
     expected = sha256 or _checksum_of_cache(path)
     if expected and path != was_there and (found := _checksum(path, expected)) != expected:
         _delete(path)
@@ -79,14 +82,42 @@ def upload_folder(folder: Path, repo_id: str, *, private: bool = False, message:
     return str(address)
 
 
+def _ask_once(repo_id: str, file_name: str, revision: str) -> None:
+    """Raises HubError if the hub does not answer: the library would try again and again for half a minute."""
+    from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(repo_id, file_name, revision=revision), timeout=_answer_s())
+    except errors.HFValidationError:
+        raise
+    except errors.HfHubHTTPError as error:
+        if getattr(error.response, "status_code", 500) >= 500:
+            raise
+    except Exception as error:  # those of the library's HTTP client, which differs between its versions
+        raise HubError(_unreachable(f"{repo_id} at {constants.ENDPOINT}", file_name)) from error
+
+
+def _answer_s() -> float:
+    """How long to wait for the hub's first answer: the library's setting if the user set it."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_ETAG_TIMEOUT if "HF_HUB_ETAG_TIMEOUT" in os.environ else _ANSWER_S
+
+
 @contextlib.contextmanager
 def _one_sentence(repo_id: str, file_name: str = "", revision: str = "main", writing: bool = False) -> Iterator[None]:
     """Rewrites the library's errors, which are paragraphs, as one sentence."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants, errors, logging
 
+    if "HF_HUB_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()  # its warnings of attempts that failed are not for users
     place = f"{repo_id} at {constants.ENDPOINT}"
     try:
         yield
+    except HubError:
+        raise
     except errors.GatedRepoError as error:
         raise HubError(
             f"{place} is gated: accept its terms on its page, then run `hf auth login` or set HF_TOKEN to your token"

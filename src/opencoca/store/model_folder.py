@@ -1,9 +1,9 @@
 """Reads and writes model folders: config.json, model.safetensors and tokenizer.json."""
 
-import json
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +26,15 @@ from opencoca.store.safetensors_file import (
     write_tensors,
 )
 from opencoca.system.files import write_json, write_text
+from opencoca.system.json_files import in_brief, read_json
 from opencoca.tokenizer import Tokenizer
 
 FORMAT = "opencoca-1"
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
 # Far more than any real config.json has; parsing a longer file would take many seconds before it is refused.
-_MAX_CONFIG_BYTES, _MAX_TOKENIZER_BYTES = 4_000_000, 32_000_000
+_MAX_CONFIG_BYTES = 4_000_000
+# The fewest tensors that a layer has; how much larger than the network's own its images may be, on a side.
+_TENSORS_OF_LAYER, _MAX_IMAGE_RATIO = 4, 4
 _CONTENTS = f"a model's folder holds {CONFIG_FILE}, {WEIGHTS_FILE} and {TOKENIZER_FILE}"
 
 
@@ -115,16 +118,25 @@ def load_model_folder(
     """
     folder = Path(folder)
     _check_files(folder)
-    weights = folder / WEIGHTS_FILE
+    weights, config_file, tokenizer_file = (folder / name for name in (WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE))
     stored = read_tensor_infos(weights)
-    model, rest = _read_config(folder / CONFIG_FILE, len(stored))
-    tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
-    _check_vocabulary(model.config, tokenizer, str(folder / TOKENIZER_FILE))
+    config, rest, quantization = _read_config(config_file, len(stored))
+    tokenizer = Tokenizer.load(tokenizer_file)
+    _check_vocabulary(config, tokenizer, str(tokenizer_file))
+    with _named(config_file):
+        with without_values():
+            model = CoCa(config)
+        _quantize_as_stored(model, quantization)
     _check_same(weights, differences(model.stored_weights(), stored))
+    names = model.state_dict().keys()
+    if not all(name in names for name, _ in model.named_buffers()):
+        # Some timm backbones have tables that are computed and not stored; they exist only after a real build.
+        model = CoCa(config)
+        _quantize_as_stored(model, quantization)
     tensors = read_tensors(weights, str(device))
-    _check_same(weights, listed_names({"not finite": non_finite(tensors)}))
     for name in tuple(tensors):
         tensors[name] = cast_weight(tensors[name], dtype)
+    _check_same(weights, listed_names({"not finite": non_finite(tensors)}))
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_head()
     return LoadedModel(model.to(device).eval(), tokenizer, *rest)
@@ -134,21 +146,40 @@ def read_description(folder: str | os.PathLike[str]) -> tuple[CoCaConfig, Prepro
     """The architecture and the preprocessing of the model in a folder. Raises as `load_model_folder` does."""
     folder = Path(folder)
     _check_files(folder)
-    stored = _read_json(folder / CONFIG_FILE)
-    try:
+    file = folder / CONFIG_FILE
+    stored = _read_stored(file)
+    with _named(file):
         return CoCaConfig.from_dict(stored["model"]), PreprocessConfig.from_dict(stored["preprocess"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG_FILE} describes no model that can be built: {error}") from error
 
 
 def stored_format(config_file: str | os.PathLike[str]) -> str | None:
     """Returns the format that a config.json names; None if it names none, as another project's."""
     try:
-        stored = json.loads(Path(config_file).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        stored = read_json(Path(config_file), _MAX_CONFIG_BYTES)
+    except ValueError:
         return None
     found = stored.get("format") if isinstance(stored, dict) else None
     return found if isinstance(found, str) else None
+
+
+def check_depth(config: CoCaConfig, num_tensors: int) -> None:
+    """Refuses, before anything is built, a configuration with more layers than the weights can be of.
+
+    Raises ValueError.
+    """
+    layers = config.text.unimodal_depth + config.text.multimodal_depth
+    layers += config.image.depth if config.image.name == "vit" else 0
+    if layers * _TENSORS_OF_LAYER > num_tensors:
+        raise ValueError(f"the configuration asks for {layers} layers, but there are {num_tensors} tensors")
+
+
+def check_image_size(config: CoCaConfig, preprocess: PreprocessConfig) -> None:
+    """Raises ValueError for images that the network cannot take, or far larger than those that it is made for."""
+    image, size = config.image, preprocess.image_size
+    if any(side > _MAX_IMAGE_RATIO * own for side, own in zip(size, image.image_size, strict=True)):
+        raise ValueError(f"images of {size} pixels are far larger than those of the network, {image.image_size}")
+    if image.name == "vit" and any(side % image.patch_size for side in size):
+        raise ValueError(f"patch_size {image.patch_size} of the network does not divide images of {size} pixels")
 
 
 def _check_files(folder: Path) -> None:
@@ -159,9 +190,6 @@ def _check_files(folder: Path) -> None:
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}; {_CONTENTS}")
-    for name, limit in ((CONFIG_FILE, _MAX_CONFIG_BYTES), (TOKENIZER_FILE, _MAX_TOKENIZER_BYTES)):
-        if (size := (folder / name).stat().st_size) > limit:
-            raise ValueError(f"{folder / name} is damaged or no model's: it has {size:,} bytes, more than {limit:,}")
 
 
 class _Rest(NamedTuple):
@@ -172,62 +200,48 @@ class _Rest(NamedTuple):
     task: dict[str, Any] | None
 
 
-def _read_config(file: Path, num_tensors: int) -> tuple[CoCa, _Rest]:
-    """The model that the configuration describes, its weights not yet there, and what else the file says."""
-    stored = _read_json(file)
-    try:
-        config = CoCaConfig.from_dict(stored["model"])
-        _check_plausible(config, num_tensors)
-        model = _build_without_weights(config)
-        _quantize_as_stored(model, stored.get("quantization"))
+def _read_config(file: Path, num_tensors: int) -> tuple[CoCaConfig, _Rest, Any]:
+    """The network's configuration, what else the file says, and how the weights are quantized."""
+    stored = _read_stored(file)
+    with _named(file):
+        config, preprocess = CoCaConfig.from_dict(stored["model"]), PreprocessConfig.from_dict(stored["preprocess"])
+        check_depth(config, num_tensors)
+        check_image_size(config, preprocess)
+        if not re.fullmatch(r"(timm:)?[\w.-]+", config.image.name):
+            # timm also accepts names that make it read other folders or download.
+            raise ValueError(f"the image encoder's name {in_brief(repr(config.image.name), 60)} is more than a name")
         task = stored.get("task")
-        rest = _Rest(PreprocessConfig.from_dict(stored["preprocess"]), dict(stored["info"]), task and dict(task))
-        return model, rest
-    except KeyError as error:
-        raise ValueError(f"{file} is damaged: it has no entry {error}") from error
-    except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise ValueError(f"{file} describes no model that can be built: {error}") from error
+        return config, _Rest(preprocess, dict(stored["info"]), task and dict(task)), stored.get("quantization")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: it is not JSON ({error})") from error
+def _read_stored(file: Path) -> dict[str, Any]:
+    stored = read_json(file, _MAX_CONFIG_BYTES)
     found = stored.get("format") if isinstance(stored, dict) else None
     if found != FORMAT:
-        raise ValueError(f"{file} is of format {found!r}, but this version of opencoca reads {FORMAT!r} alone")
+        shown = in_brief(repr(found), 60)
+        raise ValueError(f"{file} is of format {shown}, but this version of opencoca reads {FORMAT!r} alone")
     return stored
+
+
+@contextlib.contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Names the configuration in errors of what it describes."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{file} is damaged: it has no entry {in_brief(error)}") from error
+    except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{file} describes no model that can be built: {in_brief(error, 180)}") from error
 
 
 def _quantize_as_stored(model: CoCa, quantization: Any) -> None:
     if quantization not in (None, INT8):
         raise ValueError(
-            f"its weights are quantized as {quantization!r}, and this version of opencoca reads {INT8!r} alone"
+            f"its weights are quantized as {in_brief(repr(quantization), 60)}, and this version of opencoca reads "
+            f"{INT8!r} alone"
         )
     if quantization == INT8:
         quantize(model)
-
-
-def _check_plausible(config: CoCaConfig, num_tensors: int) -> None:
-    """Refuses, before anything is built, a configuration that would take very long or read other files."""
-    layers = config.text.unimodal_depth + config.text.multimodal_depth
-    layers += config.image.depth if config.image.name == "vit" else 0
-    if layers > num_tensors:
-        raise ValueError(f"it asks for {layers} layers, but {WEIGHTS_FILE} holds {num_tensors} tensors")
-    if not re.fullmatch(r"(timm:)?[\w.-]+", config.image.name):
-        # timm also accepts names that make it read other folders or download.
-        raise ValueError(f"the image encoder's name {config.image.name!r} is more than a name")
-
-
-def _build_without_weights(config: CoCaConfig) -> CoCa:
-    with without_values():
-        model = CoCa(config)
-    stored = model.state_dict().keys()
-    if all(name in stored for name, _ in model.named_buffers()):
-        return model
-    # Some timm backbones have tables that are computed and not stored; they exist only after a real build.
-    return CoCa(config)
 
 
 def _check_same(file: Path, wrong: str) -> None:

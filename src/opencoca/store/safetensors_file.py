@@ -8,24 +8,46 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from opencoca.system.files import atomic_write
+from opencoca.system.json_files import in_brief
 
 # A model of 2 billion parameters has a header of about 200 kB; the format allows 100 MB, which takes seconds to parse.
 MAX_HEADER_BYTES = 8_000_000
 _REMEDY = "copy or download it again"
+_FLOAT = "float"
+# What weights may be stored as: any of the floating-point types, or exactly one of the others.
+_KINDS = {
+    **dict.fromkeys((torch.float64, torch.float32, torch.float16, torch.bfloat16), _FLOAT),
+    **{dtype: str(dtype) for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)},
+}
+_STORED_KINDS = {
+    **dict.fromkeys(("F64", "F32", "F16", "BF16"), _FLOAT),
+    **{"I64": "torch.int64", "I32": "torch.int32", "I16": "torch.int16", "I8": "torch.int8"},
+    **{"U8": "torch.uint8", "BOOL": "torch.bool"},
+}
 
 
 class TensorInfo(NamedTuple):
-    """The shape and type of a tensor, as the header states them."""
+    """The shape of a tensor, and whether it holds floating-point numbers or which others."""
 
     shape: tuple[int, ...]
-    is_floating_point: bool
+    kind: str
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "TensorInfo":
+        return cls(tuple(tensor.shape), _KINDS.get(tensor.dtype, str(tensor.dtype)))
+
+
+def is_supported(dtype: torch.dtype) -> bool:
+    """Whether weights of this type can be loaded; types of 8 bits and fewer that are no integers cannot."""
+    return dtype in _KINDS
 
 
 def read_tensor_infos(file: str | os.PathLike[str]) -> dict[str, TensorInfo]:
@@ -33,15 +55,11 @@ def read_tensor_infos(file: str | os.PathLike[str]) -> dict[str, TensorInfo]:
 
     Raises:
         ValueError: the file is damaged or cut short: its header is no JSON or too long, or its tensors overlap, leave
-            gaps or end outside of the file.
+            gaps or end outside of the file; or a tensor is of a type that cannot be computed with.
     """
-    _check_lengths(Path(file))
-    try:
-        with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            return {name: TensorInfo(tuple(part.get_shape()), "F" in part.get_dtype()) for name, part in slices.items()}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or cut short ({error}); {_REMEDY}") from error
+    with _opened(Path(file)) as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        return {name: TensorInfo(tuple(part.get_shape()), _kind(file, name, part)) for name, part in slices.items()}
 
 
 def read_tensors(file: str | os.PathLike[str], device: str = "cpu") -> dict[str, Tensor]:
@@ -52,12 +70,10 @@ def read_tensors(file: str | os.PathLike[str], device: str = "cpu") -> dict[str,
     Raises:
         ValueError: as `read_tensor_infos`.
     """
-    _check_lengths(Path(file))
-    try:
-        with safe_open(file, framework="pt", device=device) as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or cut short ({error}); {_REMEDY}") from error
+    with _opened(Path(file), device) as opened:
+        for name in opened.keys():  # noqa: SIM118
+            _kind(file, name, opened.get_slice(name))
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
 
 
 def write_tensors(file: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
@@ -77,7 +93,7 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 def differences(expected: Mapping[str, Tensor], found: Mapping[str, TensorInfo]) -> str:
     """How the tensors found differ from those expected in names, shapes and types, in words; empty if in nothing."""
     common = sorted(expected.keys() & found.keys())
-    wanted = {name: TensorInfo(tuple(expected[name].shape), expected[name].is_floating_point()) for name in common}
+    wanted = {name: TensorInfo.of(expected[name]) for name in common}
     return listed_names(
         {
             "missing": sorted(expected.keys() - found.keys()),
@@ -87,9 +103,7 @@ def differences(expected: Mapping[str, Tensor], found: Mapping[str, TensorInfo])
                 for name in common
                 if found[name].shape != wanted[name].shape
             ],
-            "of another type": [
-                name for name in common if found[name].is_floating_point != wanted[name].is_floating_point
-            ],
+            "of another type": [name for name in common if found[name].kind != wanted[name].kind],
         }
     )
 
@@ -101,7 +115,7 @@ def listed_names(problems: Mapping[str, list[str]]) -> str:
 
 def first_names(names: list[str], count: int = 3) -> str:
     """The first few of the names, in one line."""
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+    return ", ".join(in_brief(name, 80) for name in names[:count]) + (", ..." if len(names) > count else "")
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -110,6 +124,25 @@ def _is_finite(tensor: Tensor) -> bool:
     # One pass without a tensor of booleans: where there is a NaN, minimum and maximum are NaN.
     least, greatest = tensor.detach().aminmax()
     return bool(least.isfinite() & greatest.isfinite())
+
+
+@contextlib.contextmanager
+def _opened(file: Path, device: str = "cpu") -> Iterator[Any]:
+    _check_lengths(file)
+    try:
+        with safe_open(file, framework="pt", device=device) as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut short ({in_brief(error)}); {_REMEDY}") from error
+
+
+def _kind(file: str | os.PathLike[str], name: str, part: Any) -> str:
+    stored = part.get_dtype()
+    if stored not in _STORED_KINDS:
+        raise ValueError(
+            f"{file} holds {in_brief(name, 60)} as {stored}, which is not supported; store it as F32, F16 or BF16"
+        )
+    return _STORED_KINDS[stored]
 
 
 def _check_lengths(file: Path) -> None:

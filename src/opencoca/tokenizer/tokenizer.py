@@ -3,9 +3,10 @@
 Letters: B batch, T text positions.
 """
 
+import contextlib
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +16,14 @@ from tokenizers import normalizers
 from torch import Tensor
 
 from opencoca.system.files import write_text
+from opencoca.system.json_files import in_brief, parse_json, read_bounded
 from opencoca.tokenizer.backend import require_text
 from opencoca.tokenizer.clip import CLIP_WORD_END, build_clip_backend, clean_as_clip
+from opencoca.tokenizer.file_checks import check_tokenizer_content
 
 FILE_NAME = "tokenizer.json"
+# Far more than any real file has, and than a caption.
+MAX_FILE_BYTES, MAX_TEXT_LENGTH = 32_000_000, 100_000
 
 
 class TokenBatch(NamedTuple):
@@ -42,7 +47,8 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         """Wraps `backend`, which must have the form that this package's docstring describes, else `ValueError`."""
-        framing = backend.encode("").ids
+        with _in_one_sentence("encode a text"):
+            framing = backend.encode("").ids
         if backend.padding is None or len(framing) != 2:
             raise ValueError("no start, end and padding ids are declared in it")
         self._json = backend.to_str()
@@ -52,7 +58,7 @@ class Tokenizer:
         self.context_length: int | None = None
         if sorted(backend.get_vocab().values()) != list(range(self.vocab_size)):
             raise ValueError(f"its ids are not 0 to {self.vocab_size - 1}, each used once")
-        if len({self.pad_id, *framing}) != 3 or not 0 <= self.pad_id < self.vocab_size:
+        if len({self.pad_id, *framing}) != 3 or not all(0 <= i < self.vocab_size for i in (self.pad_id, *framing)):
             raise ValueError(f"its special ids {self.pad_id}, {framing} are not three different ids of its vocabulary")
         if None in (backend.normalizer, backend.pre_tokenizer, backend.decoder):
             raise ValueError("its normalizer, pre-tokenizer or decoder is missing")
@@ -82,7 +88,8 @@ class Tokenizer:
         """Reads a `tokenizer.json`, or the one in the folder `path`, as `save` wrote it.
 
         Raises:
-            ValueError: the file is missing, damaged, or no tokenizer of this form.
+            ValueError: the file is missing, damaged, or no tokenizer of this form. Its components, numbers and regular
+                expressions are checked before the library sees them (`check_tokenizer_content`).
         """
         file = Path(path)
         if file.is_dir():
@@ -90,13 +97,12 @@ class Tokenizer:
         remedy = "give a file that Tokenizer.save or `opencoca tokenizer train` wrote"
         if not file.is_file():
             raise ValueError(f"there is no tokenizer at {file}; {remedy}")
+        text = read_bounded(file, MAX_FILE_BYTES)
+        content = parse_json(text, file)
         try:
-            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except OSError:
-            raise
-        except Exception as error:  # the library raises bare Exception for whatever it cannot read
-            raise ValueError(f"{file} is damaged or no tokenizer.json ({error}); {remedy}") from error
-        try:
+            check_tokenizer_content(content)
+            with _in_one_sentence("be read"):
+                backend = tokenizers.Tokenizer.from_str(text)
             return cls(backend)
         except ValueError as error:
             raise ValueError(f"{file} is no tokenizer of OpenCoCa's form: {error}; {remedy}") from error
@@ -120,11 +126,16 @@ class Tokenizer:
         """Returns the text as the vocabulary sees it; a trained tokenizer's `decode(encode(text))` gives the same."""
         readable = self._readable([text])[0]
         # A trained tokenizer marks the first word by a space, which is dropped here.
-        return readable if self._is_clip else self._normalizer.normalize_str(readable)[1:]
+        if self._is_clip:
+            return readable
+        with _in_one_sentence("normalize this text"):
+            return self._normalizer.normalize_str(readable)[1:]
 
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of one text, of any length: bos, words, eos."""
-        return self._backend.encode(self._readable([text])[0]).ids
+        """Returns the token ids of one text, of its first 100,000 characters at most: bos, words, eos."""
+        readable = self._readable([text])[0]
+        with _in_one_sentence("encode this text"):
+            return self._backend.encode(readable).ids
 
     def with_context_length(self, context_length: int) -> "Tokenizer":
         """Returns this tokenizer with another `context_length`."""
@@ -143,7 +154,9 @@ class Tokenizer:
         limit = self.context_length if context_length is None else context_length
         if limit is not None and limit < 2:
             raise ValueError(f"context_length is {limit}, but start and end alone take 2 positions")
-        encodings = self._backend.encode_batch_fast(self._readable(texts))
+        readable = self._readable(texts)
+        with _in_one_sentence("encode these texts"):
+            encodings = self._backend.encode_batch_fast(readable)
         return [encoding.ids if limit is None else self._cut(encoding.ids, limit) for encoding in encodings]
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> TokenBatch:
@@ -174,14 +187,16 @@ class Tokenizer:
 
     def decode_batch(self, batch: Sequence[Sequence[int] | Tensor] | Tensor) -> list[str]:
         """Decodes each row of (B, T) ids; rows of a list may differ in length."""
-        texts = self._backend.decode_batch([self._words(ids) for ids in batch], skip_special_tokens=False)
+        words = [self._words(ids) for ids in batch]
+        with _in_one_sentence("decode these ids"):
+            texts = self._backend.decode_batch(words, skip_special_tokens=False)
         return [text.removesuffix(" ") for text in texts] if self._is_clip else texts
 
     def _readable(self, texts: Sequence[str]) -> list[str]:
         """Returns the texts in the form that the backend takes."""
         if isinstance(texts, str):
             raise ValueError(f"expected a list of texts, not the single text {texts[:40]!r}; put it in a list")
-        texts = [require_text(text, position) for position, text in enumerate(texts)]
+        texts = [require_text(text, position)[:MAX_TEXT_LENGTH] for position, text in enumerate(texts)]
         return [clean_as_clip(text) for text in texts] if self._is_clip else texts
 
     def _cut(self, ids: list[int], context_length: int) -> list[int]:
@@ -200,3 +215,14 @@ class Tokenizer:
                 ids.pop()
         dropped = {self.bos_id} if self._is_clip else {self.bos_id, self.pad_id}
         return [token_id for token_id in ids if token_id not in dropped]
+
+
+@contextlib.contextmanager
+def _in_one_sentence(doing: str) -> Iterator[None]:
+    """Makes a ValueError of whatever the library raises: bare Exception, or what Rust panics become in Python."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"it cannot {doing} ({in_brief(error)})") from error

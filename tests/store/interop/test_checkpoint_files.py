@@ -10,12 +10,13 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from opencoca.store.interop.checkpoint_files import read_checkpoint
+from opencoca.store.interop.checkpoint_files import _load_zip, read_checkpoint
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor(2.5), "c": torch.arange(3)}
 
@@ -179,3 +180,24 @@ def test_missing_files_and_folders(tmp_path: Path):
         read_checkpoint(tmp_path / "missing.pt")
     with pytest.raises(ValueError, match=f"{tmp_path} is not a file"):
         read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("number", [np.int64(-3), np.float64(1e-5), np.float32(0.5), np.bool_(True), np.uint8(7)])
+def test_numpy_numbers_beside_the_weights_are_plain_data(tmp_path: Path, number: np.generic):
+    torch.save({"epoch": number, "state_dict": TENSORS, "optimizer": {"lr": [number]}}, tmp_path / "a.pt")
+    assert_equal(read_checkpoint(tmp_path / "a.pt"))
+    assert _load_zip(tmp_path / "a.pt")["optimizer"]["lr"] == [number.item()]
+
+
+@pytest.mark.parametrize("value", [np.str_("x"), np.datetime64("2020-01-01"), np.zeros(2, dtype="O")])
+def test_what_else_numpy_has_is_refused(tmp_path: Path, value: object):
+    torch.save({"more": value, "state_dict": TENSORS}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
+def test_types_that_cannot_be_computed_with_are_named(tmp_path: Path, dtype: torch.dtype):
+    torch.save({"a": torch.ones(2).to(dtype)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="'a' is sparse, quantized, without values or of the type"):
+        read_checkpoint(tmp_path / "a.pt")

@@ -138,6 +138,7 @@ UNSUPPORTED = {
     "ls_init_value": {"text_cfg__ls_init_value": 0.1},
     "embed_dim": {"embed_dim": 16},
     "init_logit_bias": {"init_logit_bias": -10},
+    "init_logit_scale": {"init_logit_scale": -1e9},
     "invented": {"invented": 1},
     "text_cfg": {"text_cfg": 3},
 }
@@ -294,6 +295,14 @@ def test_damaged_weights_are_named_at_once_and_nothing_is_written(
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert "damaged.pt does not hold the weights of this open_clip model" in message
+
+
+def test_more_layers_than_the_weights_have_are_refused_at_once(tmp_path: Path):
+    torch.save({"a": torch.zeros(2)}, tmp_path / "few.pt")
+    for layers, sentence in ((10**6, "must be at most 512"), (500, r"few\.pt does not hold .* asks for 502 layers")):
+        (tmp_path / "deep.json").write_text(json.dumps(changed(vision_cfg__layers=layers)))
+        with pytest.raises(ValueError, match=sentence):
+            load_open_clip(tmp_path / "deep.json", tmp_path / "few.pt")
 
 
 def test_another_models_vocabulary_has_no_tokenizer(tmp_path: Path, their_weights):

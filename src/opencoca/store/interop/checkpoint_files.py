@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opencoca.store.safetensors_file import read_tensors
+from opencoca.store.interop.numpy_numbers import NUMPY_NUMBERS
+from opencoca.store.safetensors_file import is_supported, read_tensors
+from opencoca.system.json_files import in_brief
 
 _ZIP_START = b"PK\x03\x04"
 # The size of the tensors' description; a model of 2 billion parameters with its optimizer has under 1 MB.
@@ -27,7 +29,8 @@ _REMEDY = "copy or download it again"
 def read_checkpoint(file: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Reads the named tensors of a weight file, on the CPU.
 
-    The file holds a state dict, or a training checkpoint that has one under ``state_dict``. The prefixes that
+    The file holds a state dict, or a training checkpoint that has one under ``state_dict``; NumPy's numbers in it are
+    plain data and no obstacle. The prefixes that
     data-parallel training (``module.``) and torch.compile (``_orig_mod.``) put before every name are dropped.
 
     Raises:
@@ -68,7 +71,8 @@ def named_tensors(content: Any, label: str) -> dict[str, Tensor]:
 def _load_zip(path: Path) -> Any:
     _check_zip(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged pickles fail with exceptions of every kind
         raise ValueError(_explain(path, error)) from error
 
@@ -97,12 +101,12 @@ def _explain(path: Path, error: Exception) -> str:
     # PyTorch's own message suggests to allow what the file asks for, which nobody should do here.
     wanted = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"\b(?:class|function|type) <?'?([\w.]+)", text)
     if "eights only load failed" in text or "nsupported" in text:
-        name = f" ({wanted[1]})" if wanted else ""
+        name = f" ({in_brief(wanted[1], 60)})" if wanted else ""
         return (
             f"{path} holds more than tensors{name}, which could run code when opened, so it was not; if you trust "
             "where it comes from, load it there and save its state dict alone"
         )
-    reason = " ".join(text.split())[:160] or type(error).__name__
+    reason = in_brief(text) or type(error).__name__
     return f"{path} is damaged or cut short ({reason}); {_REMEDY}"
 
 
@@ -120,11 +124,14 @@ def _check_tensors(tensors: Mapping[str, Any], label: str) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(
-                f"{label} holds {name!r}, which is no tensor but a {type(tensor).__name__}; give a state dict, or a "
-                "checkpoint that has one under 'state_dict'"
+                f"{label} holds {in_brief(repr(name), 60)}, which is no tensor but a {type(tensor).__name__}; give a "
+                "state dict, or a checkpoint that has one under 'state_dict'"
             )
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise ValueError(f"{label}: the tensor {name!r} is sparse, quantized or without values; give a dense one")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or not is_supported(tensor.dtype):
+            raise ValueError(
+                f"{label}: the tensor {in_brief(repr(name), 60)} is sparse, quantized, without values or of the type "
+                f"{tensor.dtype}; give a dense one of 16 or 32 bits"
+            )
 
 
 def _drop_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

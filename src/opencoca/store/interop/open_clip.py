@@ -26,8 +26,10 @@ from opencoca.store.interop.open_clip_config import (
 )
 from opencoca.store.interop.open_clip_options import CONFIG_FILE, read_config
 from opencoca.store.interop.open_clip_tensors import tensor_maps
+from opencoca.store.model_folder import check_depth, check_image_size
 from opencoca.store.safetensors_file import TensorInfo, differences, listed_names, non_finite, write_tensors
 from opencoca.system.files import write_json
+from opencoca.system.json_files import in_brief
 from opencoca.tokenizer import Tokenizer
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -70,16 +72,25 @@ def load_open_clip(
             not finite. The message names it.
     """
     read = read_config(name_or_json)
-    config, preprocess = config_from_open_clip(read.model), preprocess_from_open_clip(read)
+    try:
+        config, preprocess = config_from_open_clip(read.model), preprocess_from_open_clip(read)
+        check_image_size(config, preprocess)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(name_or_json)}: {in_brief(error, 200)}") from error
     tokenizer = Tokenizer.clip()
     if config.text.vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"open_clip's option text_cfg.vocab_size = {config.text.vocab_size} is not supported here: CLIP's "
             f"vocabulary, which it is used with, has {tokenizer.vocab_size} ids"
         )
+    read_tensors = read_checkpoint(checkpoint)
+    try:
+        check_depth(config, len(read_tensors))
+    except ValueError as error:
+        raise ValueError(f"{checkpoint} does not hold the weights of this open_clip model: {error}") from error
     with without_values():
         model = CoCa(config)
-    tensors = convert_state_dict(read_checkpoint(checkpoint), model, str(Path(checkpoint)))
+    tensors = convert_state_dict(read_tensors, model, str(Path(checkpoint)))
     tensors = {name: _cast(tensor, dtype) for name, tensor in tensors.items()}
     # open_clip limits the temperature in training alone.
     scale = math.exp(min(float(tensors["log_logit_scale"]), 80.0))
@@ -132,7 +143,7 @@ def save_open_clip_folder(folder: str | os.PathLike[str], model: CoCa, preproces
 
 
 def _check(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], label: str) -> None:
-    found = {name: TensorInfo(tuple(t.shape), t.is_floating_point()) for name, t in given.items()}
+    found = {name: TensorInfo.of(tensor) for name, tensor in given.items()}
     # The numbers themselves are read only when their sizes are known to be right.
     listed = differences(expected, found) or listed_names({"not finite": non_finite(given)})
     if listed:

@@ -8,6 +8,7 @@ from typing import Any
 from opencoca.data.transforms import PreprocessConfig
 from opencoca.model.config import CoCaConfig, Compat, ImageEncoderConfig, PoolerConfig, TextConfig
 from opencoca.store.interop.open_clip_options import DEFAULT_LOGIT_SCALE, VISION, OpenClipConfig, read_options
+from opencoca.system.json_files import in_brief
 
 # open_clip ignores its own option multimodal_cfg.mlp_ratio.
 _MULTIMODAL_MLP_RATIO = 4
@@ -82,16 +83,17 @@ def preprocess_from_open_clip(config: OpenClipConfig) -> PreprocessConfig:
     """Returns how open_clip prepares images for evaluation. Raises ValueError for an option that is not supported."""
     options, default = config.preprocess, PreprocessConfig()
     known = {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color"}
-    resize_mode = options.get("resize_mode") or "shortest"
+    resize_mode = str(options.get("resize_mode") or "shortest")
     supported = {
         "mode": options.get("mode", "RGB") == "RGB",
         "interpolation": (options.get("interpolation") or "bicubic") == "bicubic",
         "resize_mode": resize_mode in _RESIZE_MODES,
     }
     for name in [*(options.keys() - known), *(name for name, good in supported.items() if not good)]:
-        raise ValueError(f"open_clip's option preprocess_cfg.{name} = {options[name]!r} is not supported here")
-    size = options.get("size") or config.model["vision_cfg"].get("image_size", VISION["image_size"])
+        shown = f"preprocess_cfg.{in_brief(name, 60)} = {in_brief(repr(options[name]), 60)}"
+        raise ValueError(f"open_clip's option {shown} is not supported here")
     try:
+        size = options.get("size") or config.model["vision_cfg"].get("image_size", VISION["image_size"])
         return PreprocessConfig.from_dict(
             {
                 "image_size": size if isinstance(size, list | tuple) else (size, size),
@@ -100,8 +102,9 @@ def preprocess_from_open_clip(config: OpenClipConfig) -> PreprocessConfig:
                 "resize_mode": _RESIZE_MODES[resize_mode],
             }
         )
-    except TypeError as error:
-        raise ValueError(f"open_clip's option preprocess_cfg has a value of the wrong type: {error}") from error
+    except (TypeError, AttributeError) as error:
+        reason = in_brief(error)
+        raise ValueError(f"open_clip's option preprocess_cfg has a value of the wrong type: {reason}") from error
 
 
 def preprocess_to_open_clip(preprocess: PreprocessConfig) -> dict[str, Any]:

@@ -4,7 +4,6 @@ An unknown option is an error that names it: nothing is left out silently. open_
 its own options for CoCa (``multimodal_cfg.n_queries``, for one); those are ignored here as well.
 """
 
-import json
 import math
 import os
 import warnings
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from opencoca.system.json_files import in_brief, read_json
 from opencoca.system.notice import Notice
 
 CONFIG_FILE = "open_clip_config.json"
@@ -125,7 +125,7 @@ _ALLOWED: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("act_kwargs", "norm_kwargs", "tokenizer_kwargs"), lambda value: value in (None, {})),
     **dict.fromkeys(("output_tokens", "embed_cls"), lambda value: value is True),
     "pad_id": lambda value: _is_count(value, least=0),
-    "init_logit_scale": _is_number,
+    "init_logit_scale": lambda value: _is_number(value) and abs(value) <= 50,
     "ls_init_value": lambda value: value is None or _is_number(value),
     "image_size": _is_image_size,
     "attentional_pool": lambda value: value in (False, True, "cascade", "parallel"),
@@ -183,12 +183,7 @@ def read_config(name_or_path: str | os.PathLike[str]) -> OpenClipConfig:
             f"there is no open_clip model {name!r} and no such file; known: {', '.join(CONFIGS)}, or give the model's "
             "configuration as a JSON file"
         )
-    if file.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ValueError(f"{file} is no open_clip configuration: it has more than {_MAX_CONFIG_BYTES:,} bytes")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: it is not JSON ({error})") from error
+    content = read_json(file, _MAX_CONFIG_BYTES)
     model = content.get("model_cfg", content) if isinstance(content, dict) else None
     preprocess = content.get("preprocess_cfg", {}) if isinstance(content, dict) else None
     if not isinstance(model, dict) or not isinstance(preprocess, dict) or "vision_cfg" not in model:
@@ -233,11 +228,13 @@ def _read(options: Mapping[str, Any], defaults: Mapping[str, Any], section: str)
         if name in defaults:
             values[name] = value
         elif name not in _IGNORED[section]:
-            raise ValueError(f"open_clip's option {label} is unknown here, so that the model cannot be converted")
+            raise ValueError(
+                f"open_clip's option {in_brief(label)} is unknown here, so that the model cannot be converted"
+            )
     for name, value in values.items():
         label = f"{section}.{name}" if section else name
         if not (_ALLOWED[name](value) if name in _ALLOWED else value == defaults[name]):
-            raise ValueError(f"open_clip's option {label} = {value!r} is not supported here")
+            raise ValueError(f"open_clip's option {label} = {in_brief(repr(value), 60)} is not supported here")
     if values.get("patch_dropout"):
         warnings.warn(
             f"open_clip's option {section}.patch_dropout = {values['patch_dropout']} drops patches in training and is "
