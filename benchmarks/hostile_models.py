@@ -7,18 +7,19 @@ in a process of its own, so that an abort is seen as well.
 import copy
 import json
 import multiprocessing
-import os
 import random
-import resource
+import shutil
 import struct
-import sys
-import time
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import trials
 from PIL import Image
+from trials import Trial
 
 import opencoca
 from opencoca.data.transforms import PreprocessConfig
@@ -27,30 +28,23 @@ from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, 
 from opencoca.store.model_folder import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, save_model_folder
 from opencoca.tokenizer import train_tokenizer
 
-MAX_SECONDS, MAX_BYTES, MAX_SENTENCE = 2.0, 500_000_000, 300
-_TIMEOUT_S = 60.0
+_MAX_SECONDS, _MAX_BYTES, _TIMEOUT_S = 2.0, 500_000_000, 60.0
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["hostile_models"])
 
 
-class Outcome(NamedTuple):
-    """What became of one variant: what was changed, the sentence of the refusal ("" if it loads), what was wrong."""
-
-    change: str
-    sentence: str
-    seconds: float
-    extra_bytes: int
-    wrong: str
-
-
-def try_variants(folder: Path, count: int, seed: int = 0) -> Iterator[Outcome]:
-    """Makes the variants one after the other in a folder, and tries each."""
-    sound = folder / "sound"
-    make_sound_folder(sound)
-    for number in range(count):
-        variant = folder / f"variant-{number}"
-        change = write_variant(sound, variant, random.Random(f"{seed}/{number}"))
-        yield _try(variant, f"{number}: {change}")
+def attempt(seed: int, first: int, count: int) -> list[Trial]:
+    """Makes some variants of a seed and tries each."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        sound = Path(folder) / "sound"
+        make_sound_folder(sound)
+        for number in range(first, first + count):
+            variant = Path(folder) / f"variant-{number}"
+            change = write_variant(sound, variant, random.Random(f"{seed}/{number}"))
+            found.append(_try(variant, f"{number}: {change}"))
+            shutil.rmtree(variant)
+    return found
 
 
 def make_sound_folder(folder: Path) -> None:
@@ -191,50 +185,31 @@ def _change_weights(content: bytes, rng: random.Random) -> tuple[str, bytes]:
     return f"{kind} of {name}: {str(header.get(name))[:60]}", struct.pack("<Q", len(encoded)) + encoded + numbers
 
 
-def use_model(folder: str, report: str, output: str) -> None:
-    """Loads a model and uses it as a command would; writes what happened. Runs in a process of its own."""
-    with open(output, "wb") as file:
-        for descriptor in (1, 2):
-            os.dup2(file.fileno(), descriptor)
-    torch.set_num_threads(1)
-    before, start, sentence = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter(), ""
-    try:
-        pipeline = opencoca.load(folder, device="cpu")
-        pipeline.caption(Image.new("RGB", (40, 30)))
-        ids = pipeline.tokenizer(["aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!", "A \ufdfa dog  . ."], 14).token_ids
-        pipeline.tokenizer.decode_batch(ids)
-    except (ValueError, OSError) as error:
-        sentence = str(error) or type(error).__name__
-    seconds = time.perf_counter() - start
-    extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    Path(report).write_text(json.dumps([sentence, seconds, extra]))
-
-
-def _try(folder: Path, change: str) -> Outcome:
-    report, output = folder / "report.json", folder / "output.txt"
-    process = _CONTEXT.Process(target=use_model, args=(str(folder), str(report), str(output)))
+def _try(folder: Path, name: str) -> Trial:
+    receiver, sender = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=_try_here, args=(folder, name, sender))
     process.start()
-    process.join(_TIMEOUT_S)
-    if process.exitcode is None:
+    sender.close()
+    try:
+        if receiver.poll(_TIMEOUT_S):
+            return receiver.recv()
+        return Trial(name, "", "it does not end", _TIMEOUT_S, 0)
+    except EOFError:
+        process.join()
+        return Trial(name, "", f"the process died with {process.exitcode}", 0.0, 0)
+    finally:
         process.kill()
         process.join()
-        return Outcome(change, "", _TIMEOUT_S, 0, "it does not end")
-    printed = output.read_text(errors="replace")
-    if process.exitcode or not report.is_file():
-        return Outcome(change, "", 0.0, 0, f"exit code {process.exitcode}: {printed[-300:]}")
-    sentence, seconds, extra = json.loads(report.read_text())
-    checks: dict[str, Callable[[], bool]] = {
-        f"printed {printed[:200]!r}": lambda: bool(printed),
-        f"took {seconds:.1f} s": lambda: seconds > MAX_SECONDS,
-        f"took {extra / 1e6:.0f} MB": lambda: extra > MAX_BYTES,
-        f"is no short sentence: {sentence[:400]!r}": lambda: len(sentence) > MAX_SENTENCE or not _is_line(sentence),
-    }
-    return Outcome(change, sentence, seconds, extra, "; ".join(text for text, holds in checks.items() if holds()))
 
 
-def _is_line(sentence: str) -> bool:
-    return all(char.isprintable() for char in sentence)
+def _try_here(folder: Path, name: str, sender: Connection) -> None:
+    torch.set_num_threads(1)
+    sender.send(trials.attempt(name, lambda: _use(folder), _MAX_SECONDS, _MAX_BYTES))
 
 
-if __name__ == "__main__":
-    sys.exit("run benchmarks/robustness.py models")
+def _use(folder: Path) -> None:
+    """Loads a model and uses it as commands would."""
+    pipeline = opencoca.load(folder, device="cpu")
+    pipeline.caption(Image.new("RGB", (40, 30)))
+    ids = pipeline.tokenizer(["aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!", "A \ufdfa dog  . ."], 14).token_ids
+    pipeline.tokenizer.decode_batch(ids)

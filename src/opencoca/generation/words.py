@@ -28,7 +28,10 @@ class Spelling:
         model = json.loads(tokenizer.to_json())["model"]
         self.word_end: str = model.get("end_of_word_suffix") or ""
         self.tokens = [""] * tokenizer.vocab_size
-        for token, token_id in model["vocab"].items():
+        vocab = model["vocab"]
+        if isinstance(vocab, list):  # Unigram's has pairs of token and score, in the order of the ids
+            vocab = {token: token_id for token_id, (token, _) in enumerate(vocab)}
+        for token, token_id in vocab.items():
             self.tokens[token_id] = token
         for special in (tokenizer.bos_id, tokenizer.eos_id):
             self.tokens[special] = ""

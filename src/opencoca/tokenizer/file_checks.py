@@ -14,7 +14,7 @@ from opencoca.tokenizer.charsmap import charsmap_growth
 from opencoca.tokenizer.patterns import is_safe_pattern
 
 # How many times longer a text may become, beside what Unicode's own forms do to it.
-_MAX_GROWTH = 64
+_MAX_GROWTH = 128
 _MAX_COMPONENTS, _MAX_TOKEN_LENGTH, _MAX_IDS, _MAX_UINT32 = 32, 10_000, 1 << 20, (1 << 32) - 1
 
 Check = Callable[[Any], bool]
