@@ -30,7 +30,7 @@ from opencoca.tokenizer import train_tokenizer
 
 _MAX_SECONDS, _MAX_BYTES, _TIMEOUT_S = 2.0, 500_000_000, 60.0
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["hostile_models"])
+_CONTEXT.set_forkserver_preload(["opencoca.inference.loading", "opencoca.generation.loop"])
 
 
 def attempt(seed: int, first: int, count: int) -> list[Trial]:

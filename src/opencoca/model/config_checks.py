@@ -43,7 +43,7 @@ def check_fields(where: str, config: Any) -> None:
             raise ValueError(f"{where} {name} {shown} is none of {', '.join(get_args(hint))}")
         if not _is_of_type(value, hint):
             raise ValueError(f"{where} {name} {shown} must be {_described(hint)}")
-        if int in (hint, *get_args(hint)) and (value or 0) > (most := _MAX_COUNTS.get(name, _MAX_COUNT)):
+        if int in (hint, *get_args(hint)) and _is_whole(value) and value > (most := _MAX_COUNTS.get(name, _MAX_COUNT)):
             raise ValueError(f"{where} {name} {shown} must be at most {most:,}")
 
 

@@ -23,7 +23,7 @@ def read_bounded(file: Path, max_bytes: int) -> str:
         content = stream.read(max_bytes + 1)
         size = max(len(content), os.fstat(stream.fileno()).st_size)
     if size > max_bytes:
-        raise ValueError(f"{file} is damaged or no model's: it has {size:,} bytes, more than {max_bytes:,}")
+        raise ValueError(f"{file} is damaged or no model's: it has {size:,} bytes, more than {max_bytes:,} bytes")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -61,8 +61,7 @@ def _check_component(component: Any, section: str, count: _Count) -> None:
         return
     fields = _COMPONENTS[section].get(kind) if isinstance(kind, str) else None
     if fields is None:
-        known = ", ".join(_COMPONENTS[section])
-        raise ValueError(f"its {section} has {_shown(kind)}, which is none of Sequence, {known}")
+        raise ValueError(f"its {section} has the type {_shown(kind)}, which is not supported")
     _check_fields(component, {"type": _is_text, **fields}, f"{section} {kind}")
     if kind == "TemplateProcessing":
         _check_template(component)
@@ -124,7 +123,7 @@ def _check_model(model: Any) -> None:
 
 
 def _shown(value: object) -> str:
-    return in_brief(repr(value) if isinstance(value, str | int | float | None) else type(value).__name__, 40)
+    return in_brief(repr(value) if isinstance(value, str | int | float | dict | None) else type(value).__name__, 40)
 
 
 # What the fields of components may be

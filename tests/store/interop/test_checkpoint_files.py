@@ -199,5 +199,5 @@ def test_what_else_numpy_has_is_refused(tmp_path: Path, value: object):
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
 def test_types_that_cannot_be_computed_with_are_named(tmp_path: Path, dtype: torch.dtype):
     torch.save({"a": torch.ones(2).to(dtype)}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="'a' is sparse, quantized, without values or of the type"):
+    with pytest.raises(ValueError, match=r"'a' is torch\.\w+, which is not supported"):
         read_checkpoint(tmp_path / "a.pt")

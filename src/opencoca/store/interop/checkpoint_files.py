@@ -127,10 +127,12 @@ def _check_tensors(tensors: Mapping[str, Any], label: str) -> None:
                 f"{label} holds {in_brief(repr(name), 60)}, which is no tensor but a {type(tensor).__name__}; give a "
                 "state dict, or a checkpoint that has one under 'state_dict'"
             )
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or not is_supported(tensor.dtype):
+        shown = in_brief(repr(name), 60)
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise ValueError(f"{label}: the tensor {shown} is sparse, quantized or without values; give a dense one")
+        if not is_supported(tensor.dtype):
             raise ValueError(
-                f"{label}: the tensor {in_brief(repr(name), 60)} is sparse, quantized, without values or of the type "
-                f"{tensor.dtype}; give a dense one of 16 or 32 bits"
+                f"{label}: {shown} is {tensor.dtype}, which is not supported; store it as float32 or float16"
             )
 
 
