@@ -214,7 +214,7 @@ WRONG_DICTS = [
     ({"text": {"width": "wide"}}, r"width 'wide'"),
     ({"text": {"num_heads": "12"}}, r"num_heads '12'"),
     ({"text": {"width": 768.0}}, r"width 768\.0"),
-    ({"text": {"dropout": "much"}}, r"model\.text has a value of the wrong type"),
+    ({"text": {"dropout": "much"}}, "text dropout 'much' must be a finite number"),
     ({"text": {"num_heads": 5}}, r"num_heads 5 must divide the width 768"),
     ({"text": {"num_kv_heads": 5}}, r"num_kv_heads 5 must divide the num_heads 12"),
     ({"text": {"num_kv_heads": 0}}, r"num_kv_heads 0"),

@@ -57,7 +57,10 @@ def entry(start: int, end: int, shape: tuple[int, ...] = (4,), dtype: str = "F32
 
 def test_all_comes_back(file: Path) -> None:
     infos = read_tensor_infos(file)
-    assert infos == {name: TensorInfo(tuple(t.shape), "float" if t.is_floating_point() else str(t.dtype)) for name, t in TENSORS.items()}
+    assert infos == {
+        name: TensorInfo(tuple(t.shape), "float" if t.is_floating_point() else str(t.dtype))
+        for name, t in TENSORS.items()
+    }
     found = read_tensors(file)
     assert found.keys() == TENSORS.keys()
     assert all(found[name].equal(tensor) and found[name].dtype == tensor.dtype for name, tensor in TENSORS.items())
