@@ -204,10 +204,10 @@ def _try(folder: Path, name: str) -> Trial:
 
 def _try_here(folder: Path, name: str, sender: Connection) -> None:
     torch.set_num_threads(1)
-    sender.send(trials.attempt(name, lambda: _use(folder), _MAX_SECONDS, _MAX_BYTES))
+    sender.send(trials.attempt(name, lambda: use(folder), _MAX_SECONDS, _MAX_BYTES))
 
 
-def _use(folder: Path) -> None:
+def use(folder: Path) -> None:
     """Loads a model and uses it as commands would."""
     pipeline = opencoca.load(folder, device="cpu")
     pipeline.caption(Image.new("RGB", (40, 30)))

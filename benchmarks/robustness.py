@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import hostile_images
+import hostile_models
 import hostile_tables
 import hostile_tars
 from trials import Trial, describe
@@ -31,6 +32,7 @@ class Kind(NamedTuple):
 KINDS = {
     "images": Kind(hostile_images.attempt, 4000),
     "tables": Kind(hostile_tables.attempt, 200),
+    "models": Kind(hostile_models.attempt, 200),
     "tars": Kind(hostile_tars.attempt, 100),
 }
 _TOGETHER = 100

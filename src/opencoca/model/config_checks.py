@@ -6,7 +6,7 @@ from functools import cache
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from opencoca.system.json_files import in_brief
+from opencoca.system.messages import brief, shown
 
 MAX_IMAGE_SIDE = 8192
 # Far beyond the largest CoCa of the paper, of 2 billion parameters; what is not listed is at most _MAX_COUNT.
@@ -22,9 +22,9 @@ _MAX_COUNTS = {
 def as_pair(value: Any, name: str) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or not all(_is_whole(side) and 0 < side <= MAX_IMAGE_SIDE for side in pair):
-        shown = in_brief(repr(value), 60)
+        found = shown(value, 60)
         raise ValueError(
-            f"{name} {shown} must be (height, width) in pixels, both positive and at most {MAX_IMAGE_SIDE}"
+            f"{name} {found} must be (height, width) in pixels, both positive and at most {MAX_IMAGE_SIDE}"
         )
     return pair
 
@@ -38,13 +38,13 @@ def check_fields(where: str, config: Any) -> None:
     """Checks that every field of a dataclass has a value of its type, one of its choices, and no absurd number."""
     for name, hint in _hints(type(config)).items():
         value = getattr(config, name)
-        shown = in_brief(repr(value), 60)
+        found = shown(value, 60)
         if get_origin(hint) is Literal and value not in get_args(hint):
-            raise ValueError(f"{where} {name} {shown} is none of {', '.join(get_args(hint))}")
+            raise ValueError(f"{where} {name} {found} is none of {', '.join(get_args(hint))}")
         if not _is_of_type(value, hint):
-            raise ValueError(f"{where} {name} {shown} must be {_described(hint)}")
+            raise ValueError(f"{where} {name} {found} must be {_described(hint)}")
         if int in (hint, *get_args(hint)) and _is_whole(value) and value > (most := _MAX_COUNTS.get(name, _MAX_COUNT)):
-            raise ValueError(f"{where} {name} {shown} must be at most {most:,}")
+            raise ValueError(f"{where} {name} {found} must be at most {most:,}")
 
 
 _hints = cache(get_type_hints)
@@ -74,7 +74,7 @@ def check_counts(where: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not (_is_whole(value) and value >= 1):
-            raise ValueError(f"{where} {name} {in_brief(repr(value), 60)} must be a whole number of at least 1")
+            raise ValueError(f"{where} {name} {shown(value, 60)} must be a whole number of at least 1")
 
 
 def check_dropout(where: str, dropout: float) -> None:
@@ -84,10 +84,10 @@ def check_dropout(where: str, dropout: float) -> None:
 
 def config_from_dict(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"{where} must be a mapping of fields, got {in_brief(repr(values), 60)}")
+        raise ValueError(f"{where} must be a mapping of fields, got {shown(values, 60)}")
     hints = _hints(cls)
     if unknown := sorted(set(values) - set(hints)):
-        raise ValueError(f"{where} has unknown fields {in_brief(', '.join(unknown), 60)}; known: {', '.join(hints)}")
+        raise ValueError(f"{where} has unknown fields {brief(', '.join(unknown), 60)}; known: {', '.join(hints)}")
     arguments = dict(values)
     for name, value in values.items():
         for part in (hints[name], *get_args(hints[name])):

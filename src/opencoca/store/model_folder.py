@@ -26,7 +26,8 @@ from opencoca.store.safetensors_file import (
     write_tensors,
 )
 from opencoca.system.files import write_json, write_text
-from opencoca.system.json_files import in_brief, read_json
+from opencoca.system.json_files import read_json
+from opencoca.system.messages import brief, shown
 from opencoca.tokenizer import Tokenizer
 
 FORMAT = "opencoca-1"
@@ -209,7 +210,7 @@ def _read_config(file: Path, num_tensors: int) -> tuple[CoCaConfig, _Rest, Any]:
         check_image_size(config, preprocess)
         if not re.fullmatch(r"(timm:)?[\w.-]+", config.image.name):
             # timm also accepts names that make it read other folders or download.
-            raise ValueError(f"the image encoder's name {in_brief(repr(config.image.name), 60)} is more than a name")
+            raise ValueError(f"the image encoder's name {shown(config.image.name, 60)} is more than a name")
         task = stored.get("task")
         return config, _Rest(preprocess, dict(stored["info"]), task and dict(task)), stored.get("quantization")
 
@@ -218,8 +219,8 @@ def _read_stored(file: Path) -> dict[str, Any]:
     stored = read_json(file, _MAX_CONFIG_BYTES)
     found = stored.get("format") if isinstance(stored, dict) else None
     if found != FORMAT:
-        shown = in_brief(repr(found), 60)
-        raise ValueError(f"{file} is of format {shown}, but this version of opencoca reads {FORMAT!r} alone")
+        stated = shown(found, 60)
+        raise ValueError(f"{file} is of format {stated}, but this version of opencoca reads {FORMAT!r} alone")
     return stored
 
 
@@ -229,16 +230,15 @@ def _named(file: Path) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        raise ValueError(f"{file} is damaged: it has no entry {in_brief(error)}") from error
+        raise ValueError(f"{file} is damaged: it has no entry {brief(error)}") from error
     except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise ValueError(f"{file} describes no model that can be built: {in_brief(error, 180)}") from error
+        raise ValueError(f"{file} describes no model that can be built: {brief(error, 180)}") from error
 
 
 def _quantize_as_stored(model: CoCa, quantization: Any) -> None:
     if quantization not in (None, INT8):
         raise ValueError(
-            f"its weights are quantized as {in_brief(repr(quantization), 60)}, and this version of opencoca reads "
-            f"{INT8!r} alone"
+            f"its weights are quantized as {shown(quantization, 60)}, and this version of opencoca reads {INT8!r} alone"
         )
     if quantization == INT8:
         quantize(model)

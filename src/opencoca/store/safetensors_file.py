@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opencoca.system.files import atomic_write
-from opencoca.system.json_files import in_brief
+from opencoca.system.messages import brief
 
 # A model of 2 billion parameters has a header of about 200 kB; the format allows 100 MB, which takes seconds to parse.
 MAX_HEADER_BYTES = 8_000_000
@@ -115,7 +115,7 @@ def listed_names(problems: Mapping[str, list[str]]) -> str:
 
 def first_names(names: list[str], count: int = 3) -> str:
     """The first few of the names, in one line."""
-    return ", ".join(in_brief(name, 80) for name in names[:count]) + (", ..." if len(names) > count else "")
+    return ", ".join(brief(name, 80) for name in names[:count]) + (", ..." if len(names) > count else "")
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -133,14 +133,14 @@ def _opened(file: Path, device: str = "cpu") -> Iterator[Any]:
         with safe_open(file, framework="pt", device=device) as opened:
             yield opened
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or cut short ({in_brief(error)}); {_REMEDY}") from error
+        raise ValueError(f"{file} is damaged or cut short ({brief(error)}); {_REMEDY}") from error
 
 
 def _kind(file: str | os.PathLike[str], name: str, part: Any) -> str:
     stored = part.get_dtype()
     if stored not in _STORED_KINDS:
         raise ValueError(
-            f"{file} holds {in_brief(name, 60)} as {stored}, which is not supported; store it as F32, F16 or BF16"
+            f"{file} holds {brief(name, 60)} as {stored}, which is not supported; store it as F32, F16 or BF16"
         )
     return _STORED_KINDS[stored]
 

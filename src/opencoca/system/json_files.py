@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from opencoca.system.messages import brief, shown
+
 _MAX_DEPTH, _MAX_VALUES = 64, 4_000_000
 
 
@@ -39,16 +41,8 @@ def parse_json(text: str, file: Path) -> Any:
         content = json.loads(text, object_pairs_hook=_without_repeats)
         _check_depth(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: it is not JSON ({in_brief(error)})") from error
+        raise ValueError(f"{file} is damaged: it is not JSON ({brief(error)})") from error
     return content
-
-
-def in_brief(content: object, limit: int = 120) -> str:
-    """Returns the text of anything for a message: one line of at most `limit` characters, nothing in it unprintable."""
-    text = str(content)
-    line = " ".join(text[: 8 * limit].split())
-    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
-    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -56,7 +50,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         repeated = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"it gives {in_brief(repr(repeated), 60)} twice")
+        raise ValueError(f"it gives {shown(repeated, 60)} twice")
     return found
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from opencoca.data import SampleSource
-from opencoca.system.json_files import in_brief
+from opencoca.system.messages import brief, shown
 from opencoca.tasks.classification import Classification, ClassificationOptions
 from opencoca.tasks.pretraining import Pretraining, PretrainingOptions
 from opencoca.tasks.task import Task
@@ -34,11 +34,11 @@ def stored_task(content: Mapping[str, Any] | None) -> Task:
         )
     name = content.get("name")
     if not isinstance(name, str) or name not in TASKS:
-        raise ValueError(f"this model was finetuned on {in_brief(repr(name), 60)}; known tasks: {', '.join(TASKS)}")
+        raise ValueError(f"this model was finetuned on {shown(name, 60)}; known tasks: {', '.join(TASKS)}")
     try:
         return TASKS[name][1].from_stored(content)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the model's folder says too little of the task {name} ({in_brief(error)})") from error
+        raise ValueError(f"the model's folder says too little of the task {name} ({brief(error)})") from error
 
 
 __all__ = ["TASKS", "Task", "TaskOptions", "make_task", "stored_task"]

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from opencoca.system.json_files import in_brief
+from opencoca.system.messages import shown
 from opencoca.tokenizer.charsmap import charsmap_growth
 from opencoca.tokenizer.patterns import is_safe_pattern
 
@@ -60,7 +60,7 @@ def _check_component(component: Any, section: str, count: _Count) -> None:
             _check_component(part, section, count)
         return
     fields = _COMPONENTS[section].get(kind) if isinstance(kind, str) else None
-    if fields is None:
+    if fields is None or not isinstance(kind, str):
         raise ValueError(f"its {section} has the type {_shown(kind)}, which is not supported")
     _check_fields(component, {"type": _is_text, **fields}, f"{section} {kind}")
     if kind == "TemplateProcessing":
@@ -103,7 +103,7 @@ def _check_fields(content: Any, fields: Mapping[str, Check], name: str) -> None:
 def _check_model(model: Any) -> None:
     kind = model.get("type") if isinstance(model, dict) else None
     fields = _MODELS.get(kind) if isinstance(kind, str) else None
-    if fields is None:
+    if fields is None or not isinstance(kind, str):
         raise ValueError(f"its model is {_shown(kind)}, which is none of {', '.join(_MODELS)}")
     vocab = model.get("vocab")
     if not isinstance(vocab, list if kind == "Unigram" else dict) or not 0 < len(vocab) <= _MAX_IDS:
@@ -123,7 +123,7 @@ def _check_model(model: Any) -> None:
 
 
 def _shown(value: object) -> str:
-    return in_brief(repr(value) if isinstance(value, str | int | float | dict | None) else type(value).__name__, 40)
+    return shown(value, 40) if isinstance(value, str | int | float | dict | None) else type(value).__name__
 
 
 # What the fields of components may be

@@ -16,7 +16,8 @@ from tokenizers import normalizers
 from torch import Tensor
 
 from opencoca.system.files import write_text
-from opencoca.system.json_files import in_brief, parse_json, read_bounded
+from opencoca.system.json_files import parse_json, read_bounded
+from opencoca.system.messages import brief
 from opencoca.tokenizer.backend import require_text
 from opencoca.tokenizer.clip import CLIP_WORD_END, build_clip_backend, clean_as_clip
 from opencoca.tokenizer.file_checks import check_tokenizer_content
@@ -225,4 +226,4 @@ def _in_one_sentence(doing: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"it cannot {doing} ({in_brief(error)})") from error
+        raise ValueError(f"it cannot {doing} ({brief(error)})") from error

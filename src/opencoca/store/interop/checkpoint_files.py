@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opencoca.store.interop.numpy_numbers import NUMPY_NUMBERS
 from opencoca.store.safetensors_file import is_supported, read_tensors
-from opencoca.system.json_files import in_brief
+from opencoca.system.messages import brief, shown
 
 _ZIP_START = b"PK\x03\x04"
 # The size of the tensors' description; a model of 2 billion parameters with its optimizer has under 1 MB.
@@ -101,12 +101,12 @@ def _explain(path: Path, error: Exception) -> str:
     # PyTorch's own message suggests to allow what the file asks for, which nobody should do here.
     wanted = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"\b(?:class|function|type) <?'?([\w.]+)", text)
     if "eights only load failed" in text or "nsupported" in text:
-        name = f" ({in_brief(wanted[1], 60)})" if wanted else ""
+        name = f" ({brief(wanted[1], 60)})" if wanted else ""
         return (
             f"{path} holds more than tensors{name}, which could run code when opened, so it was not; if you trust "
             "where it comes from, load it there and save its state dict alone"
         )
-    reason = in_brief(text) or type(error).__name__
+    reason = brief(text) or type(error).__name__
     return f"{path} is damaged or cut short ({reason}); {_REMEDY}"
 
 
@@ -124,15 +124,15 @@ def _check_tensors(tensors: Mapping[str, Any], label: str) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(
-                f"{label} holds {in_brief(repr(name), 60)}, which is no tensor but a {type(tensor).__name__}; give a "
+                f"{label} holds {shown(name, 60)}, which is no tensor but a {type(tensor).__name__}; give a "
                 "state dict, or a checkpoint that has one under 'state_dict'"
             )
-        shown = in_brief(repr(name), 60)
+        found = shown(name, 60)
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise ValueError(f"{label}: the tensor {shown} is sparse, quantized or without values; give a dense one")
+            raise ValueError(f"{label}: the tensor {found} is sparse, quantized or without values; give a dense one")
         if not is_supported(tensor.dtype):
             raise ValueError(
-                f"{label}: {shown} is {tensor.dtype}, which is not supported; store it as float32 or float16"
+                f"{label}: {found} is {tensor.dtype}, which is not supported; store it as float32 or float16"
             )
 
 

@@ -29,7 +29,7 @@ from opencoca.store.interop.open_clip_tensors import tensor_maps
 from opencoca.store.model_folder import check_depth, check_image_size
 from opencoca.store.safetensors_file import TensorInfo, differences, listed_names, non_finite, write_tensors
 from opencoca.system.files import write_json
-from opencoca.system.json_files import in_brief
+from opencoca.system.messages import brief
 from opencoca.tokenizer import Tokenizer
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -76,21 +76,21 @@ def load_open_clip(
         config, preprocess = config_from_open_clip(read.model), preprocess_from_open_clip(read)
         check_image_size(config, preprocess)
     except ValueError as error:
-        raise ValueError(f"{os.fspath(name_or_json)}: {in_brief(error, 200)}") from error
+        raise ValueError(f"{os.fspath(name_or_json)}: {brief(error, 200)}") from error
     tokenizer = Tokenizer.clip()
     if config.text.vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"open_clip's option text_cfg.vocab_size = {config.text.vocab_size} is not supported here: CLIP's "
             f"vocabulary, which it is used with, has {tokenizer.vocab_size} ids"
         )
-    read_tensors = read_checkpoint(checkpoint)
+    stored = read_checkpoint(checkpoint)
     try:
-        check_depth(config, len(read_tensors))
+        check_depth(config, len(stored))
     except ValueError as error:
         raise ValueError(f"{checkpoint} does not hold the weights of this open_clip model: {error}") from error
     with without_values():
         model = CoCa(config)
-    tensors = convert_state_dict(read_tensors, model, str(Path(checkpoint)))
+    tensors = convert_state_dict(stored, model, str(Path(checkpoint)))
     tensors = {name: _cast(tensor, dtype) for name, tensor in tensors.items()}
     # open_clip limits the temperature in training alone.
     scale = math.exp(min(float(tensors["log_logit_scale"]), 80.0))

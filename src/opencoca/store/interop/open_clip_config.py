@@ -8,7 +8,7 @@ from typing import Any
 from opencoca.data.transforms import PreprocessConfig
 from opencoca.model.config import CoCaConfig, Compat, ImageEncoderConfig, PoolerConfig, TextConfig
 from opencoca.store.interop.open_clip_options import DEFAULT_LOGIT_SCALE, VISION, OpenClipConfig, read_options
-from opencoca.system.json_files import in_brief
+from opencoca.system.messages import brief, shown
 
 # open_clip ignores its own option multimodal_cfg.mlp_ratio.
 _MULTIMODAL_MLP_RATIO = 4
@@ -90,8 +90,8 @@ def preprocess_from_open_clip(config: OpenClipConfig) -> PreprocessConfig:
         "resize_mode": resize_mode in _RESIZE_MODES,
     }
     for name in [*(options.keys() - known), *(name for name, good in supported.items() if not good)]:
-        shown = f"preprocess_cfg.{in_brief(name, 60)} = {in_brief(repr(options[name]), 60)}"
-        raise ValueError(f"open_clip's option {shown} is not supported here")
+        named = f"preprocess_cfg.{brief(name, 60)} = {shown(options[name], 60)}"
+        raise ValueError(f"open_clip's option {named} is not supported here")
     try:
         size = options.get("size") or config.model["vision_cfg"].get("image_size", VISION["image_size"])
         return PreprocessConfig.from_dict(
@@ -103,7 +103,7 @@ def preprocess_from_open_clip(config: OpenClipConfig) -> PreprocessConfig:
             }
         )
     except (TypeError, AttributeError) as error:
-        reason = in_brief(error)
+        reason = brief(error)
         raise ValueError(f"open_clip's option preprocess_cfg has a value of the wrong type: {reason}") from error
 
 

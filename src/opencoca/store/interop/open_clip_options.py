@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opencoca.system.json_files import in_brief, read_json
+from opencoca.system.json_files import read_json
+from opencoca.system.messages import brief, shown
 from opencoca.system.notice import Notice
 
 CONFIG_FILE = "open_clip_config.json"
@@ -229,12 +230,12 @@ def _read(options: Mapping[str, Any], defaults: Mapping[str, Any], section: str)
             values[name] = value
         elif name not in _IGNORED[section]:
             raise ValueError(
-                f"open_clip's option {in_brief(label)} is unknown here, so that the model cannot be converted"
+                f"open_clip's option {brief(label)} is unknown here, so that the model cannot be converted"
             )
     for name, value in values.items():
         label = f"{section}.{name}" if section else name
         if not (_ALLOWED[name](value) if name in _ALLOWED else value == defaults[name]):
-            raise ValueError(f"open_clip's option {label} = {in_brief(repr(value), 60)} is not supported here")
+            raise ValueError(f"open_clip's option {label} = {shown(value, 60)} is not supported here")
     if values.get("patch_dropout"):
         warnings.warn(
             f"open_clip's option {section}.patch_dropout = {values['patch_dropout']} drops patches in training and is "
