@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from opencoca.data.transforms import PreprocessConfig
 from opencoca.model.coca import CoCa
-from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
+from opencoca.model.config import CoCaConfig, HeadConfig, ImageEncoderConfig, PoolerConfig, TextConfig
 from opencoca.store.model_folder import load_model_folder, save_model_folder
 from opencoca.store.quantization import quantize
 from opencoca.system.files import WriteError
@@ -301,3 +301,24 @@ def test_a_damaged_configuration_is_named(folder, content):
     (folder / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json is "):
         load_model_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["cat", "dog"], None),
+        (["cat", "dog", "bird"], "3 different names of 3 classes, and the head 2 outputs"),
+        (["cat", "cat"], "1 different names of 2 classes"),
+        ([1, 2], "no list of names"),
+        ("ab", "no list of names"),
+    ],
+)
+def test_classes_are_names_and_as_many_as_the_head_has_outputs(tmp_path, tokenizer, classes, message):
+    model = make_model(head=HeadConfig(num_outputs=2, num_heads=2))
+    task = {"name": "classification", "classes": classes}
+    save_model_folder(tmp_path, model, tokenizer, PREPROCESS, task=task)
+    if message is None:
+        assert load_model_folder(tmp_path).task == task
+    else:
+        with pytest.raises(ValueError, match=message):
+            load_model_folder(tmp_path)

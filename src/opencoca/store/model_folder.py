@@ -212,7 +212,22 @@ def _read_config(file: Path, num_tensors: int) -> tuple[CoCaConfig, _Rest, Any]:
             # timm also accepts names that make it read other folders or download.
             raise ValueError(f"the image encoder's name {shown(config.image.name, 60)} is more than a name")
         task = stored.get("task")
+        _check_classes(config, task)
         return config, _Rest(preprocess, dict(stored["info"]), task and dict(task)), stored.get("quantization")
+
+
+def _check_classes(config: CoCaConfig, task: Any) -> None:
+    """A task's classes, where it has them, are names, each once, and as many as the outputs of the network's head."""
+    classes = task.get("classes") if task else None
+    if classes is None:
+        return
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"the task's classes {shown(classes, 60)} are no list of names")
+    outputs = 0 if config.head is None else config.head.num_outputs
+    if len(set(classes)) != len(classes) or len(classes) != outputs:
+        raise ValueError(
+            f"the task has {len(set(classes))} different names of {len(classes)} classes, and the head {outputs} outputs"
+        )
 
 
 def _read_stored(file: Path) -> dict[str, Any]:
