@@ -223,10 +223,10 @@ def _check_classes(config: CoCaConfig, task: Any) -> None:
         return
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ValueError(f"the task's classes {shown(classes, 60)} are no list of names")
-    outputs = 0 if config.head is None else config.head.num_outputs
-    if len(set(classes)) != len(classes) or len(classes) != outputs:
+    outputs, different = 0 if config.head is None else config.head.num_outputs, len(set(classes))
+    if different != len(classes) or different != outputs:
         raise ValueError(
-            f"the task has {len(set(classes))} different names of {len(classes)} classes, and the head {outputs} outputs"
+            f"the task has {different} different names of {len(classes)} classes, and the head {outputs} outputs"
         )
 
 
