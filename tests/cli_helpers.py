@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import struct
 import zlib
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from opencoca.cli.parser import Parser
 from opencoca.data import PreprocessConfig
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig, ImageEncoderConfig, PoolerConfig, TextConfig
@@ -19,6 +21,16 @@ from opencoca.tokenizer import train_tokenizer
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}
 CAPTIONS = {name: [f"a {name} picture", f"everything here is {name}"] for name in COLOURS}
+
+
+def all_parsers(parser: argparse.ArgumentParser) -> list[Parser]:
+    """The parser of the commands with those of all its sub-commands."""
+    found: list[Parser] = [parser] if isinstance(parser, Parser) else []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in dict.fromkeys(action.choices.values()):
+                found += all_parsers(child)
+    return found
 
 
 def save_tiny_model(folder: Path, image_size: int = 16) -> Path:

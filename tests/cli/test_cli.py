@@ -293,9 +293,9 @@ def test_full_disk_leaves_the_old_file(
 # evaluate
 
 
-def evaluate(task: str, tmp_path: Path, *arguments: str) -> dict:
+def evaluate(task: str, tmp_path: Path, *arguments: str, code: int = 0) -> dict:
     out = tmp_path / "scores.json"
-    assert main(["evaluate", task, *arguments, "--out", str(out), "--overwrite"]) == 0
+    assert main(["evaluate", task, *arguments, "--out", str(out), "--overwrite"]) == code
     return json.loads(out.read_text())
 
 
@@ -314,10 +314,10 @@ def test_evaluate_retrieval(
     assert report["settings"]["batch_size"] == 32
     assert report["seconds"] > 0
     truncated_jpeg(images / "red.png")
-    damaged = evaluate("retrieval", tmp_path, *data, "--batch-size", "1")
+    damaged = evaluate("retrieval", tmp_path, *data, "--batch-size", "1", code=2)
     assert damaged["counts"]["images"] == 3
     assert [broken["image"] for broken in damaged["broken_images"]] == ["red.png"]
-    limited = evaluate("retrieval", tmp_path, *data, "--limit", "2")
+    limited = evaluate("retrieval", tmp_path, *data, "--limit", "2", code=2)
     assert limited["counts"]["images"] + limited["counts"]["broken_images"] == 2
 
 

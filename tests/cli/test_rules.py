@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 from pathlib import Path
 
 import pytest
 
-from cli_helpers import write_captions, write_csv
+from cli_helpers import all_parsers, write_captions, write_csv
 from opencoca.cli import build_parser, main
-from opencoca.cli.parser import Parser
-
-
-def all_parsers(parser: argparse.ArgumentParser) -> list[Parser]:
-    found: list[Parser] = [parser] if isinstance(parser, Parser) else []
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for child in dict.fromkeys(action.choices.values()):
-                found += all_parsers(child)
-    return found
 
 
 def refusal(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:

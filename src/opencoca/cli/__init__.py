@@ -26,6 +26,7 @@ from opencoca.cli import (
     push,
     quantize,
     report,
+    streams,
     tokenizer,
     train,
 )
@@ -39,10 +40,12 @@ _FAULT, _MISTAKE, _INTERRUPTED, _BROKEN_PIPE = 1, 2, 130, 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 for a user's mistake, 1 for a fault, 130 when interrupted.
 
+    A command that left out images which it was given ends with 2 as well, but for `train`, which takes others instead.
+
     Whatever goes wrong is one sentence on stderr, and nothing that libraries print reaches it. With OPENCOCA_DEBUG=1
     both are shown as they are.
     """
-    common.stdout_is_closed = open_closed_streams()
+    common.stdout_is_closed, streams.lost_images = open_closed_streams(), 0
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file's name may have bytes that belong to no encoding
             stream.reconfigure(errors="backslashreplace")
@@ -72,7 +75,7 @@ def _run(argv: list[str]) -> int:
 
             argcomplete.autocomplete(parser)
         arguments = parser.parse_args(argv)
-        code = arguments.run(arguments)
+        code = arguments.run(arguments) or (_MISTAKE if streams.lost_images else 0)
     sys.stdout.flush()  # so that a full disk or a closed pipe is noticed here
     return code
 

@@ -16,7 +16,7 @@ from opencoca.cli.common import (
     shows_progress,
 )
 from opencoca.cli.generation_options import add_generation_options, chosen_generation_options
-from opencoca.cli.streams import complain
+from opencoca.cli.streams import complain, complain_of_loss
 from opencoca.system.messages import escaped
 
 if TYPE_CHECKING:
@@ -78,15 +78,15 @@ def run_caption(arguments: argparse.Namespace) -> int:
     _check_arguments(arguments)
     options = chosen_generation_options(arguments)
     memory_bytes = parse_bytes(arguments.memory) if arguments.memory else None
-    source, damage = open_images(arguments)
+    source = open_images(arguments)
     if not (arguments.out or arguments.beside):
         check_printable()
-        code = _print_captions(arguments, source, options, memory_bytes)
+        _print_captions(arguments, source, options, memory_bytes)
     else:
         destination = Destination.of(source, arguments.out, arguments.beside)
         destination.check()
-        code = _write_captions(arguments, source, destination, options, memory_bytes)
-    return code or damage
+        return _write_captions(arguments, source, destination, options, memory_bytes)
+    return 0
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
@@ -103,7 +103,7 @@ def _print_captions(
     source: "SampleSource",
     options: "GenerationOptions",
     memory_bytes: int | None,
-) -> int:
+) -> None:
     from tqdm import tqdm
 
     from opencoca.recaption import Captioner, caption_source, choose_batch_size
@@ -112,19 +112,16 @@ def _print_captions(
     captioner = Captioner(load_pipeline(arguments), options, arguments.rerank)
     batch_size = arguments.batch_size or choose_batch_size(captioner, len(source), memory_bytes)
     _tell_batch_size(arguments, batch_size)
-    failed = False
     with tqdm(total=len(source), desc="captioning", unit="image", disable=not shows_progress()) as bar:
         for batch in caption_source(captioner, source, batch_size):
             for image in batch:
                 if image.error is not None:
-                    complain(image.error)
-                    failed = True
+                    complain_of_loss(image.error)
                 for row in output_rows(to_journal_row(image)):
                     text = " ".join(row["caption"].split())
                     line = f"{escaped(row['image'])}\t{text}"
                     print(json.dumps(row, ensure_ascii=False) if arguments.json else line)
             bar.update(len(batch))
-    return 2 if failed else 0
 
 
 def _write_captions(
@@ -154,7 +151,7 @@ def _write_captions(
             complain("the images that are done are kept; the same command continues from there")
         raise
     print(_summary(report, destination))
-    return 2 if report.unreadable else 0
+    return 2 if report.unreadable else 0  # those of an earlier part of the run count too
 
 
 def _tell_batch_size(arguments: argparse.Namespace, batch_size: int) -> None:

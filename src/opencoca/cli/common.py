@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from opencoca.cli.parser import CommandError, HelpFormatter, Parser
 from opencoca.cli.streams import complain
-from opencoca.system.notice import Notice
 
 if TYPE_CHECKING:
     from opencoca.data import SampleSource, ShardStorage
@@ -74,42 +73,39 @@ def add_images(parser: Parser, nargs: str = "+") -> None:
 
 def add_reading(parser: Parser) -> None:
     """Adds --max-pixels, --image-member and --text-member, which `shard_storage` reads."""
-    group = parser.add_rare_group("reading images")
-    group.add_argument(
+    add_members(parser).add_argument(
         "--max-pixels", type=positive_int, metavar="N", help="pixels of the largest image (default: 178,956,970)"
     )
+
+
+def add_members(parser: Parser) -> Any:
+    """Adds --image-member and --text-member, and returns the group of options that they are in."""
+    group = parser.add_rare_group("reading images")
     for kind, example, default in (("image", "seg.png", "any image's"), ("text", "alt.txt", "txt")):
         text = f"ending of the members of tar shards that are a sample's {kind}, such as {example} (default: {default})"
         group.add_argument(f"--{kind}-member", metavar="E", help=text)
+    return group
 
 
 def shard_storage(arguments: argparse.Namespace) -> "ShardStorage":
-    """What is read of shards, as `add_reading` has it; from now on, images may have as many pixels as it says."""
+    """What is read of shards, as `add_reading` or `add_members` has it. It also allows larger images from now on."""
     from opencoca.data import ShardStorage, allow_pixels
 
-    if arguments.max_pixels is not None:
-        allow_pixels(arguments.max_pixels)
+    if (most := getattr(arguments, "max_pixels", None)) is not None:
+        allow_pixels(most)
     return ShardStorage(image_member=arguments.image_member, text_member=arguments.text_member)
 
 
-def open_images(arguments: argparse.Namespace) -> tuple["SampleSource", int]:
-    """Opens the images of `add_images`. Returns also the exit code that damaged shards among them call for, 0 or 2."""
-    import warnings
-
+def open_images(arguments: argparse.Namespace) -> "SampleSource":
+    """Opens the images of `add_images`."""
     from opencoca.recaption import open_inputs
 
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        source = open_inputs(
-            arguments.images,
-            image_column=arguments.image_column,
-            image_root=arguments.image_root,
-            storage=shard_storage(arguments),
-        )
-    notices = [str(warning.message) for warning in warned if issubclass(warning.category, Notice)]
-    for notice in notices:
-        complain(notice)
-    return source, 2 if notices else 0
+    return open_inputs(
+        arguments.images,
+        image_column=arguments.image_column,
+        image_root=arguments.image_root,
+        storage=shard_storage(arguments),
+    )
 
 
 def add_overwrite(parser: Any) -> None:
@@ -130,9 +126,14 @@ def add_model_and_folder(parser: argparse.ArgumentParser, out_dir: str = "folder
     parser.add_argument("out_dir", metavar="OUT_DIR", help=out_dir)
 
 
-def add_captioned_images(parser: argparse.ArgumentParser, required: bool) -> None:
-    """Adds --images, --captions, the tables' columns and --limit, which `open_captioned` reads."""
+def add_source(parser: argparse.ArgumentParser, required: bool) -> None:
+    """Adds --images, for commands that work on a data set."""
     parser.add_argument("--images", required=required, metavar="DIR", help="folder of images, tar shards, or a table")
+
+
+def add_captioned_images(parser: Parser, required: bool) -> None:
+    """Adds the options that `open_captioned` reads: images, captions, what is read of them and how many."""
+    add_source(parser, required)
     parser.add_argument(
         "--captions",
         metavar="CSV",
@@ -141,6 +142,7 @@ def add_captioned_images(parser: argparse.ArgumentParser, required: bool) -> Non
     )
     add_columns(parser, "image", "caption")
     add_limit(parser)
+    add_reading(parser)
 
 
 def add_columns(parser: argparse.ArgumentParser, *columns: str) -> None:
@@ -187,7 +189,7 @@ def open_captioned(arguments: argparse.Namespace) -> "SampleSource":
     from opencoca.data import ImageFolder, open_source
 
     columns = {"image_column": arguments.image_column, "caption_column": arguments.caption_column}
-    source = open_source(arguments.images, arguments.captions, **columns)
+    source = open_source(arguments.images, arguments.captions, **columns, storage=shard_storage(arguments))
     if isinstance(source, ImageFolder) and not any(source.captions(index) for index in range(len(source))):
         raise CommandError(f"{arguments.images!r} is a folder of images without captions; add --captions CSV")
     return some_images(source, arguments.limit)

@@ -9,6 +9,7 @@ from opencoca.cli.common import (
     add_columns,
     add_command,
     add_group,
+    add_members,
     add_overwrite,
     add_reading,
     check_new,
@@ -16,8 +17,9 @@ from opencoca.cli.common import (
     positive_int,
     shard_storage,
 )
-from opencoca.cli.streams import complain
+from opencoca.cli.streams import complain_of_loss
 from opencoca.system.files import write_json
+from opencoca.system.messages import brief
 
 
 def add_commands(commands: Any) -> None:
@@ -39,7 +41,8 @@ def add_commands(commands: Any) -> None:
         run_pack,
         "Pack images, captions and labels into tar shards (image, txt, json, cls for each): faster than small files.",
         example="opencoca data pack --images DIR --captions train.csv --out shards --resize 288",
-        more="The same input gives the same bytes; a run that was stopped continues when it is started again.",
+        more="The same input gives the same bytes; a run that was stopped continues when it is started again. Images\n"
+        "that cannot be read are left out and listed in errors.jsonl; the exit code is then 2.",
     )
     pack.add_argument("--out", required=True, metavar="DIR", help="folder for the shards, created if needed")
     pack.add_argument("--samples-per-shard", type=positive_int, default=1000, metavar="N", help="images in each shard")
@@ -74,7 +77,7 @@ def _add_index(group: Any) -> None:
         more="A small file beside each shard holds its index. Local shards get theirs by themselves at first use; "
         "remote ones\n(http://, https://, s3://, gs://) must have one before training. Shards that have a valid index "
         "are passed over, so a run\nthat was stopped continues when it is started again. Damaged shards are named; "
-        "their whole samples are used.",
+        "their whole samples are used, and the exit code is 2.",
     )
     index.add_argument(
         "shards", nargs="+", metavar="SHARDS", help="tar files, folders of them, and patterns with {00000..00099} or *"
@@ -82,9 +85,7 @@ def _add_index(group: Any) -> None:
     index.add_argument(
         "--index-dir", metavar="DIR", help="put the indexes there (web servers take none); training needs the same"
     )
-    for kind, example in (("image", "seg.png"), ("text", "alt.txt")):
-        text = f"index the members with this ending, such as {example}, as the samples' {kind}s"
-        index.add_argument(f"--{kind}-member", metavar="E", help=text)
+    add_members(index)
     index.add_argument("--force", action="store_true", help="also scan shards that have a valid index")
     index.add_argument("--num-workers", type=positive_int, default=4, metavar="N", help="shards at a time")
 
@@ -94,6 +95,7 @@ def run_index(arguments: argparse.Namespace) -> int:
 
     from opencoca.data import find_shards, index_shards
     from opencoca.data.shards import ChosenMembers
+    from opencoca.data.tar_source import losses
 
     paths = list(dict.fromkeys(path for pattern in arguments.shards for path in find_shards(pattern)))
     done = index_shards(
@@ -108,8 +110,8 @@ def run_index(arguments: argparse.Namespace) -> int:
         samples += len(shard.index.keys)
         lost += len(shard.index.lost)
         new += shard.is_new
-        for _, reason in shard.index.damage:
-            complain(f"{shard.path}: {reason}")
+        if shard.index.damage or shard.index.lost:
+            complain_of_loss(losses(shard.path, shard.index))
         damaged += bool(shard.index.damage)
     print(f"{samples:,} samples in {len(paths):,} shards ({new:,} of them newly indexed)")
     if lost or damaged:
@@ -154,8 +156,9 @@ def run_pack(arguments: argparse.Namespace) -> int:
         f"{arguments.out}: {summary.num_samples:,} samples in {summary.num_shards:,} shards "
         f"({summary.num_shards_written:,} of them new), {summary.size_bytes / 1e6:,.1f} MB"
     )
-    if summary.num_errors:
-        raise CommandError(f"{summary.num_errors:,} images cannot be read and were left out; see errors.jsonl there")
+    if summary.errors:
+        count, first = len(summary.errors), brief(summary.errors[0], 200)
+        raise CommandError(f"{count:,} images cannot be read and were left out; see errors.jsonl there ({first})")
     return 0
 
 

@@ -17,16 +17,19 @@ from opencoca.cli.common import (
     add_limit,
     add_model_options,
     add_overwrite,
+    add_reading,
+    add_source,
     add_templates,
     check_new,
     format_table,
     load_pipeline,
     open_captioned,
     positive_int,
+    shard_storage,
     some_images,
 )
 from opencoca.cli.generation_options import add_generation_options, chosen_generation_options
-from opencoca.cli.streams import complain
+from opencoca.cli.streams import complain_of_loss
 from opencoca.system.files import write_json
 
 if TYPE_CHECKING:
@@ -128,10 +131,13 @@ def _add(group: Any, name: str, measure: _Measure, purpose: str, example: str, l
     def run(arguments: argparse.Namespace) -> int:
         return _run(arguments, _open_labelled if labelled else open_captioned, measure)
 
-    more = "Images that cannot be read are left out, counted, and named on stderr and in the JSON file."
+    more = (
+        "Images that cannot be read are left out, counted, and named on stderr and in the JSON file; the exit code is\n"
+        "then 2."
+    )
     parser = add_command(group, name, run, purpose, example=f"opencoca evaluate {name} {example}", more=more)
     if labelled:
-        parser.add_argument("--images", required=True, metavar="DIR", help="folder of images, tar shards, or a table")
+        add_source(parser, required=True)
         parser.add_argument(
             "--labels",
             metavar="CSV",
@@ -139,6 +145,7 @@ def _add(group: Any, name: str, measure: _Measure, purpose: str, example: str, l
         )
         add_columns(parser, "image", "label")
         add_limit(parser)
+        add_reading(parser)
     else:
         add_captioned_images(parser, required=True)
     parser.add_argument("--out", metavar="FILE", help="write scores, counts and settings as JSON")
@@ -151,7 +158,8 @@ def _open_labelled(arguments: argparse.Namespace) -> "SampleSource":
     from opencoca.data import open_labelled
 
     columns = {"image_column": arguments.image_column, "label_column": arguments.label_column}
-    return some_images(open_labelled(arguments.images, arguments.labels, **columns), arguments.limit)
+    source = open_labelled(arguments.images, arguments.labels, **columns, storage=shard_storage(arguments))
+    return some_images(source, arguments.limit)
 
 
 def _run(
@@ -165,7 +173,8 @@ def _run(
     found = measure(arguments, pipeline, source)
     seconds = time.perf_counter() - started
     for image in found.broken:
-        complain(image.reason)
+        complain_of_loss(image.reason)
+    found = found._replace(broken=[*found.broken, *_lost(source)])
     counts = {**found.counts, "broken_images": len(found.broken)}
     table = [
         (found.titles.get(name, name.replace("_", " ")), _shown(name, value)) for name, value in found.scores.items()
@@ -176,6 +185,13 @@ def _run(
     if found.problem:
         raise CommandError(found.problem)
     return 0
+
+
+def _lost(source: "SampleSource") -> "list[BrokenImage]":
+    """The images that the shards of a source have lost; opening it has told of them."""
+    from opencoca.evaluation.encoding import BrokenImage
+
+    return [BrokenImage(sample.key, sample.reason) for sample in source.lost if sample.key]
 
 
 def _shown(name: str, value: float) -> str:

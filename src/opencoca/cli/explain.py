@@ -14,7 +14,7 @@ from opencoca.cli.common import (
     load_pipeline,
     open_images,
 )
-from opencoca.cli.streams import complain
+from opencoca.cli.streams import complain_of_loss
 from opencoca.system.messages import escaped
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run_explain(arguments: argparse.Namespace) -> int:
-    source, code = open_images(arguments)
+    source = open_images(arguments)
     out = Path(arguments.out or f"{Path(source.key(0)).stem}.explained.png")
     if out.suffix.lower() != ".png":
         raise CommandError(f"the picture is a PNG, but --out is {str(out)!r}; choose a name that ends in .png")
@@ -77,8 +77,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
         try:
             photograph = decode_image(source.open_bytes(index), name=source.key(index))
         except (ImageError, OSError) as error:
-            complain(str(error))
-            code = 2
+            complain_of_loss(str(error))
         else:
             explanations[source.key(index)] = pipeline.explain(photograph, arguments.caption)
     if not explanations:
@@ -89,7 +88,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
     for name, explanation in explanations.items():
         print(f"{escaped(name)}\t{explanation.caption}")
     print(out if not arguments.npz else f"{out}\t{arguments.npz}")
-    return code
+    return 0
 
 
 def _write_arrays(path: Path, explanation: "Explanation") -> None:

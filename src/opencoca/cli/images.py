@@ -21,7 +21,7 @@ from opencoca.cli.common import (
     read_lines,
     shows_progress,
 )
-from opencoca.cli.streams import complain
+from opencoca.cli.streams import complain_of_loss
 from opencoca.system.messages import escaped
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def run_classify(arguments: argparse.Namespace) -> int:
     from opencoca.inference.labels import DEFAULT_TEMPLATES
 
     check_printable()
-    source, code = open_images(arguments)
+    source = open_images(arguments)
     labels = None
     if arguments.labels is not None:
         labels = [label.strip() for label in arguments.labels.split(",") if label.strip()]
@@ -96,8 +96,7 @@ def run_classify(arguments: argparse.Namespace) -> int:
     classifier = pipeline.classifier(labels, templates, arguments.by)
     for batch in encode_images(pipeline, source, arguments.batch_size, progress=shows_progress()):
         for broken in batch.broken:
-            complain(broken.reason)
-            code = 2
+            complain_of_loss(broken.reason)
         for index, ranked in zip(batch.indices, classifier.rank(batch.features), strict=True):
             best = ranked[: arguments.top]
             if arguments.json:
@@ -106,7 +105,7 @@ def run_classify(arguments: argparse.Namespace) -> int:
             else:
                 shown = [f"{label} {value:.1%}" for label, value in best]
                 print("\t".join([escaped(source.key(index)), *shown]))
-    return code
+    return 0
 
 
 def run_embed(arguments: argparse.Namespace) -> int:
@@ -119,15 +118,15 @@ def run_embed(arguments: argparse.Namespace) -> int:
     if out.suffix == ".npy" and arguments.images and texts:
         raise CommandError("a .npy file holds one array; give images or texts, or store both as .npz or .safetensors")
     check_new(arguments, out, *([_names_file(out)] if out.suffix == ".npy" else []))
-    source, damage = open_images(arguments) if arguments.images else ([], 0)
+    source = open_images(arguments) if arguments.images else []
     pipeline = load_pipeline(arguments)
-    names, image_embed, code = _embed_images(pipeline, source, arguments.batch_size)
+    names, image_embed = _embed_images(pipeline, source, arguments.batch_size)
     if source and not names:
         raise CommandError(f"none of the {len(source)} images can be read, so nothing was written")
     text_embed = pipeline.embed_texts(texts)
     _write_embeddings(out, names, image_embed, texts, text_embed)
     print(f"{out}: {len(names)} images and {len(texts)} texts, {image_embed.shape[1]} numbers each")
-    return code or damage
+    return 0
 
 
 def _names_file(out: Path) -> Path:
@@ -136,21 +135,19 @@ def _names_file(out: Path) -> Path:
 
 def _embed_images(
     pipeline: "Pipeline", source: "SampleSource | list[str]", batch_size: int
-) -> tuple[list[str], "Tensor", int]:
+) -> tuple[list[str], "Tensor"]:
     import torch
 
     from opencoca.evaluation.encoding import encode_images
 
     names: list[str] = []
     embeds = [torch.empty(0, pipeline.model.config.embed_dim)]
-    code = 0
     for batch in encode_images(pipeline, source, batch_size, progress=bool(source), description="embedding images"):
         for broken in batch.broken:
-            complain(broken.reason)
-            code = 2
+            complain_of_loss(broken.reason)
         names += [source[index] if isinstance(source, list) else source.key(index) for index in batch.indices]
         embeds.append(batch.embed)
-    return names, torch.cat(embeds), code
+    return names, torch.cat(embeds)
 
 
 def _write_embeddings(

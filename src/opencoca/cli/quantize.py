@@ -2,6 +2,7 @@
 
 import argparse
 import time
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from opencoca.cli.common import (
@@ -17,6 +18,7 @@ from opencoca.cli.common import (
     positive_int,
 )
 from opencoca.system.files import write_json
+from opencoca.system.notice import Loss
 
 if TYPE_CHECKING:
     from opencoca.data import SampleSource
@@ -108,7 +110,10 @@ def _scores(pipeline: "Pipeline", source: "SampleSource", batch_size: int) -> di
     from opencoca.evaluation.retrieval import evaluate_retrieval
 
     started = time.perf_counter()
-    captions = evaluate_captioning(pipeline, source, batch_size=batch_size, progress=True).scores
+    report = evaluate_captioning(pipeline, source, batch_size=batch_size, progress=True)
+    for image in report.broken_images:
+        warnings.warn(image.reason, Loss, stacklevel=1)  # told once, although they are met before and after
+    captions = report.scores
     retrieval = evaluate_retrieval(pipeline, source, batch_size=batch_size, progress=True).scores
     return {
         "cider_d": _PERCENT * captions.cider_d,

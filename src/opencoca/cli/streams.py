@@ -8,9 +8,11 @@ import warnings
 from collections.abc import Iterator
 
 from opencoca.system.messages import brief
-from opencoca.system.notice import Notice
+from opencoca.system.notice import Loss, Notice
 
 _LONGEST = 300
+lost_images = 0
+"""How often the present command has said that images are left out."""
 
 
 def open_closed_streams() -> bool:
@@ -41,6 +43,7 @@ def own_lines_alone() -> Iterator[None]:
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(), _descriptor_silenced():
+            warnings.simplefilter("default", Notice)
             warnings.showwarning = _show
             yield
     finally:
@@ -58,6 +61,13 @@ def complain(sentence: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
+def complain_of_loss(sentence: str) -> None:
+    """Prints a sentence about an image that is left out; the exit code of the command becomes 2."""
+    global lost_images
+    lost_images += 1
+    complain(sentence)
+
+
 def silence_stdout() -> None:
     """Drops what is still to be written to a stdout that cannot take it."""
     with contextlib.suppress(OSError, ValueError):
@@ -68,7 +78,7 @@ def silence_stdout() -> None:
 
 def _show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
     if issubclass(category, Notice):
-        complain(str(message))
+        (complain_of_loss if issubclass(category, Loss) else complain)(str(message))
 
 
 @contextlib.contextmanager

@@ -5,7 +5,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from opencoca.cli.common import CommandError, add_command, add_group, add_overwrite, check_new, positive_int, read_lines
+from opencoca.cli.common import (
+    CommandError,
+    add_command,
+    add_group,
+    add_members,
+    add_overwrite,
+    check_new,
+    positive_int,
+    read_lines,
+    shard_storage,
+)
 
 
 def add_commands(commands: Any) -> None:
@@ -41,6 +51,7 @@ def add_commands(commands: Any) -> None:
     train.add_argument("--keep-case", action="store_true", help="keep capital letters (default: all lower case)")
     train.add_argument("--keep-final-period", action="store_true", help="do not drop the full stop at a caption's end")
     train.add_argument("--caption-column", default="caption", metavar="NAME", help="column of captions in the tables")
+    add_members(train)
 
 
 def run_train(arguments: argparse.Namespace) -> int:
@@ -50,7 +61,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     if out.is_dir() or out.suffix != ".json":
         out /= FILE_NAME
     check_new(arguments, out)
-    captions = [text for path in arguments.captions for text in _read_captions(Path(path), arguments.caption_column)]
+    captions = [text for path in arguments.captions for text in _read_captions(Path(path), arguments)]
     if not captions:
         raise CommandError(f"there are no captions in {', '.join(arguments.captions)}")
     tokenizer = train_tokenizer(
@@ -66,14 +77,14 @@ def run_train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read_captions(path: Path, column: str) -> list[str]:
+def _read_captions(path: Path, arguments: argparse.Namespace) -> list[str]:
     from opencoca.data import open_source
     from opencoca.data.compressed import is_shard_name
     from opencoca.data.tables import TABLE_SUFFIXES, Table, TableColumns
 
-    suffix = path.suffix.lower()
+    suffix, column = path.suffix.lower(), arguments.caption_column
     if is_shard_name(path) or path.is_dir():
-        source = open_source(path, caption_column=column)
+        source = open_source(path, caption_column=column, storage=shard_storage(arguments))
         return [text for index in range(len(source)) for text in source.captions(index)]
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of captions {str(path)!r}")

@@ -225,7 +225,7 @@ def _opened(data: ImageData, max_pixels: int | None, name: str | None) -> Iterat
         raise ImageError(name, f"it is damaged or cut short ({text})" if truncated else text) from error
 
 
-_REMEDY = "make it smaller, or allow more (data.max_pixels, allow_pixels)"
+_REMEDY = "make it smaller, or allow more (--max-pixels, in recipes data.max_pixels, in Python allow_pixels)"
 _MAX_NAME, _MAX_REASON = 140, 120  # characters shown
 _silent_filter: Any = None
 

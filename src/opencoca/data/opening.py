@@ -95,7 +95,12 @@ def open_source(
 
 
 def open_labelled(
-    images: str | Path, labels: str | Path | None = None, *, image_column: str = "image", label_column: str = "label"
+    images: str | Path,
+    labels: str | Path | None = None,
+    *,
+    image_column: str = "image",
+    label_column: str = "label",
+    storage: ShardStorage | None = None,
 ) -> SampleSource:
     """Images of which each has one class: from a table, or named by the folder that it lies in without one.
 
@@ -111,7 +116,11 @@ def open_labelled(
         and not any(own.label for _, own in _metadata_of(Path(images), columns))
     )
     source = open_source(
-        images, labels=FOLDERS if by_folder else labels, image_column=image_column, label_column=label_column
+        images,
+        labels=FOLDERS if by_folder else labels,
+        image_column=image_column,
+        label_column=label_column,
+        storage=storage,
     )
     where = shown(str(labels or images))
     for index in range(len(source)):

@@ -31,7 +31,7 @@ class PackSummary:
     num_shards: int
     num_shards_written: int
     num_samples: int
-    num_errors: int
+    errors: tuple[str, ...]  # a key and the reason why its image can't be read, for each that was left out
     size_bytes: int
 
 
@@ -99,7 +99,8 @@ def pack_shards(
             else:
                 bar.update(len(indices))
     size_bytes = sum(path.stat().st_size for path in paths)
-    return PackSummary(len(paths), written, len(source) - len(errors), len(errors), size_bytes)
+    left_out = tuple(f"{error['key']}: {error['reason']}" for error in errors)
+    return PackSummary(len(paths), written, len(source) - len(errors), left_out, size_bytes)
 
 
 def _write_shard(

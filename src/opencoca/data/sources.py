@@ -73,6 +73,7 @@ class Subset(SourceView):
         self.source = source
         self.indices = tuple(int(index) for index in indices)
         self.captions_in_memory, self.is_remote = source.captions_in_memory, source.is_remote
+        self.lost = source.lost
 
     def __len__(self) -> int:
         return len(self.indices)

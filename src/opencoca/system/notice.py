@@ -3,3 +3,7 @@
 
 class Notice(UserWarning):
     """Something that a user should know although the work goes on."""
+
+
+class Loss(Notice):
+    """Images that were asked for are left out; a command that reads images ends with exit code 2 after it."""
