@@ -32,15 +32,18 @@ def start(
     work: a function of a module; with its arguments it must be picklable. environment: changes to this process's.
     """
     variables = {**os.environ, **(environment or {})}
-    process = _CONTEXT.Process(target=_begin, args=(work, arguments, output, variables))
+    method = multiprocessing.get_start_method()
+    process = _CONTEXT.Process(target=_begin, args=(work, arguments, output, variables, method))
     process.start()
     return process
 
 
 def _begin(
-    work: Callable[..., object], arguments: Sequence[object], output: Path, environment: Mapping[str, str]
+    work: Callable[..., object], arguments: Sequence[object], output: Path, environment: Mapping[str, str], method: str
 ) -> None:
     os.setsid()
+    # Or its own processes, as a loader's, would come from a further server, which imports all once more.
+    multiprocessing.set_start_method(method, force=True)
     os.environ.clear()
     os.environ.update(environment)
     with output.open("wb") as file:

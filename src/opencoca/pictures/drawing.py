@@ -57,7 +57,7 @@ def stacked(parts: Sequence[Image.Image], width: int, fill: str, gap: int = 0, m
 def save_sheet(path: str | os.PathLike[str], sheet: Image.Image) -> Path:
     """Writes a picture as a PNG and returns its path."""
     with atomic_write(path) as partial:
-        sheet.save(partial, "PNG", optimize=True)
+        sheet.save(partial, "PNG")
     return Path(path)
 
 
