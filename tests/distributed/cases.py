@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from opencoca.data import Batch, EpochOrder
-from opencoca.distributed.world import World, full_tensor, join_world
+from opencoca.distributed.world import World, is_sharded, join_world
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig, Compat, ImageEncoderConfig, PoolerConfig, TextConfig
 from opencoca.tasks import make_task
@@ -83,8 +86,8 @@ def make_recipe(case: Case, strategy: str = "ddp", shard_size: int | None = None
             vocab_size=37,
             context_length=12,
             width=16,
-            unimodal_depth=2,
-            multimodal_depth=2,
+            unimodal_depth=1,
+            multimodal_depth=1,
             num_heads=4,
             mlp_width=24,
             tie_embeddings=case.tied,
@@ -144,6 +147,26 @@ def make_batch(case: Case, world: World) -> Batch:
     )
 
 
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies each tensor in one piece; all processes that shard them must call.
+
+    `full_tensor` gathers one tensor at a time, which takes longer than a tiny model's step.
+    """
+    parts = {name: tensor.detach().to_local().numpy() for name, tensor in tensors.items() if is_sharded(tensor)}
+    if not parts:
+        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    mesh = next(tensor.device_mesh for tensor in tensors.values() if is_sharded(tensor))
+    group = mesh.get_group(mesh.ndim - 1)
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, parts, group)
+    return {
+        name: torch.from_numpy(np.concatenate([held[name] for held in gathered]))
+        if name in parts
+        else tensor.detach().clone()
+        for name, tensor in tensors.items()
+    }
+
+
 def take_step(case: Case, world: World, strategy: str = "none", shard_size: int | None = None) -> dict[str, Tensor]:
     """Losses, gradients, averages and parameters of one step, whole, by name; all processes must take it."""
     recipe = make_recipe(case, strategy, shard_size)
@@ -154,9 +177,9 @@ def take_step(case: Case, world: World, strategy: str = "none", shard_size: int 
     found: dict[str, Tensor] = {}
 
     def record(*_: object) -> None:
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                found[f"gradient/{name}"] = full_tensor(parameter.grad).clone()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        have = {f"gradient/{name}": gradient for name, gradient in gradients.items() if gradient is not None}
+        found.update(whole(have))
 
     optimizer.register_step_pre_hook(record)
     step = TrainStep(model, optimizer, average, recipe, parallel)
@@ -165,9 +188,8 @@ def take_step(case: Case, world: World, strategy: str = "none", shard_size: int 
     for name, value in (numbers | parallel.task.monitors(model)).items():
         found[f"metric/{name}"] = torch.tensor(value, dtype=torch.float64)
     found["metric/images"], found["metric/tokens"] = torch.tensor(metrics.samples), torch.tensor(metrics.tokens)
-    found |= {f"average/{name}": full_tensor(tensor).clone() for name, tensor in average.state().items()}
-    whole = {name: full_tensor(tensor.detach()).clone() for name, tensor in model.named_parameters()}
-    found |= {f"parameter/{name}": tensor for name, tensor in whole.items()}
+    found |= whole({f"average/{name}": tensor for name, tensor in average.state().items()})
+    found |= whole({f"parameter/{name}": tensor for name, tensor in model.named_parameters()})
     found |= {f"before/{name}": tensor for name, tensor in before.items()}
     average.swap()
     gathered = parallel.gathered()
@@ -185,7 +207,7 @@ def take_bad_step(world: World, strategy: str, bad_rank: int) -> dict[str, Tenso
     optimizer = build_optimizer(model, recipe)
     step = TrainStep(model, optimizer, None, recipe, parallel)
     batch = make_batch(case, world)
-    before = {name: full_tensor(tensor.detach()).clone() for name, tensor in model.named_parameters()}
+    before = whole(dict(model.named_parameters()))
     assert batch.images is not None
     inputs = batch.images.clone()
     if world.rank == bad_rank:
@@ -195,9 +217,8 @@ def take_bad_step(world: World, strategy: str, bad_rank: int) -> dict[str, Tenso
         step(replace(batch, images=inputs), 0, 10)
     except NonFiniteLossError:
         noticed = True
-    changed = [
-        name for name, tensor in model.named_parameters() if not torch.equal(full_tensor(tensor.detach()), before[name])
-    ]
+    after = whole(dict(model.named_parameters()))
+    changed = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
     next_loss = step(batch, 1, 10).loss
     return {
         "noticed": torch.tensor(noticed),

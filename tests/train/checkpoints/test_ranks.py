@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from distributed.cases import Case, make_batch, make_model, make_recipe
-from opencoca.distributed.world import World, full_tensor, join_world
+from distributed.cases import Case, make_batch, make_model, make_recipe, whole
+from opencoca.distributed.world import World, join_world
 from opencoca.train.checkpoints import Checkpoints, TrainState
 from opencoca.train.checkpoints.shard_file import ShardFile
 from opencoca.train.optim.optimizer import WeightAverage, build_optimizer
@@ -55,8 +55,7 @@ class Run:
         found |= {f"average/{name}": tensor for name, tensor in self.state.average.state().items()}
         for parameter, values in self.state.optimizer.state.items():
             found |= {f"{slot}/{names[id(parameter)]}": value for slot, value in values.items()}
-        whole = {name: full_tensor(tensor.detach()).clone() for name, tensor in found.items()}
-        return whole | {"updates": torch.tensor([self.state.average.updates, self.state.progress["step"]])}
+        return whole(found) | {"updates": torch.tensor([self.state.average.updates, self.state.progress["step"]])}
 
 
 def save_some(folder: Path, world: World, way: str) -> None:
