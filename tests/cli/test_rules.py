@@ -185,6 +185,45 @@ def test_inputs_that_cannot_be_used(
     assert part in refusal(capsys, [*command, *argv])
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["evaluate", "retrieval", "--images", "https://h/t.csv"],
+        ["evaluate", "retrieval", "--images", "IMAGES", "--captions", "https://h/t.csv"],
+        ["evaluate", "zero-shot", "--images", "https://h/photo.JPG"],
+        ["evaluate", "zero-shot", "--images", "IMAGES", "--labels", "s3://h/t.csv"],
+        ["evaluate", "zero-shot", "--images", "IMAGES", "--class-names", "https://h/t.csv"],
+        ["data", "check", "https://h/t.parquet"],
+        ["data", "pack", "--images", "IMAGES", "--captions", "https://h/t.jsonl", "--out", "new"],
+        ["data", "index", "https://h/t.csv", "--index-dir", "new"],
+        ["tokenizer", "train", "https://h/t.csv", "--out", "new"],
+        ["tokenizer", "train", "https://h/t.txt", "--out", "new"],
+        ["embed", "--texts-file", "https://h/t.txt", "--out", "new.npz"],
+        ["classify", "IMAGES", "--labels", "a,b", "--templates", "https://h/t.txt"],
+    ],
+    ids=" ".join,
+)
+def test_web_addresses_are_refused_with_what_to_do(
+    argv: list[str], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in images.iterdir():  # folders of classes
+        (images / "a").mkdir(exist_ok=True)
+        name.rename(images / "a" / name.name)
+    said = refusal(capsys, [word.replace("IMAGES", str(images)) for word in argv])
+    assert "is a web address, not a file; download it first" in said
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("out", ["x" * 245 + ".jsonl", "x" * 260 + ".csv"])
+def test_a_name_that_is_too_long_is_refused_before_the_work(
+    out: str, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(images)
+    monkeypatch.setattr("opencoca.inference.loading.load", lambda *_: pytest.fail("the work was begun"))
+    assert "(File name too long); choose a shorter name" in refusal(capsys, ["caption", "red.png", "--out", out])
+
+
 # Names and help
 
 

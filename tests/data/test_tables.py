@@ -151,6 +151,18 @@ def test_names_relative_to_the_table_or_to_where_it_was_written(tmp_path):
         ("t.csv", "image,caption,caption\na.png,1,2\n", r"t\.csv' has 2 columns 'caption'; rename"),
         ("t.csv", b"image,caption\na.png,x\na.png,caf\xe9\n", r"not UTF-8 text \(line 3 has the byte 0xe9\); save it"),
         ("t.csv", 'image,caption\na.png,x\na.png,"x" y\n', r"the row at line 3 of .* a quotation mark"),
+        ("t.jsonl", '{"image": "a.png", "image": "b.png"}', r"line 1 of .* has an object with the key 'image' twice"),
+        (
+            "t.jsonl",
+            '\n{"image": "a.png", "caption": [{"a": 1, "x}\\"": 2, "x}\\"": 3}]}',
+            r"line 2 of .* twice; rename",
+        ),
+        (
+            "t.json",
+            '[{"image": "a.png"},\n{"image": "}",\n"caption": "x",\n"caption": "y"}]',
+            r"line 4 of .* 'caption'",
+        ),
+        ("t.json", '{"images": [{"id": 1, "file_name": "a.png"},\n{"id": 1, "id": 2}]}', r"line 2 of .* the key 'id'"),
         ("t.jsonl", "[" * 50_000, r"line 1 of .* nested too deeply"),
         ("t.json", "[" * 50_000, r"t\.json' is JSON that is nested too deeply"),
         ("t.json", '{"images": [{"id": [1], "file_name": "x"}]}', "neither a list of objects nor annotations"),

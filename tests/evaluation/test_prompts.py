@@ -64,7 +64,7 @@ def test_templates_come_from_a_file(tmp_path):
         (b"a photo of a dog\n", r"templates.txt: the prompt template 'a photo of a dog' must contain \{\} once"),
         (b"{} and {}\n", "must contain"),
         (b"\n \n", "templates.txt: there are no prompt templates"),
-        (b"\xff\xfe{}", "Cannot read templates from .*templates.txt"),
+        (b"a caf\xe9 {}", r"the templates in .*templates.txt': it is not UTF-8 text \(line 1 .*iconv -f cp1252"),
     ],
 )
 def test_bad_template_files_are_refused(tmp_path, content, message):

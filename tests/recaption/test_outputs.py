@@ -84,5 +84,5 @@ def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
 
 def test_texts_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(WriteError, match=r"cannot write .*x\.txt"):
-        write_texts([(str(tmp_path / "1.txt"), "one\n"), (str(tmp_path / "no" / "x.txt"), "two\n")])
-    assert [path.name for path in tmp_path.iterdir()] == ["1.txt"]
+        write_texts([(str(tmp_path / name), f"{name}\n") for name in ("1.txt", "no/x.txt", "2.txt")])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"1.txt": "1.txt\n", "2.txt": "2.txt\n"}

@@ -271,15 +271,6 @@ def check_new_folder(arguments: argparse.Namespace, folder: str | Path, file: st
     check_writable(Path(folder) / file)
 
 
-def read_lines(path: str | Path, content: str) -> list[str]:
-    """Reads the lines of a UTF-8 text file that are not empty. Raises ValueError that says what its content is."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"cannot read the {content} in {str(path)!r}: it is not UTF-8 text ({error})") from error
-    return [line.strip() for line in lines if line.strip()]
-
-
 def format_table(rows: Sequence[tuple[str, str]]) -> str:
     """Formats names, aligned on the left, and values, aligned on the right."""
     left = max(len(name) for name, _ in rows)

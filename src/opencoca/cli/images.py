@@ -18,11 +18,11 @@ from opencoca.cli.common import (
     load_pipeline,
     open_images,
     positive_int,
-    read_lines,
     shows_progress,
 )
 from opencoca.cli.streams import complain_of_loss
 from opencoca.system.messages import escaped
+from opencoca.system.reading import read_lines
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,9 +13,9 @@ from opencoca.cli.common import (
     add_overwrite,
     check_new,
     positive_int,
-    read_lines,
     shard_storage,
 )
+from opencoca.system.reading import read_lines
 
 
 def add_commands(commands: Any) -> None:
@@ -61,7 +61,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     if out.is_dir() or out.suffix != ".json":
         out /= FILE_NAME
     check_new(arguments, out)
-    captions = [text for path in arguments.captions for text in _read_captions(Path(path), arguments)]
+    captions = [text for path in arguments.captions for text in _read_captions(path, arguments)]
     if not captions:
         raise CommandError(f"there are no captions in {', '.join(arguments.captions)}")
     tokenizer = train_tokenizer(
@@ -77,20 +77,20 @@ def run_train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read_captions(path: Path, arguments: argparse.Namespace) -> list[str]:
+def _read_captions(path: str, arguments: argparse.Namespace) -> list[str]:
     from opencoca.data import open_source
     from opencoca.data.compressed import is_shard_name
     from opencoca.data.tables import TABLE_SUFFIXES, Table, TableColumns
 
-    suffix, column = path.suffix.lower(), arguments.caption_column
-    if is_shard_name(path) or path.is_dir():
+    suffix, column = Path(path).suffix.lower(), arguments.caption_column
+    if is_shard_name(path) or Path(path).is_dir():
         source = open_source(path, caption_column=column, storage=shard_storage(arguments))
         return [text for index in range(len(source)) for text in source.captions(index)]
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file of captions {str(path)!r}")
+    if suffix not in (".txt", *TABLE_SUFFIXES):
+        endings = ", ".join((".txt", ".tar", *TABLE_SUFFIXES))
+        raise ValueError(f"cannot read the captions in {path!r}: its ending is none of {endings}")
+    if "://" not in path and not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file of captions {path!r}")
     if suffix == ".txt":
         return read_lines(path, "captions")
-    if suffix not in TABLE_SUFFIXES:
-        endings = ", ".join((".txt", ".tar", *TABLE_SUFFIXES))
-        raise ValueError(f"cannot read the captions in {str(path)!r}: its ending is none of {endings}")
     return [text for row in Table(path).rows(TableColumns(None, column)) for text in row.captions if text]

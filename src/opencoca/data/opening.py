@@ -23,6 +23,7 @@ from opencoca.data.tables import SampleTable, Table, TableColumns, is_table, rea
 from opencoca.data.tar_source import ShardStorage, TarShards
 from opencoca.data.targets import class_folder
 from opencoca.system.messages import brief, shown
+from opencoca.system.reading import download_first
 
 FOLDERS = "folders"
 """In place of a table of labels: the folder that an image lies in names its class."""
@@ -275,7 +276,7 @@ def find_shards(pattern: str) -> list[str]:
 
     Raises:
         FileNotFoundError: nothing matches a part of the pattern.
-        ValueError: a wildcard or folder on a web server.
+        ValueError: a wildcard or folder on a web server; an image or a table there.
     """
     if os.path.exists(pattern):
         found = _shards_in(Path(pattern)) if os.path.isdir(pattern) else [pattern]
@@ -285,6 +286,8 @@ def find_shards(pattern: str) -> list[str]:
     shards: list[str] = []
     for name in _expand_braces(pattern):
         if is_remote(name) and not is_shard_name(name):
+            if is_table(name) or name.lower().endswith(tuple(IMAGE_SUFFIXES)):
+                raise ValueError(download_first(name))
             name = f"{name.rstrip('/')}/*.tar"
         if not glob.has_magic(name):
             found = [name] if is_remote(name) or os.path.exists(name) else []

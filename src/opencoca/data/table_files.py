@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from opencoca.data.cells import holds_image
 from opencoca.system.messages import brief, shown
+from opencoca.system.reading import decoded
 
 _SEPARATORS = (",", "\t", ";", "|")
 _MAX_FIELD = 1 << 30
@@ -39,7 +42,7 @@ class TextRows:
             else:
                 self.columns, self._rows = _read_jsonl(path, encoding)
         except UnicodeError as error:
-            raise _not_text(path, encoding) from error
+            raise ValueError(f"cannot read the table {_name(path)}: {_why_no_text(path, encoding)}") from error
         except MemoryError as error:
             raise ValueError(f"cannot read the table {_name(path)}: there is not enough memory") from error
 
@@ -68,19 +71,13 @@ def _encoding(path: Path) -> str:
     return "utf-8-sig"
 
 
-def _not_text(path: Path, encoding: str) -> ValueError:
-    where = ""
+def _why_no_text(path: Path, encoding: str) -> str:
     if encoding == "utf-8-sig":
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    line.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    where = f" (line {number} has the byte 0x{line[error.start]:02x})"
-                    break
-    kind = {"utf-8-sig": "UTF-8"}.get(encoding, encoding.upper()[:6])
-    advice = "save it as UTF-8, or convert it: iconv -f cp1252 -t utf-8 OLD > NEW"
-    return ValueError(f"cannot read the table {_name(path)}: it is not {kind} text{where}; {advice}")
+        try:
+            decoded(path.read_bytes())
+        except ValueError as error:
+            return str(error)
+    return f"it begins as {encoding[:6].upper()} and goes on as no text; save it as UTF-8"
 
 
 def _read_csv(path: Path, encoding: str) -> tuple[list[str], list[Row]]:
@@ -175,7 +172,7 @@ def _read_jsonl(path: Path, encoding: str) -> tuple[list[str], list[Row]]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            row = _parse(line, f"line {number} of {_name(path)}")
+            row = _parse(line, path, number)
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} of {_name(path)} is not a JSON object but {type(row).__name__}")
             columns.update(dict.fromkeys(row))
@@ -183,13 +180,45 @@ def _read_jsonl(path: Path, encoding: str) -> tuple[list[str], list[Row]]:
     return list(columns), rows
 
 
-def _parse(text: str, where: str) -> Any:
+class _DoubledKey(Exception):
+    """The `number`-th object that a JSON text ends has a key twice."""
+
+    def __init__(self, key: str, number: int):
+        super().__init__(key, number)
+        self.key, self.number = key, number
+
+
+def _parse(text: str, path: Path, line: int | None = None) -> Any:
+    """The value of a JSON text, which is the whole file or one of its lines. Raises ValueError."""
+    where = f"line {line} of {_name(path)}" if line else _name(path)
+    ended = 0
+
+    def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal ended
+        ended += 1
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise _DoubledKey(next(key for key in keys if keys.count(key) > 1), ended)
+        return found
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=as_dict)
+    except _DoubledKey as error:
+        place = f"line {line or _end_line(text, error.number)} of {_name(path)}"
+        raise ValueError(
+            f"{place} has an object with the key {shown(error.key)} twice; rename or remove one of them"
+        ) from None
     except RecursionError:
         raise ValueError(f"{where} is JSON that is nested too deeply to be read") from None
     except ValueError as error:
         raise ValueError(f"{where} is not JSON: {brief(error)}") from error
+
+
+def _end_line(text: str, number: int) -> int:
+    """The line on which the `number`-th object of a JSON text ends, counted from 1."""
+    ends = (mark for mark in re.finditer(r'"(?:[^"\\]|\\.)*"|}', text, re.DOTALL) if mark[0] == "}")
+    return 1 + text.count("\n", 0, next(islice(ends, number - 1, None)).start())
 
 
 def _read_json(path: Path, encoding: str, split: str) -> tuple[list[str], list[Row]]:
@@ -198,7 +227,7 @@ def _read_json(path: Path, encoding: str, split: str) -> tuple[list[str], list[R
         if _is_object(first) and any(line.strip() for line in file):  # JSON lines under another name
             return _read_jsonl(path, encoding)
         file.seek(0)
-        content = _parse(file.read(), _name(path))
+        content = _parse(file.read(), path)
     try:
         rows = _annotated(content, split)
     except (KeyError, TypeError, AttributeError, ValueError) as error:

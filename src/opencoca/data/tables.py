@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 from opencoca.data.cells import MIN_BASE64, image_cells, image_in, split_captions
 from opencoca.data.names import ImageKeys
 from opencoca.data.parquet import ParquetRows
+from opencoca.data.remote import is_remote
 from opencoca.data.table_files import TextRows
 from opencoca.data.targets import Target, parse_target, shares
 from opencoca.system.messages import brief, shown
+from opencoca.system.reading import download_first
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 
@@ -65,6 +67,8 @@ class Table:
         self.path, split = split_of(path)
         suffix, name = self.path.suffix.lower(), shown(str(path), 100)
         if not self.path.is_file():
+            if is_remote(path):
+                raise ValueError(download_first(path))
             raise FileNotFoundError(f"there is no table {name}")
         if suffix not in TABLE_SUFFIXES:
             known = ", ".join(TABLE_SUFFIXES[:-1]) + " or " + TABLE_SUFFIXES[-1]

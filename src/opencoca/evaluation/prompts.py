@@ -7,13 +7,14 @@ import importlib.resources
 import json
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from opencoca.data.labels import check_templates
+from opencoca.system.messages import shown
+from opencoca.system.reading import read_lines
 
 SIMPLE_TEMPLATES = ("a photo of a {}.",)
 NUM_CONFUSIONS = 10
@@ -34,12 +35,11 @@ def load_templates(name_or_path: str = "clip") -> tuple[str, ...]:
     if name_or_path == "simple":
         return SIMPLE_TEMPLATES
     try:
-        lines = Path(name_or_path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        templates = tuple(read_lines(name_or_path, "templates"))
+    except OSError as error:
         raise ValueError(
-            f"Cannot read templates from {name_or_path} ({error}): give clip, simple or a text file."
+            f"cannot read the templates in {shown(name_or_path)} ({error.strerror}); give clip, simple or a text file"
         ) from error
-    templates = tuple(line.strip() for line in lines if line.strip())
     try:
         check_templates(templates)
     except ValueError as error:

@@ -30,6 +30,7 @@ from opencoca.data.opening import parquet_of_images
 from opencoca.data.tables import Table, TableColumns, is_table
 from opencoca.system.messages import shown
 from opencoca.system.notice import Loss
+from opencoca.system.reading import download_first
 
 _MOST_STDIN_BYTES = 1 << 28
 
@@ -123,7 +124,7 @@ class _Collection:
         elif is_shard_name(argument):
             self._add_glob(argument) if glob.has_magic(argument) and not exists else self._add_shards(argument)
         elif "://" in argument and not exists:
-            raise ValueError(f"{argument!r} is a web address, not a file; download it first, as with `curl -O ADDRESS`")
+            raise ValueError(download_first(argument))
         elif not exists and glob.has_magic(argument):
             self._add_glob(argument)
         elif is_table(argument):

@@ -124,8 +124,9 @@ def _as_utf8(value: Any) -> Any:
 def write_texts(texts: Iterable[tuple[str, str]]) -> None:
     """Writes text files, given as (path, content); each appears whole, and all are on disk when this returns.
 
-    Raises WriteError if one cannot be written; those before it are written already.
+    Raises WriteError about the first that cannot be written, when all others are.
     """
+    failed: OSError | None = None
     for path, content in texts:
         partial = partial_path(Path(path))
         try:
@@ -138,6 +139,8 @@ def write_texts(texts: Iterable[tuple[str, str]]) -> None:
                 with contextlib.suppress(OSError):
                     os.unlink(partial)
         except OSError as error:
-            raise write_error(path, error) from error
+            failed = failed or write_error(path, error)
     if hasattr(os, "sync"):
         os.sync()  # once for all: flushing very many small files would take longer than captioning
+    if failed:
+        raise failed

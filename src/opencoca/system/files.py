@@ -86,12 +86,12 @@ def check_writable(*paths: str | os.PathLike[str] | None) -> None:
     """
     for path in filter(None, paths):
         target = Path(path)
-        if target.is_dir():
-            raise ValueError(f"cannot write {path}: it is a folder; give the name of a file")
-        if target.exists() and not target.is_file():
-            raise ValueError(f"cannot write {path}: it is not an ordinary file; choose another name")
-        folder = next(parent for parent in target.absolute().parents if parent.exists())
         try:
+            if target.is_dir():
+                raise ValueError(f"cannot write {path}: it is a folder; give the name of a file")
+            if target.exists() and not target.is_file():
+                raise ValueError(f"cannot write {path}: it is not an ordinary file; choose another name")
+            folder = next(parent for parent in target.absolute().parents if parent.exists())
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:

@@ -1,9 +1,12 @@
 """Reads ordinary files alone, and no more bytes than stated: a pipe would be waited for, a device has no end."""
 
+import codecs
 import errno
 import os
 import stat
 from typing import IO
+
+from opencoca.system.messages import shown
 
 
 def open_ordinary(path: str | os.PathLike[str]) -> IO[bytes]:
@@ -30,3 +33,36 @@ def read_ordinary(path: str | os.PathLike[str], max_bytes: int) -> bytes:
             reason = f"its {size:,} bytes are more than the {max_bytes:,} allowed"
             raise OSError(errno.EFBIG, reason, os.fspath(path))
         return file.read(size)
+
+
+def download_first(address: object) -> str:
+    """The sentence about a web address where only files are read."""
+    return f"{shown(str(address), 160)} is a web address, not a file; download it first, as with `curl -O ADDRESS`"
+
+
+def read_lines(path: str | os.PathLike[str], content: str, max_bytes: int = 1 << 30) -> list[str]:
+    """Reads the lines of a text file that are not blank, stripped.
+
+    Args:
+        content: what the file holds, for messages.
+
+    Raises ValueError for a web address and what is not text as `decoded` has it, OSError as `read_ordinary` does.
+    """
+    if "://" in os.fspath(path) and not os.path.exists(path):
+        raise ValueError(download_first(path))
+    data = read_ordinary(path, max_bytes)
+    try:
+        lines = decoded(data).splitlines()
+    except ValueError as error:
+        raise ValueError(f"cannot read the {content} in {shown(os.fspath(path), 120)}: {error}") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def decoded(data: bytes) -> str:
+    """Text in UTF-8, or in UTF-16 where a byte-order mark says so. Raises ValueError that says where it is neither."""
+    try:
+        return data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        place = f"line {1 + data.count(10, 0, error.start)} has the byte 0x{data[error.start]:02x}"
+        advice = "save it as UTF-8, or convert it: iconv -f cp1252 -t utf-8 OLD > NEW"
+        raise ValueError(f"it is not UTF-8 text ({place}); {advice}") from None
