@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import hostile_images
 import hostile_models
+import hostile_recipes
 import hostile_tables
 import hostile_tars
 from trials import Trial, describe
@@ -34,6 +35,7 @@ KINDS = {
     "tables": Kind(hostile_tables.attempt, 200),
     "models": Kind(hostile_models.attempt, 200),
     "tars": Kind(hostile_tars.attempt, 100),
+    "recipes": Kind(hostile_recipes.attempt, 150),
 }
 _TOGETHER = 100
 

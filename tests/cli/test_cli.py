@@ -530,8 +530,22 @@ def test_train_gives_a_model_that_the_other_commands_load(
 def test_train_help_lists_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
     out = capsys.readouterr().out
-    for part in ("opencoca train RECIPE", "--data.train_images", "--optimizer.learning_rate", "default: 0.001"):
+    for part in ("opencoca train RECIPE", "data.train_images: ", "optimizer.learning_rate: 0.001 ", "--continue-with"):
         assert part in out
+
+
+def test_train_help_shows_the_values_of_a_recipe(
+    images: Path, captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", images, captions)
+    assert main(["train", str(recipe), "--help", "--epochs", "7"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("epochs: 7 ") and "passes over the training images" in line for line in lines)
+    assert any(line.startswith("batch_size: 2 ") and "images a step" in line for line in lines)
+    assert any(line.startswith("model.text.width: 16") for line in lines)
+    assert max(map(len, lines)) <= 120
+    assert main(["train", "flickr8k", "--help"]) == 0
+    assert "batch_size: 96 " in capsys.readouterr().out
 
 
 def test_train_mistakes(images: Path, captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -540,7 +554,10 @@ def test_train_mistakes(images: Path, captions: Path, tmp_path: Path, capsys: py
     assert_mistake(capsys, ["train", str(wrong)], "wrong.yaml", "epoch")
     recipe = write_recipe(tmp_path / "recipe.yaml", images, captions)
     argv = ["train", str(recipe), "--output", str(tmp_path / "run")]
-    assert_mistake(capsys, [*argv, "--optimizer.learningrate", "1"], "learningrate")
+    assert_mistake(capsys, [*argv, "--optimizer.learningrate", "1"], "did you mean optimizer.learning_rate?")
+    assert_mistake(capsys, ["train", "flickr8"], "there is no recipe flickr8; did you mean flickr8k?")
+    assert_mistake(capsys, [*argv, "--continue-with"], "--continue-with needs KEY=VALUE")
+    assert_mistake(capsys, [*argv, "--continue-with", "epochs=3"], "holds no run to continue")
     assert_mistake(capsys, [*argv, "--batch_size", "many"], "batch_size")
     assert_mistake(capsys, [*argv, "--data.train_images", str(tmp_path / "gone")], "gone")
     no_column = write_csv(tmp_path / "no_column.csv", ["image", "words"], [["red.png", "a"]])
@@ -559,7 +576,7 @@ def test_train_that_is_stopped(
     recipe = write_recipe(tmp_path / "recipe.yaml", images, captions)
 
     def stop_with(error: Exception) -> None:
-        def stop(_: object) -> None:
+        def stop(*_: object) -> None:
             raise error
 
         monkeypatch.setattr("opencoca.train.train", stop)

@@ -21,7 +21,7 @@ def add_commands(commands: Any) -> None:
         "seconds on a laptop. The exit code is 1 if a step does not fit the device; the last line then names the\n"
         "least change that makes it fit.",
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, as for `opencoca train`")
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file or name of a recipe, as for `opencoca train`")
     parser.add_argument(
         "--set",
         nargs="+",

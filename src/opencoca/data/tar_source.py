@@ -121,7 +121,7 @@ class TarShards(SampleSource):
 
     def _open(self) -> None:
         """Read all indexes, and note how many samples the shards have, which are lost and whose keys are shared."""
-        starts, lost, seen = [0], [], set()
+        starts, digests, lost, seen = [0], [], [], set()
         kept = self.storage.cache_dir or self.storage.index_dir
         self._files = tuple(path if is_remote(path) else unpacked(path, kept) for path in self.shards)
         threads = _OPENING_THREADS if self.is_remote else 0
@@ -132,6 +132,7 @@ class TarShards(SampleSource):
             lost.extend(BadSample("", path, offset, reason) for offset, reason in index.damage)
             lost.extend(BadSample(sample.key, path, sample.offset, sample.reason) for sample in index.lost)
             starts.append(starts[-1] + len(index.keys))
+            digests.append(index.digest)
             if starts[-1] > _MAX_SAMPLES_TO_COMPARE:
                 self._shared_keys, seen = None, set()
             if self._shared_keys is not None:
@@ -140,7 +141,7 @@ class TarShards(SampleSource):
                 for row in shared:
                     self._shared_keys[starts[shard] + row] = unique_name(f"{_stem(path)}/{index.keys[row]}", seen)
             self._keep(shard, index)
-        self.starts, self.lost = np.array(starts, dtype=np.int64), tuple(lost)
+        self.starts, self.lost, self.digests = np.array(starts, dtype=np.int64), tuple(lost), tuple(digests)
 
     def _load(self, shard: int) -> ShardIndex:
         chosen = ChosenMembers(self.storage.image_member, self.storage.text_member)

@@ -1,10 +1,13 @@
-"""Measures the memory that this process takes, as the operating system or the accelerator counts it."""
+"""The memory that this process takes and may take, as the operating system or the accelerator counts it."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
 
 import torch
+
+_GROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def resident_bytes() -> int:
@@ -21,6 +24,21 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _largest_resident()
+
+
+def most_bytes() -> int:
+    """Returns the memory that this process may have at most: the machine's, its control group's, or its own limit."""
+    limits = [1 << 62]
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in _GROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+            limits.append(int(path.read_text()))
+    with contextlib.suppress(ImportError):
+        import resource
+
+        limits += [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
+    return min(limits)
 
 
 def _largest_resident() -> int:

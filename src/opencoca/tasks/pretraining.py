@@ -20,6 +20,7 @@ from opencoca.tasks.task import Compared, Outputs, Score, Term, Uses
 from opencoca.tokenizer import Tokenizer
 
 _CAPTIONS, _RETRIEVAL = "captions of validation images", "retrieval among validation images"
+_MOST_NEW_TOKENS = 10_000
 _R1 = ("image_to_text_r1", "text_to_image_r1")
 
 
@@ -63,8 +64,10 @@ class PretrainingOptions:
             raise ValueError("task.contrastive_weight and task.caption_weight are both 0: nothing would be learned")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"task.label_smoothing {self.label_smoothing} must be at least 0 and less than 1")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"task.max_new_tokens {self.max_new_tokens} must be at least 1")
+        if not 1 <= self.max_new_tokens <= _MOST_NEW_TOKENS:
+            raise ValueError(
+                f"task.max_new_tokens {self.max_new_tokens} must be at least 1 and at most {_MOST_NEW_TOKENS:,}"
+            )
         needs = {"cider_d": "caption_weight", "mean_r1": "contrastive_weight"}.get(self.select_by)
         if needs and getattr(self, needs) == 0:
             raise ValueError(f"task.select_by {self.select_by} has no score to go by, because task.{needs} is 0")

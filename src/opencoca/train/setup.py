@@ -5,12 +5,15 @@ Every process prepares its own; what is written (the recipe, a vocabulary, featu
 
 import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from opencoca.data import PreprocessConfig, SampleSource, TrainTransform
+from opencoca.data.identity import data_identity
 from opencoca.distributed.world import World
 from opencoca.inference.loading import load_model
 from opencoca.model.coca import CoCa
@@ -22,29 +25,40 @@ from opencoca.store.interop.efficientnet_weights import load_imagenet_weights
 from opencoca.store.model_folder import LoadedModel, load_model_folder
 from opencoca.system.allocator import keep_freed_memory, limit_kernel_caches
 from opencoca.system.devices import choose_device
+from opencoca.system.memory_use import most_bytes
 from opencoca.tasks import make_task
 from opencoca.tokenizer import Tokenizer, train_tokenizer
 from opencoca.train.batches import TrainBatches
+from opencoca.train.checkpoints import Checkpoints
 from opencoca.train.compute import prepare_compute
-from opencoca.train.data_sources import open_train_source, open_val_source
+from opencoca.train.data_sources import open_train_source, open_val_source, training_order
 from opencoca.train.feature_cache import FeatureCaches
 from opencoca.train.optim.optimizer import freeze
 from opencoca.train.parallel import check_processes, is_built_in_shards
 from opencoca.train.recipe.recipe import Recipe
-from opencoca.train.run_folder import remember_recipe
+from opencoca.train.run_folder import Progress, RunData, RunFolder
 from opencoca.train.validation import Validator
 
 
 class RunSetup:
     """The parts of a run. The model is not yet spread over processes; val_source and validator: None without one.
 
-    recipe: as it is stored with the run, with the precision that was chosen.
+    recipe: as it is stored with the run, with the precision that was chosen. data: what the run is bound to.
+    total_steps: how many the whole run has.
     frozen_stages: how many of the image encoder's first stages are not trained.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, continues: bool, world: World):
-        """Prepares a run in ``folder``; continues: it holds a checkpoint of this recipe.
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        checkpoints: Checkpoints,
+        world: World,
+        continue_with: Sequence[str] = (),
+    ):
+        """Prepares a run in ``folder``, or what continues the one that has these checkpoints.
 
+        continue_with: keys of the recipe that may differ from what the run began with.
         Raises ValueError for what the recipe gets wrong, FileNotFoundError for data that are not there.
         """
         self.device = device = choose_device(recipe.device, world.local_rank if world.size > 1 else None)
@@ -52,15 +66,21 @@ class RunSetup:
             limit_kernel_caches()
             keep_freed_memory()
         check_processes(recipe, world)
+        check_size(recipe)
         self.train_source, self.val_source = open_train_source(recipe), open_val_source(recipe)
         self.task = make_task(recipe.task, self.train_source)
         start = load_start(recipe)
-        folder.mkdir(parents=True, exist_ok=True)
-        asked = recipe.precision
-        self.recipe = recipe = world.on_main(lambda: remember_recipe(folder, recipe, device, continues))
+        steps = recipe.epochs * training_order(self.train_source, recipe).steps_per_epoch(recipe.batch_size)
+        self.total_steps = min(steps, recipe.max_steps) if recipe.max_steps else steps
+        world.on_main(folder.enter)
+        continues, asked = checkpoints.exist(), recipe.precision
+        progress = Progress(checkpoints.newest_step(), self.total_steps) if continues else None
+        self.data = data = world.on_main(self._data)
+        remember = partial(folder.remember, recipe, device, data, progress, continue_with)
+        self.recipe = recipe = world.on_main(remember)
         if asked == "auto" and world.is_main:
             print(f"precision {recipe.precision} (chosen for {device})", file=sys.stderr)
-        stored = folder / "tokenizer.json"
+        stored = folder.path / "tokenizer.json"
         self.tokenizer = make_tokenizer(recipe, start, self.train_source, stored, continues, world)
         self.preprocess = make_preprocess(recipe, start)
         torch.manual_seed(recipe.seed)
@@ -71,6 +91,10 @@ class RunSetup:
         prepare_compute(model, recipe, device)
         self._prepare_samples(model, world)
         self.model = model.eval()
+
+    def _data(self) -> RunData:
+        validation = None if self.val_source is None else data_identity(self.val_source)
+        return RunData(data_identity(self.train_source), validation, (self.task.stored() or {}).get("classes"))
 
     def _config(self) -> CoCaConfig:
         """The architecture with the run's vocabulary and the task's layers."""
@@ -98,6 +122,19 @@ class RunSetup:
             cache = caches.open(self.val_source, "validation images", world, augmented=False)
             prepare = caches.evaluation
             self.validator = Validator(recipe, task, self.val_source, self.tokenizer, prepare, cache)
+
+
+def check_size(recipe: Recipe) -> None:
+    """Raises ValueError if the weights alone need more memory than there is, before any of them is made."""
+    if is_built_in_shards(recipe):  # each process makes its own part
+        return
+    with without_values():
+        needed = sum(4 * parameter.numel() for parameter in CoCa(recipe.model).parameters())
+    if needed > (most := most_bytes()):
+        raise ValueError(
+            f"the network has {needed / 4e9:,.1f} billion parameters, and their {needed / 1e9:,.0f} GB are more than "
+            f"the {most / 1e9:,.0f} GB of memory; give it less width or depth (size, model)"
+        )
 
 
 def load_start(recipe: Recipe) -> LoadedModel | None:

@@ -7,7 +7,7 @@ in best_model.py. Of several processes all run this loop and score their share; 
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from opencoca.data import Batch
@@ -26,6 +26,7 @@ from opencoca.train.recipe.recipe import Recipe
 from opencoca.train.report.live_view import LiveView
 from opencoca.train.report.metrics_log import MetricsLog, MetricsWindow
 from opencoca.train.report.report import write_report
+from opencoca.train.run_folder import RunFolder
 from opencoca.train.setup import RunSetup
 from opencoca.train.step import NonFiniteLossError, TrainStep
 from opencoca.train.survival.bad_steps import SpikeRule, too_many_non_finite
@@ -43,13 +44,25 @@ class TrainingInterrupted(Exception):
 class Trainer:
     """``Trainer(recipe).run()`` trains, or continues what an earlier call began in the same folder."""
 
-    def __init__(self, recipe: Recipe, world: World | None = None, make_optimizer: MakeOptimizer = build_optimizer):
-        """world: the processes that train together; by default this one alone. make_optimizer: makes the optimizer."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        world: World | None = None,
+        make_optimizer: MakeOptimizer = build_optimizer,
+        continue_with: Sequence[str] = (),
+    ):
+        """Prepares the run, or what continues it.
+
+        Args:
+            world: the processes that train together; by default this one alone.
+            make_optimizer: makes the optimizer.
+            continue_with: keys of the recipe in which it may differ from what the run began with; see `train`.
+        """
         self.world = world or World()
         self.folder = Path(recipe.output)
+        self.run_folder = RunFolder(self.folder)
         self.checkpoints = Checkpoints(self.folder, recipe.checkpoint, self.world)
-        continues = self.checkpoints.exist()
-        setup = self.world.together(lambda: RunSetup(recipe, self.folder, continues, self.world))
+        setup = self._set_up(recipe, continue_with)
         self.recipe = recipe = setup.recipe
         self.task, self.device = setup.task, setup.device
         self.model, self.frozen_stages = setup.model, setup.frozen_stages
@@ -58,8 +71,7 @@ class Trainer:
         self.best = BestModel(recipe, self.task, self.folder, setup.tokenizer, setup.preprocess)
         self.parallel = ParallelModel(self.model, self.device, recipe, self.world, self.task)
         self.average = WeightAverage(self.model, recipe.optimizer.ema_decay) if recipe.optimizer.ema_decay else None
-        steps = recipe.epochs * self.batches.steps_per_epoch
-        self.total_steps = min(steps, recipe.max_steps) if recipe.max_steps else steps
+        self.total_steps, self.data = setup.total_steps, setup.data
         progress = {"step": 0, "best": None, "best_step": 0, "seconds": 0.0, "window": {}}
         self.state = TrainState(self.model, make_optimizer(self.model, recipe), self.average, progress)
         self.step = TrainStep(self.model, self.state.optimizer, self.average, recipe, self.parallel)
@@ -69,14 +81,32 @@ class Trainer:
         limit_s, exits = 60 * recipe.safety.hang_minutes, is_restartable()
         self.watchdog = Watchdog(self.folder / "stacks", self.world, limit_s, exits)
 
+    def _set_up(self, recipe: Recipe, continue_with: Sequence[str]) -> RunSetup:
+        continues = self.checkpoints.exist()
+        self.world.on_main(lambda: self.run_folder.check(continues))
+        try:
+            return self.world.together(
+                lambda: RunSetup(recipe, self.run_folder, self.checkpoints, self.world, continue_with)
+            )
+        except BaseException:
+            self.run_folder.leave()
+            raise
+
     def run(self) -> Path:
         """Trains to the end; returns the folder, which is then a model folder with the best weights.
 
         Raises TrainingInterrupted after Ctrl-C or SIGTERM (the state is saved), NonFiniteLossError, ValueError if no
         checkpoint can be continued from, and OSError if something cannot be written (what was there before stays).
         """
+        try:
+            return self._run()
+        finally:
+            self.run_folder.leave()
+
+    def _run(self) -> Path:
         seed_generators(self.recipe.seed, self.world.rank)
         self.world.together(lambda: self.checkpoints.resume(self.state))
+        self._compare_like_with_like()
         log = None
         if self.world.is_main:
             patient = self.recipe.checkpoint.when_unwritable == "continue"
@@ -93,6 +123,13 @@ class Trainer:
         finally:
             if log is not None:
                 log.close()
+
+    def _compare_like_with_like(self) -> None:
+        """Forgets which weights are the best if they were scored on other samples, or by another score."""
+        validation = self.data.validation
+        scored_by = f"{validation.digest if validation else 'nothing'} {getattr(self.recipe.task, 'select_by', '')}"
+        if self.state.progress.setdefault("scored_by", scored_by) != scored_by:
+            self.state.progress |= {"best": None, "scored_by": scored_by}
 
     def _loop(self, log: MetricsLog | None) -> None:
         progress = self.state.progress

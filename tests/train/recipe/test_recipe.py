@@ -98,6 +98,24 @@ WRONG: list[tuple[str, list[str], str]] = [
     ("- a\n- b", [], "mapping"),
     ("just words", [], "mapping"),
     ("a: [1", [], "not YAML"),
+    ("a: &a [1]\nb: &b [*a, *a]\nbatch_size: *b\nepochs: &e [*e]", [], "&e contains itself"),
+    ("size: tiny\nmodel: &m {embed_dim: 4, text: *m}", [], "&m contains itself"),
+    ("".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10 if n else 'x' * 10)}]\n" for n in range(9)), [], "values"),
+    ("{a: " * 3000 + "1" + "}" * 3000, [], "nested"),
+    ("#" * 200_001, [], "bytes"),
+    ("batch_size: 3\nepochs: 2\nbatch_size: 4", [], "batch_size is given twice, again in line 3"),
+    ("optimizer: {eps: 1.0e-8, eps: 1.0e-7}", [], "eps is given twice"),
+    ("batch_size: 3\nbatch-size: 3", [], "batch_size is given twice"),
+    ("1: 2", [], "the key 1"),
+    ("? [a, b]\n: 2", [], "a key is a list"),
+    ("epochs: 2001-99-99", [], "not YAML"),
+    ("epochs: " + "9" * 5000, [], "not YAML"),
+    ("epochs: !!python/object/apply:os.system [true]", [], "not YAML"),
+    ("output: ''", [], "output"),
+    # nearly right
+    ("batch_sise: 3", [], "unknown key batch_sise; did you mean batch_size?"),
+    ("learning_rate: 3", [], "learning_rate?"),
+    ("", ["--optimiser.learning-rate", "3"], "did you mean optimizer.learning_rate?"),
     # impossible choices
     ("size: huge", [], "'huge'"),
     ("precision: fp16", [], "precision"),
@@ -129,15 +147,19 @@ def test_a_mistake_is_one_sentence_that_names_the_key(
 
 
 IMPOSSIBLE: dict[str, list[Any]] = {
-    "epochs": [0, -1],
+    "epochs": [0, -1, 10**7],
     "max_steps": [0, -5],
-    "batch_size": [0],
+    "batch_size": [0, 10**7, 10**400],
+    "grad_cache_steps": [10**9, 65],
+    "tokenizer.vocab_size": [10**7],
+    "distributed.timeout_minutes": [1e300],
+    "checkpoint.keep_last": [10**8],
     "accumulation_steps": [0],
     "validate_every_epochs": [0],
-    "task.max_new_tokens": [0],
+    "task.max_new_tokens": [0, 10**9],
     "log_every_steps": [0],
     "checkpoint_minutes": [-1.0, ".nan"],
-    "seed": [-1],
+    "seed": [-1, 2**64],
     "data.captions_per_image": [0],
     "data.flip_probability": [-0.1, 1.1],
     "data.color_jitter": [-0.1, 2.0],
@@ -163,6 +185,48 @@ def test_an_impossible_number_is_refused_with_its_key(recipe_file: Path, key: st
     section, _, name = key.rpartition(".")
     text = f"{section}:\n  {name}: {value}\n" if section else f"{name}: {value}\n"
     assert key in one_sentence(recipe_file, text, [])
+
+
+def test_keys_may_have_hyphens(recipe_file: Path) -> None:
+    recipe = load(
+        recipe_file, "batch-size: 12\noptimizer: {learning-rate: 0.5}", "--log-every-steps=3", "--data.num-workers", "0"
+    )
+    assert (recipe.batch_size, recipe.optimizer.learning_rate) == (12, 0.5)
+    assert (recipe.log_every_steps, recipe.data.num_workers) == (3, 0)
+    assert load(recipe_file, "", "--val-max-new-tokens", "7").task == load(recipe_file, "val-max-new-tokens: 7").task
+
+
+def test_aliases_within_reason(recipe_file: Path) -> None:
+    recipe = load(recipe_file, "data: {mean: &half [0.25, 0.25, 0.25], std: *half}")
+    assert recipe.data.std == (0.25, 0.25, 0.25)
+
+
+def test_a_recipe_of_the_package_by_its_name() -> None:
+    by_file = load_recipe(Path(__file__).parents[3] / "recipes" / "flickr8k.yaml")
+    assert load_recipe("flickr8k") == by_file
+    with pytest.raises(ValueError, match=r"there is no recipe flickr9k; did you mean flickr8k\?") as error:
+        load_recipe("flickr9k")
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\x1b[31m\nb", "../nothing"])
+def test_any_name_makes_a_short_message_of_one_line(name: str) -> None:
+    with pytest.raises(ValueError, match="there is no recipe") as error:
+        load_recipe(name)
+    assert len(str(error.value)) < 300
+    assert str(error.value).isprintable()
+
+
+def test_seeds_of_64_bits(recipe_file: Path) -> None:
+    assert load(recipe_file, f"seed: {2**64 - 1}").seed == 2**64 - 1
+
+
+def test_made_recipes_are_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of every kind; benchmarks/robustness.py tries many more."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[3] / "benchmarks")
+    from hostile_recipes import attempt
+
+    assert [f"{trial.name}: {trial.fault}" for trial in attempt(0, 0, 30) if trial.fault] == []
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -42,6 +42,11 @@ class Checkpoints:
         """Whether there is something to continue from; the answer of the main process."""
         return self.world.on_main(lambda: bool(self.folder.names()) or self._single_file.is_file())
 
+    def newest_step(self) -> int:
+        """The step of the checkpoint that a run continues from, in the main process; 0 if it is not known."""
+        names = self.folder.to_try()
+        return names[0].step if names else 0
+
     @property
     def has_failed(self) -> bool:
         """Whether a save has ended without a checkpoint in this process, and `finish` was not called since."""

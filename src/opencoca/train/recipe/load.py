@@ -1,24 +1,32 @@
 """From a recipe file, or its values, and overrides to a `Recipe`."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from opencoca.inference.loading import ModelDescription, describe_model
 from opencoca.model.config import NAMED_SIZES, CoCaConfig, at_todays_places
+from opencoca.system.messages import brief, shown
+from opencoca.system.names import did_you_mean
 from opencoca.tasks import TASKS
 from opencoca.train.recipe.recipe import Recipe
+from opencoca.train.recipe.yaml_file import read_recipe_file
 
 # Sections that may be given as a single word, and the key that the word is of.
 _SHORT = {"task": "name", "init_from": "model"}
 # Keys of earlier versions, and what they are called now.
 _RENAMED = {"loss": "task", "select_by": "task.select_by", "val_max_new_tokens": "task.max_new_tokens"}
 _SECTIONS = frozenset(name for name, value in vars(Recipe()).items() if is_dataclass(value))
+# Options of earlier versions and those of `_SHORT` sections, as they are written out.
+_OPTIONS_OF_TODAY = {f"--{old}": f"--{new}" for old, new in _RENAMED.items()}
+_OPTIONS_OF_TODAY |= {f"--{section}": f"--{section}.{key}" for section, key in _SHORT.items()}
+_DEEPEST = 40
+_LONGEST_MESSAGE = 290
 
 
 def recipe_parser(
@@ -42,49 +50,111 @@ def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]
     """Reads a recipe and applies overrides such as ``["--batch_size", "32"]``.
 
     Args:
-        recipe: a YAML file, or what would be in one: ``{"init_from": "coca-flickr8k", "epochs": 5, ...}``.
-        overrides: options as on the command line.
+        recipe: a YAML file, the name of a recipe that comes with the package (``flickr8k``), or what would be in a
+            file: ``{"init_from": "coca-flickr8k", "epochs": 5, ...}``.
+        overrides: options as on the command line. Keys may have hyphens for underscores everywhere.
 
     Raises:
         ValueError: a file that is missing or not YAML, unknown keys, impossible values; it names file and key.
         FileNotFoundError: there is no such model as init_from names.
     """
-    where = "recipe" if isinstance(recipe, Mapping) else f"recipe {recipe}"
-    values = dict(recipe) if isinstance(recipe, Mapping) else _read(Path(recipe))
-    values, overrides = _renamed(values, where), _renamed_options(overrides)
-    for name, section in values.items():
-        if name in _SECTIONS and not isinstance(section, dict):
-            raise ValueError(f"{where}: {name} must be a mapping of keys to values, got {section!r}")
-    task = _option(overrides, "task.name") or values.get("task", {}).get("name", "pretraining")
-    if task not in TASKS:
-        raise ValueError(f"{where}: there is no task {task!r}; known tasks: {', '.join(TASKS)}")
-    size = _option(overrides, "size") or values.get("size", "small")
-    if size not in NAMED_SIZES:
-        raise ValueError(f"{where}: there is no size {size!r}; known sizes: {', '.join(NAMED_SIZES)}")
-    if _option(overrides, "init_from.model") and "init_from" in values:
-        values["init_from"] = {}  # weights and checkpoint there are of another model
-    parser = recipe_parser(task, size, _start(values, overrides))
-    try:
-        if "model" in values:
-            values["model"] = at_todays_places(values["model"])
-        from_file = parser.parse_object(values, defaults=True)
-        namespace: Namespace = parser.parse_args(overrides, namespace=from_file) if overrides else from_file
+    where = "recipe" if isinstance(recipe, Mapping) else f"recipe {brief(str(recipe), 150)}"
+    values = recipe if isinstance(recipe, Mapping) else read_recipe_file(recipe)
+    with _named(where):
+        asked = _asked_for(values, overrides)
+    parser = recipe_parser(asked.task, asked.size, _start(asked.values, asked.options))
+    with _named(where):
+        _check_keys(asked, parser)
+        from_file = parser.parse_object(asked.values, defaults=True)
+        namespace: Namespace = parser.parse_args(asked.options, namespace=from_file) if asked.options else from_file
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.49
         return Recipe(**vars(instantiate(namespace)))
-    except Exception as error:
-        raise ValueError(f"{where}: {_in_plain_words(error)}") from error
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"there is no recipe {path}")
+def recipe_key(name: str) -> str:
+    """The key that a name means today: with underscores, not by its name of before, never a short section's."""
+    return _option_of_today(f"--{name}").removeprefix("--")
+
+
+class _Asked(NamedTuple):
+    """What the user asks for: values and options, under the keys of today; task and size, which give defaults."""
+
+    values: dict[str, Any]
+    options: list[str]
+    task: str
+    size: str
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Every error in here becomes a ValueError of one sentence that names the recipe."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"recipe {path} must be a mapping of keys to values")
-    return values
+        yield
+    except Exception as error:
+        message = brief(_in_plain_words(error), _LONGEST_MESSAGE - len(where)) or type(error).__name__
+        raise ValueError(f"{where}: {message}") from error
+
+
+def _asked_for(given: Mapping[str, Any], overrides: Sequence[str]) -> _Asked:
+    """Raises ValueError for sections that are none, and for unknown tasks and sizes."""
+    values, options = upgraded(_with_underscores(given)), [_option_of_today(text) for text in overrides]
+    for name, section in values.items():
+        if name in _SECTIONS and not isinstance(section, dict):
+            raise ValueError(f"{name} must be a mapping of keys to values, got {shown(section)}")
+    for name, value in values.get("init_from", {}).items():
+        if not isinstance(value, str | None):
+            raise ValueError(f"init_from.{name} must be text, got {shown(value)}")
+    task = _option(options, "task.name") or values.get("task", {}).get("name", "pretraining")
+    if not isinstance(task, str) or task not in TASKS:
+        raise ValueError(f"there is no task {shown(task)}; known tasks: {', '.join(TASKS)}")
+    size = _option(options, "size") or values.get("size", "small")
+    if not isinstance(size, str) or size not in NAMED_SIZES:
+        raise ValueError(f"there is no size {shown(size)}; known sizes: {', '.join(NAMED_SIZES)}")
+    if _option(options, "init_from.model") and "init_from" in values:
+        values["init_from"] = {}  # weights and checkpoint there are of another model
+    if "model" in values:
+        values["model"] = at_todays_places(values["model"])
+    return _Asked(values, options, task, size)
+
+
+def _with_underscores(value: Any, depth: int = 0) -> Any:
+    """Values whose keys may have hyphens. Raises ValueError for keys that are no words, or given in both forms."""
+    if depth > _DEEPEST:
+        raise ValueError(f"its values are nested more than {_DEEPEST} levels deep, and a recipe's are not")
+    if isinstance(value, list | tuple):
+        return [_with_underscores(item, depth + 1) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        if not isinstance(key, str):
+            raise ValueError(f"the key {shown(key)} is not a word")
+        name = key.replace("-", "_")
+        if name in found:
+            raise ValueError(f"{name} is given twice, with hyphens and with underscores; keep one of them")
+        found[name] = _with_underscores(item, depth + 1)
+    return found
+
+
+def _check_keys(asked: _Asked, parser: ArgumentParser) -> None:
+    """Raises ValueError for a key that no recipe has, with the one that is most like it."""
+    known = list(parser.get_defaults().keys(branches=True))
+    for key in _keys_of(asked.values, frozenset(known)):
+        if key not in known:
+            raise ValueError(f"unknown key {brief(key, 100)}{did_you_mean(key, known)}")
+    for option in asked.options:
+        key = option.partition("=")[0].removeprefix("--")
+        if option.startswith("--") and key not in known:
+            raise ValueError(f"unknown option --{brief(key, 100)}{did_you_mean(key, known)}")
+
+
+def _keys_of(values: Mapping[str, Any], known: frozenset[str], section: str = "") -> Iterator[str]:
+    """The dotted keys of values, as deep as recipes have keys; a value may itself be a mapping."""
+    for name, value in values.items():
+        key = f"{section}{name}"
+        yield key
+        if isinstance(value, Mapping) and any(other.startswith(f"{key}.") for other in known):
+            yield from _keys_of(value, known, f"{key}.")
 
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,27 +178,16 @@ def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _renamed(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    try:
-        return upgraded(values)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _renamed_options(overrides: Sequence[str]) -> list[str]:
-    """The options under the names that keys have now, those of `_SHORT` sections written out."""
-    names = {f"--{old}": f"--{new}" for old, new in _RENAMED.items()}
-    names |= {f"--{section}": f"--{section}.{key}" for section, key in _SHORT.items()}
-    renamed = []
-    for argument in overrides:
-        option, equals, value = argument.partition("=")
-        head, dot, rest = option.partition(".")
-        if option in names:
-            argument = names[option] + equals + value
-        elif head == "--loss" and dot:
-            argument = f"--task.{rest}{equals}{value}"
-        renamed.append(argument)
-    return renamed
+def _option_of_today(argument: str) -> str:
+    """An option under the name that its key has now; a value is left as it is."""
+    option, equals, value = argument.partition("=")
+    if not option.startswith("--"):
+        return argument
+    option = "--" + option[2:].replace("-", "_")
+    head, dot, rest = option.partition(".")
+    if head == "--loss" and dot:
+        option = f"--task.{rest}"
+    return _OPTIONS_OF_TODAY.get(option, option) + equals + value
 
 
 def _start(values: Mapping[str, Any], overrides: Sequence[str]) -> ModelDescription | None:
@@ -144,7 +203,7 @@ def _start(values: Mapping[str, Any], overrides: Sequence[str]) -> ModelDescript
 
 def _in_plain_words(error: Exception) -> str:
     """jsonargparse's message in one line, with the names of Python's types as people write them."""
-    text = re.sub(r"a <class '(\w+)'>", r"\1", " ".join(str(error).split()))
+    text = re.sub(r"a <class '(\w+)'>", r"\1", str(error))
     return text.removeprefix("Parser key ").replace("a typing.Literal", "one of ")
 
 

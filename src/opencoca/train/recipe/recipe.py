@@ -12,6 +12,7 @@ from operator import attrgetter
 from typing import Any, Literal
 
 from opencoca.model.config import CoCaConfig
+from opencoca.system.messages import shown
 from opencoca.tasks import TaskOptions
 from opencoca.tasks.pretraining import PretrainingOptions
 from opencoca.train.recipe.data import DataRecipe
@@ -170,6 +171,10 @@ class Recipe:
         _check_ranges(self)
         if self.batch_size % self.accumulation_steps:
             raise ValueError(f"accumulation_steps {self.accumulation_steps} must divide batch_size {self.batch_size}")
+        if self.grad_cache_steps > self.batch_size:
+            raise ValueError(f"grad_cache_steps {self.grad_cache_steps} is more than batch_size {self.batch_size}")
+        if not self.output.strip() or "\0" in self.output:
+            raise ValueError(f"output {shown(self.output)} must name a folder")
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self.data, name)
             if not 0 < low <= high or (name == "crop_scale" and high > 1):
@@ -189,29 +194,32 @@ class Recipe:
         return asdict(self)
 
 
-# What numbers may be: (least, most), both included; _NEXT is the least float above 0.
+# What numbers may be: (least, most), both included; _NEXT is the least float above 0. The most is ten times what the
+# paper's largest model was trained with, or more: what lies beyond is a slip that takes time or memory without end.
 _NEXT = math.ulp(0.0)
 _BELOW_ONE = math.nextafter(1.0, 0.0)
 _LARGEST = sys.float_info.max
 _RANGES: dict[tuple[float, float], str] = {
-    (1, _LARGEST): """
-        epochs max_steps batch_size accumulation_steps grad_cache_steps validate_every_epochs log_every_steps
-        data.captions_per_image data.shuffle_window encoder.cache_views compute.recompute_every distributed.shard_size
-        checkpoint.every_steps checkpoint.keep_last checkpoint.keep_every_steps
+    (1, 10**9): "max_steps log_every_steps checkpoint.every_steps checkpoint.keep_every_steps tokenizer.min_frequency",
+    (1, 10**6): """
+        epochs batch_size accumulation_steps grad_cache_steps validate_every_epochs data.shuffle_window
+        distributed.shard_size checkpoint.keep_last tokenizer.vocab_size
         """,
-    (0, _LARGEST): """
-        checkpoint_minutes report_images seed data.num_workers optimizer.weight_decay optimizer.grad_clip
-        optimizer.warmup_steps safety.non_finite_limit safety.spike_deviations safety.hang_minutes
-        """,
-    (_NEXT, _LARGEST): """
-        data.cache_gb encoder.learning_rate optimizer.learning_rate optimizer.eps distributed.timeout_minutes
-        """,
+    (1, 1024): "data.captions_per_image encoder.cache_views compute.recompute_every",
+    (0, 10_000): "report_images",
+    (0, 1024): "data.num_workers",
+    (0, 10**6): "checkpoint_minutes safety.hang_minutes safety.non_finite_limit",
+    (0, 10**9): "optimizer.warmup_steps",
+    (0, 2**64 - 1): "seed",
+    (0, _LARGEST): "optimizer.weight_decay optimizer.grad_clip safety.spike_deviations",
+    (_NEXT, 10**6): "distributed.timeout_minutes data.cache_gb",
+    (_NEXT, _LARGEST): "encoder.learning_rate optimizer.learning_rate optimizer.eps",
     (0, 1): """
         data.flip_probability data.color_jitter data.max_bad_share optimizer.decay_fraction optimizer.final_lr_fraction
         """,
     (_NEXT, 1): "optimizer.layer_decay",
     (0, _BELOW_ONE): "encoder.patch_dropout optimizer.ema_decay",
-    (-1, _LARGEST): "encoder.frozen_stages",
+    (-1, 1024): "encoder.frozen_stages",
 }
 
 
@@ -219,9 +227,9 @@ def _check_ranges(recipe: Recipe) -> None:
     for name, (least, most) in ((name, bounds) for bounds, names in _RANGES.items() for name in names.split()):
         value = attrgetter(name)(recipe)
         if value is not None and not least <= value <= most:  # also if it is not a number
-            low = "more than 0" if least == _NEXT else f"at least {least:g}"
-            high = {_LARGEST: "", _BELOW_ONE: " and less than 1"}.get(most, f" and at most {most:g}")
-            raise ValueError(f"{name} {value} must be {low}{high}")
+            low = "more than 0" if least == _NEXT else f"at least {least:,}"
+            high = {_LARGEST: "", _BELOW_ONE: " and less than 1"}.get(most, f" and at most {most:,}")
+            raise ValueError(f"{name} {shown(value)} must be {low}{high}")
     for beta in recipe.optimizer.betas:
         if not 0 <= beta < 1:
             raise ValueError(f"optimizer.betas {recipe.optimizer.betas} must be at least 0 and less than 1")
