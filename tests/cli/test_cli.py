@@ -534,6 +534,12 @@ def test_train_help_lists_the_recipe(capsys: pytest.CaptureFixture[str]) -> None
         assert part in out
 
 
+def is_unexplained(line: str, after: str) -> bool:
+    """Whether a line of help has a key and its value alone, and the line after it explains nothing either."""
+    is_key = line.partition(":")[0].replace(".", "").replace("_", "").isalnum() and "   " not in line.strip()
+    return is_key and line.startswith(("model.", "task.", "data.")) and not after.startswith("   ")
+
+
 def test_train_help_shows_the_values_of_a_recipe(
     images: Path, captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -544,6 +550,8 @@ def test_train_help_shows_the_values_of_a_recipe(
     assert any(line.startswith("batch_size: 2 ") and "images a step" in line for line in lines)
     assert any(line.startswith("model.text.width: 16") for line in lines)
     assert max(map(len, lines)) <= 120
+    unexplained = [line for line, after in zip(lines, [*lines[1:], ""], strict=True) if is_unexplained(line, after)]
+    assert unexplained == []
     assert main(["train", "flickr8k", "--help"]) == 0
     assert "batch_size: 96 " in capsys.readouterr().out
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from cli_helpers import all_parsers, write_captions, write_csv
 from opencoca.cli import build_parser, main
@@ -282,6 +283,31 @@ def test_help_shows_the_usual_options_and_all_of_them_on_request(capsys: pytest.
 def test_verbose_says_what_was_chosen(model: str, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["caption", str(images), "--model", model, "--device", "cpu", "--verbose"]) == 0
     assert capsys.readouterr().err.splitlines() == [
-        f"opencoca: model {model} in float32 on cpu, 1 threads",
+        f"opencoca: model {model} in float32 on cpu, 1 thread",
         "opencoca: 4 images at a time",
     ]
+
+
+@pytest.mark.parametrize(("chosen_by_user", "threads"), [(False, 1), (True, 2)])
+def test_threads_are_not_more_than_processors_are_free(
+    model: str,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    chosen_by_user: bool,
+    threads: int,
+) -> None:
+    monkeypatch.setattr("opencoca.system.cpu.free_processors", lambda: 1)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if chosen_by_user:
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    for argv in (["caption", str(images), "--model", model, "--verbose"], ["quantize", model, str(tmp_path / "small")]):
+        torch.set_num_threads(2)
+        try:
+            assert main(argv) == 0
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(1)
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line.endswith(", 2 threads" if chosen_by_user else "(OMP_NUM_THREADS sets another number)")

@@ -210,12 +210,26 @@ def load_pipeline(arguments: argparse.Namespace) -> "Pipeline":
     from opencoca.system.allocator import keep_freed_memory
 
     keep_freed_memory()
+    busy = choose_threads(arguments.device)
     pipeline = load(arguments.model, arguments.device, arguments.dtype)
     if getattr(arguments, "verbose", False):
         dtype = str(pipeline.dtype).removeprefix("torch.")
-        threads = f", {torch.get_num_threads()} threads" if pipeline.device.type == "cpu" else ""
-        complain(f"model {arguments.model or DEFAULT_MODEL} in {dtype} on {pipeline.device}{threads}")
+        count = torch.get_num_threads()
+        threads = busy or f"{count} thread{'s' * (count != 1)}"
+        where = f"cpu, {threads}" if pipeline.device.type == "cpu" else pipeline.device
+        complain(f"model {arguments.model or DEFAULT_MODEL} in {dtype} on {where}")
     return pipeline
+
+
+def choose_threads(device: str = "cpu", wanted: int | None = None) -> str | None:
+    """On a CPU, uses as many threads as processors are free, or ``wanted``; returns a line if others are busy.
+
+    Every command that computes calls it before it does.
+    """
+    from opencoca.system.cpu import limit_threads
+    from opencoca.system.devices import choose_device
+
+    return limit_threads(wanted) if choose_device(device).type == "cpu" else None
 
 
 def positive_int(text: str) -> int:

@@ -12,6 +12,7 @@ from opencoca.cli.common import (
     add_model_and_folder,
     add_overwrite,
     check_new_folder,
+    choose_threads,
     format_table,
 )
 
@@ -64,6 +65,7 @@ def run_onnx(arguments: argparse.Namespace) -> int:
     require_onnx()
     check_new_folder(arguments, arguments.out_dir, CONFIG_FILE)
     photos = _expanded(arguments.photos)
+    choose_threads()
     pipeline = load(arguments.model, "cpu")
     files = export_onnx(pipeline, arguments.out_dir)
     print(format_table([(str(file), f"{file.stat().st_size / 1e6:,.1f} MB") for file in files]))

@@ -13,6 +13,7 @@ from opencoca.cli.common import (
     add_overwrite,
     check_new,
     check_new_folder,
+    choose_threads,
     format_table,
     open_captioned,
     positive_int,
@@ -57,6 +58,7 @@ def run_quantize(arguments: argparse.Namespace) -> int:
     if arguments.captions and arguments.images is None:
         raise CommandError("--captions needs --images, the folder of the images that are captioned")
     source = open_captioned(arguments) if arguments.images is not None else None
+    choose_threads()
     loaded = load_model(arguments.model)
     if is_quantized(loaded.model):
         raise CommandError(f"{arguments.model} is quantized already")

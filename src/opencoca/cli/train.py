@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from opencoca.cli.common import CommandError
+from opencoca.cli.common import CommandError, choose_threads
 
 _PURPOSE = "Train a model as a recipe says, or continue where an earlier run of it stopped."
 _EXAMPLE = "opencoca train flickr8k --data.train-images DIR --data.train-captions TABLE --epochs 5"
@@ -75,14 +75,11 @@ def _split_phase(argv: list[str]) -> tuple[list[str], list[str]]:
 def _choose_threads(device: str, folder: Path) -> None:
     """On a CPU: as many threads as the run in the folder began with, so that it stays the same; else those free now."""
     from opencoca.distributed.world import is_main_process
-    from opencoca.system.cpu import limit_threads
-    from opencoca.system.devices import choose_device
     from opencoca.train.run_folder import RunFolder
 
-    if choose_device(device).type == "cpu":
-        line = limit_threads(RunFolder(folder).threads())
-        if line and is_main_process():
-            print(line, file=sys.stderr)
+    line = choose_threads(device, RunFolder(folder).threads())
+    if line and is_main_process():
+        print(line, file=sys.stderr)
 
 
 def _help(recipe: str | None = None, options: list[str] | None = None) -> str:

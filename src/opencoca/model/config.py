@@ -36,11 +36,15 @@ __all__ = [
 class CoCaConfig:
     """A whole CoCa. ``CoCaConfig.named("base")`` gives the sizes that have a name.
 
-    embed_dim: E, of the space that images and texts share.
-    initial_temperature: of the contrastive softmax (paper, section 3: starts at 0.07).
-    max_logit_scale: the learned scale 1 / temperature is clamped to this.
-    compat: what weights of other projects need.
-    head: what a task adds; None = nothing.
+    Args:
+        embed_dim: width of the space that images and texts share.
+        image: the image encoder.
+        pooler: what makes image tokens and an embedding of the image encoder's features.
+        text: the text decoder.
+        initial_temperature: of the contrastive softmax (paper, section 3: starts at 0.07).
+        max_logit_scale: the learned scale 1 / temperature is clamped to this.
+        compat: what weights of other projects need.
+        head: what a task adds; None = nothing.
     """
 
     embed_dim: int = 768

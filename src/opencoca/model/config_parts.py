@@ -39,13 +39,22 @@ class BlockConfig:
 class ImageEncoderConfig:
     """Images -> image features (B, N, D).
 
-    name: ``vit``; ``efficientnet_lite0`` to ``efficientnet_lite2``; ``timm:MODEL`` (extra ``timm``); or ``custom``, a
-        module that is handed over when the CoCa is built: ``CoCa(config, image_encoder=module)``; ``width`` is that of
-        its features.
-    image_size: (height, width) in pixels that the model is made for; other sizes work (positions are interpolated).
-    The remaining fields describe the ViT and are ignored by the other encoders.
-    head_dim: None = width / num_heads.
-    activation: ``gelu``, ``quick_gelu`` (x sigmoid(1.702 x)) or ``swiglu``.
+    The fields after image_size describe the ViT and are ignored by the other encoders; ``width`` is also that of the
+    features of a custom one.
+
+    Args:
+        name: vit; efficientnet_lite0 to efficientnet_lite2; timm:MODEL (extra timm); or custom, in Python alone: a
+            module that is handed over when the CoCa is built, ``CoCa(config, image_encoder=module)``.
+        image_size: height and width in pixels that the model is made for; other sizes work (positions are
+            interpolated).
+        patch_size: side of the square patches that an image is cut into, in pixels.
+        width: channels of a patch's vector.
+        depth: number of blocks.
+        num_heads: attention heads of a block.
+        mlp_width: channels inside a block's MLP.
+        dropout: this part of what a block adds is left out in training.
+        head_dim: channels of an attention head; None = width / num_heads.
+        activation: of the MLPs: gelu, quick_gelu (x sigmoid(1.702 x)) or swiglu.
     """
 
     name: str = "vit"
@@ -75,8 +84,11 @@ class ImageEncoderConfig:
 class HeadConfig:
     """What a task adds to the network: an attentional pooler of one query over image features, and a linear map.
 
-    num_outputs: of the linear map, such as the number of classes. num_heads: attention heads of the pooler; None = one
-    for every 64 channels of the features, or as many as divide them. dropout: of the pooled vector.
+    Args:
+        num_outputs: of the linear map, such as the number of classes.
+        num_heads: attention heads of the pooler; None = one for every 64 channels of the features if 64 divides them,
+            else one.
+        dropout: this part of the pooled vector is left out in training.
     """
 
     num_outputs: int
@@ -99,16 +111,18 @@ class HeadConfig:
 class PoolerConfig:
     """How image features become image tokens (B, Q, D) and one image embedding (B, E).
 
-    arrangement: ``cascade`` (the paper: the contrastive pooler reads the captioning pooler's output),
-        ``parallel`` (both read the image features), ``shared`` (one pooler of ``num_queries`` queries: the first
-        is the image embedding, the others are the image tokens), ``class_token`` (nothing is pooled: the class token
-        of a ViT is the image embedding, its patches are the image tokens; the fields below are ignored).
-    num_queries: of the captioning pooler; 0 hands the image features themselves to the decoder (projected if their
-        width differs), so that nothing is pooled.
-    project_queries: False learns the queries where they are used, in the attention's own space: the same functions
-        as with a projection, and width^2 fewer parameters a pooler.
-    dropout: on the image features before any pooling.
-    num_kv_heads: None = as many as heads; 1 = one shared key-value head.
+    Args:
+        arrangement: cascade (the paper: the contrastive pooler reads the captioning pooler's output), parallel (both
+            read the image features), shared (one pooler of num_queries queries: the first is the image embedding, the
+            others are the image tokens), class_token (nothing is pooled: the class token of a ViT is the image
+            embedding, its patches are the image tokens; the fields below are ignored).
+        num_queries: of the captioning pooler; 0 hands the image features themselves to the decoder (projected if their
+            width differs), so that nothing is pooled.
+        num_heads: attention heads of a pooler.
+        project_queries: False learns the queries where they are used, in the attention's own space: the same functions
+            as with a projection, and width^2 fewer parameters a pooler.
+        dropout: this part of the image features is left out in training, before any pooling.
+        num_kv_heads: key-value heads of a pooler; None = as many as heads; 1 = one that they share.
     """
 
     arrangement: Literal["cascade", "parallel", "shared", "class_token"] = "cascade"
@@ -132,9 +146,23 @@ class PoolerConfig:
 class TextConfig:
     """Both halves of the text decoder.
 
-    context_length: the most words (special ids included) a text may have, [CLS] not counted.
-    num_kv_heads: None = as many as heads; 1 = one shared key-value head; between = grouped.
-    block: ``serial`` (pre-norm, attention then MLP) or ``parallel`` (PaLM: both from one norm, added).
+    Args:
+        vocab_size: number of words and special ids; the tokenizer's.
+        context_length: the most words (special ids included) a text may have, [CLS] not counted.
+        width: channels of a word's vector.
+        unimodal_depth: number of blocks of the half that sees the text alone.
+        multimodal_depth: number of layers of the half that sees the image too.
+        num_heads: attention heads of a block.
+        num_kv_heads: key-value heads; None = as many as heads; 1 = one that they share; between = grouped.
+        head_dim: channels of an attention head; None = width / num_heads.
+        mlp_width: channels inside a block's MLP.
+        block: serial (pre-norm, attention then MLP) or parallel (PaLM: both from one norm, added).
+        positions: of the words: learned vectors, or rotary.
+        activation: of the MLPs: gelu, quick_gelu or swiglu.
+        norm_bias: whether the norms have biases.
+        linear_bias: whether the linear maps have biases.
+        tie_embeddings: one matrix embeds words and scores the next one.
+        dropout: this part of what a block adds is left out in training.
     """
 
     vocab_size: int = 64_000
@@ -171,32 +199,36 @@ class TextConfig:
 class Compat:
     """What weights of other projects need and a new model does not: whoever trains one leaves all of this alone.
 
-    Of the image encoder, a ViT:
-    image_patch_norm: the pixels of a patch are normalised before their projection, and the patch after it
-        (vit_pytorch). image_positions: ``learned``, or ``sincos``: fixed sines and cosines of row and column.
-    image_class_token: a learned token stands before the patches, and is an image feature like them.
-    image_patch_bias: whether the projection of the patches has a bias.
-    image_pre_norm, image_final_norm: the features are normalised before the first block, after the last one.
-    image_layer_scale, text_layer_scale: see `BlockConfig`.
+    The keys that begin with image are of the image encoder, a ViT; the others are of the poolers and the text decoder.
 
-    Of the poolers:
-    pooler_head_dim: None = text width / num_heads. pooler_norm_bias, pooler_linear_bias: whether their norms and linear
-        maps have biases. pooler_norm_queries: the learned queries are normalised. pooler_norm_output: the pooled
-        vectors are.
-
-    Of the text decoder:
-    text_cls_position: which rotary position [CLS] has: ``after_last_word``, or ``after_padding``, the number of columns
-        of token_ids, so that its vector depends on how far a text is padded (weights of coca_pytorch learned with it).
-    text_self_attn_mlp: a multimodal layer has an MLP after self-attention as well as after cross-attention.
-    text_norm_image_tokens: every multimodal layer normalises the image tokens before it looks at them.
-    text_multimodal_num_heads, text_multimodal_mlp_width: where the multimodal half differs from the unimodal one.
-    text_hidden_id: attention does not see positions that hold this id, as if they were padding; None = it sees all
-        words. open_clip tells padding by its id, which is the word "!" as well.
-    text_hide_next: not the position that holds the hidden id is hidden but the one after it, and position 0 never. A
-        text that does not fill context_length is followed by one hidden id, which [CLS] sees (unless the last word is
-        that id too) while it does not see itself. The weights of open_clip's CoCa learned with this shifted mask.
-
-    project_embeds: both vectors are projected into their common space; None = only where its width is not theirs.
+    Args:
+        image_patch_norm: the pixels of a patch are normalised before their projection, and the patch after it
+            (vit_pytorch).
+        image_positions: learned, or sincos: fixed sines and cosines of row and column.
+        image_class_token: a learned token stands before the patches, and is an image feature like them.
+        image_patch_bias: whether the projection of the patches has a bias.
+        image_pre_norm: the features are normalised before the first block.
+        image_final_norm: the features are normalised after the last block.
+        image_layer_scale: what a block adds is multiplied by learned factors, one a channel, that start at this value
+            (arXiv 2103.17239); None = it is not.
+        pooler_head_dim: channels of a pooler's attention head; None = text width / num_heads.
+        pooler_norm_bias: whether the poolers' norms have biases.
+        pooler_linear_bias: whether the poolers' linear maps have biases.
+        pooler_norm_queries: the learned queries are normalised.
+        pooler_norm_output: the pooled vectors are normalised.
+        text_cls_position: which rotary position [CLS] has: after_last_word, or after_padding, the number of columns of
+            token_ids, so that its vector depends on how far a text is padded (weights of coca_pytorch learned with it).
+        text_self_attn_mlp: a multimodal layer has an MLP after self-attention as well as after cross-attention.
+        text_norm_image_tokens: every multimodal layer normalises the image tokens before it looks at them.
+        text_multimodal_num_heads: attention heads of the multimodal half; None = those of the unimodal one.
+        text_multimodal_mlp_width: channels inside the MLPs of the multimodal half; None = those of the unimodal one.
+        text_layer_scale: like image_layer_scale, of the text decoder's blocks.
+        text_hidden_id: attention does not see positions that hold this id, as if they were padding; None = it sees all
+            words. open_clip tells padding by its id, which is the word "!" as well.
+        text_hide_next: not the position that holds the hidden id is hidden but the one after it, and position 0 never.
+            A text that does not fill context_length is followed by one hidden id, which [CLS] sees (unless the last
+            word is that id too) while it does not see itself. The weights of open_clip's CoCa learned with this mask.
+        project_embeds: both vectors are projected into their common space; None = only where its width is not theirs.
     """
 
     image_patch_norm: bool = False

@@ -11,7 +11,7 @@ _IS_WINDOWS = os.name == "nt"
 _CPU_INFO, _LOAD = Path("/proc/cpuinfo"), Path("/proc/loadavg")
 _CGROUP_V2, _CGROUP_V1 = Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-_LOAD_SAMPLES, _LOAD_INTERVAL_S = 5, 0.01
+_LOAD_SAMPLES, _LOAD_INTERVAL_S = 4, 0.005
 
 
 def cpu_vendor() -> str:

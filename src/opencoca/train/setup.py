@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from opencoca.data import PreprocessConfig, SampleSource, TrainTransform
 from opencoca.data.identity import data_identity
@@ -128,13 +129,33 @@ def check_size(recipe: Recipe) -> None:
     """Raises ValueError if the weights alone need more memory than there is, before any of them is made."""
     if is_built_in_shards(recipe):  # each process makes its own part
         return
-    with without_values():
-        needed = sum(4 * parameter.numel() for parameter in CoCa(recipe.model).parameters())
+    needed = 4 * count_parameters(recipe.model)
     if needed > (most := most_bytes()):
         raise ValueError(
             f"the network has {needed / 4e9:,.1f} billion parameters, and their {needed / 1e9:,.0f} GB are more than "
             f"the {most / 1e9:,.0f} GB of memory; give it less width or depth (size, model)"
         )
+
+
+def count_parameters(config: CoCaConfig) -> int:
+    """Returns the number of a network's parameters; of each row of equal layers, only the first is built."""
+    text = config.text
+    shallow = replace(
+        config, image=replace(config.image, depth=1), text=replace(text, unimodal_depth=1, multimodal_depth=1)
+    )
+    with without_values():
+        network = CoCa(shallow)
+    structure = network.structure()
+    repeated: list[tuple[nn.Module, int]] = [(block, config.image.depth) for block in structure.blocks("image")]
+    depths = {"unimodal_decoder": text.unimodal_depth, "multimodal_decoder": text.multimodal_depth}
+    for part in structure.parts:
+        if part.name in depths:
+            repeated.append((network.get_submodule(part.layers[0]), depths[part.name]))
+    return _size(network) + sum((depth - 1) * _size(layer) for layer, depth in repeated)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def load_start(recipe: Recipe) -> LoadedModel | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from opencoca.model.coca import CoCa
+from opencoca.system.cpu import multiplies_bfloat16
 
 # The odd polynomial a x + b x^3 + c x^5 that each step of the iteration applies to all singular values (the post).
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -76,11 +77,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """matrices (G, R, C) with all their singular values near 1 (0.7 to 1.2, but for the very small): (G, R, C), bf16.
+    """matrices (G, R, C) with all their singular values near 1 (0.7 to 1.2, but for the very small): (G, R, C).
 
-    Newton-Schulz iteration: products alone, no decomposition; bfloat16 is enough for it.
+    Newton-Schulz iteration: products alone, no decomposition. bfloat16 is enough for it, and the result is in it; on a
+    CPU without instructions for it, where such products take many times longer, both are in float32.
     """
-    x = matrices.bfloat16()
+    is_slow = matrices.device.type == "cpu" and not multiplies_bfloat16()
+    x = matrices.to(torch.float32 if is_slow else torch.bfloat16)
     is_tall = x.shape[1] > x.shape[2]
     x = x.mT if is_tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above 1

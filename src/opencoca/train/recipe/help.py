@@ -33,7 +33,7 @@ def describe_values(recipe: str | Path | None = None, overrides: Sequence[str] =
             lines.append("")
             section = new
         left = f"{action.dest}: {_text(value)}"
-        lines += _columns(left, " ".join((action.help or "").split()))
+        lines += _columns(left, " ".join((action.help or "").replace("None", "null").split()))
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """Finds and reads recipe files; what a file may hold is bounded before anything is made of it."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,7 @@ from opencoca.system.names import did_you_mean
 _MOST_BYTES = 200_000
 _MOST_VALUES = 5_000
 _DEEPEST = 24
-# Where recipes lie that come with the package: in a wheel, and in a checkout.
-_PACKAGE = Path(__file__).parents[2]
-_PACKAGED = (_PACKAGE / "assets" / "recipes", _PACKAGE.parents[1] / "recipes")
+_PACKAGED = Path(__file__).parents[2] / "assets" / "recipes"
 
 
 class _NotARecipe(ValueError):
@@ -22,8 +21,7 @@ class _NotARecipe(ValueError):
 
 def recipe_names() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
-    folder = next((folder for folder in _PACKAGED if folder.is_dir()), None)
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))} if folder else {}
+    return {path.stem: path for path in sorted(_PACKAGED.glob("*.yaml"))}
 
 
 def read_recipe_file(name: str | Path) -> dict[str, Any]:
@@ -32,7 +30,7 @@ def read_recipe_file(name: str | Path) -> dict[str, Any]:
     Raises ValueError in one sentence: no such recipe, not YAML, keys that are given twice, or more than a recipe has.
     """
     path = Path(name)
-    if not path.is_file():
+    if not os.path.isfile(path):  # no error for names that no file can have
         known = recipe_names()
         if str(name) not in known:
             raise ValueError(_no_such_recipe(str(name), list(known)))
