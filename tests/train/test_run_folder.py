@@ -163,6 +163,17 @@ def test_a_run_of_before_has_no_record_and_continues(begun: Callable[..., Recipe
     assert json.loads((output / "run.json").read_text())["data"]["train"][0] == 8
 
 
+def test_a_damaged_record_is_named(begun: Callable[..., Recipe], output: Path) -> None:
+    for name in ("run.json", "recipe.json"):
+        whole = (output / name).read_text()
+        for damaged in ("", "[" * 90_000, "[3]", '{"data": {"train": [1]}}', whole[:-9]):
+            (output / name).write_text(damaged)
+            message = refused(begun())
+            assert f"{name} is damaged" in message
+            assert len(message) < 300
+        (output / name).write_text(whole)
+
+
 def test_a_second_process_is_refused_with_the_number_of_the_first(pairs: Pairs, output: Path) -> None:
     recipe = tiny_recipe(pairs, output)
     output.mkdir()

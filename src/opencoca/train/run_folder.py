@@ -94,11 +94,14 @@ class RunFolder:
         self._lock = ProcessLock(path / _LOCK)
 
     def check(self, continues: bool) -> None:
-        """Raises ValueError if the folder holds what no run made, which a run would overwrite or be mixed with."""
+        """Raises ValueError if the folder holds what no run made, which a run would overwrite or be mixed with.
+
+        NotADirectoryError: it is a file.
+        """
         if continues or not self.path.exists():
             return
         if not self.path.is_dir():
-            raise ValueError(f"{self._name} is a file; choose another --output, a folder")
+            raise NotADirectoryError(f"{self._name} is a file; choose another --output, a folder")
         names = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith("."))
         foreign = [name for name in names if Path(name).suffix.lower() not in _HARMLESS and name not in _HARMLESS]
         with contextlib.suppress(ValueError):  # a recipe.json that is none
@@ -218,7 +221,7 @@ class RunFolder:
             stored = upgraded(json.loads(path.read_text(encoding="utf-8")))
             stored["model"] = at_todays_places(stored["model"])
             return stored
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(_DAMAGED.format(brief(path, 110), brief(error))) from error
 
     def _stored_run(self) -> dict[str, Any]:
@@ -227,9 +230,11 @@ class RunFolder:
             return {}
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            DataIdentity(*stored["data"]["train"])
-            return stored
-        except (ValueError, KeyError, TypeError) as error:
+            for part in ("train", "validation"):
+                if part == "train" or stored["data"][part] is not None:
+                    DataIdentity(*stored["data"][part])
+            return stored | {"threads": int(stored["threads"]), "phases": list(stored["phases"])}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(_DAMAGED.format(brief(path, 110), brief(error))) from error
 
 
