@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from opencoca.data import ImageFolder, LabelSource, MixedSource, SampleSource, TarShards, open_source
+from opencoca.data import ImageFolder, LabelSource, MixedSource, SampleSource, Subset, TarShards, open_source
 from opencoca.data.identity import data_identity
 
 ROWS = (("a.png", "one dog"), ("b.png", "two dogs"), ("b.png", "a pair"))
@@ -65,6 +65,29 @@ def test_shards_by_their_headers(tmp_path: Path) -> None:
     longer = data_identity(shard_of(tmp_path / "c" / "000.tar", ["one", "twenty"]))
     renamed = data_identity(shard_of(tmp_path / "d" / "001.tar", ["one", "two"]))
     assert len({identity, longer, renamed}) == 3
+
+
+def test_tables_beside_shards(tmp_path: Path) -> None:
+    """The shards' own samples count, and so does what tables say of them instead."""
+    found = set()
+    for number, (inside, column, said) in enumerate(
+        [
+            ("one", "caption", "a"),
+            ("one", "caption", "b"),
+            ("one", "label", "b"),
+            ("one", "label", "c"),
+            ("x1", "label", "c"),
+        ]
+    ):
+        shard, table = tmp_path / str(number) / "000.tar", tmp_path / f"{number}.csv"
+        shard_of(shard, [inside, "two"])
+        table.write_text(f"image,{column}\n000,{said}\n001,{said}\n")
+        captions, labels = (table, None) if column == "caption" else (None, table)
+        source = open_source(shard, captions, labels)
+        identity = data_identity(source)
+        assert identity == data_identity(open_source(shard, captions, labels))
+        found |= {identity, data_identity(Subset(source, [1]))}
+    assert len(found) == 10
 
 
 def test_a_mixture_is_its_parts_in_order(tmp_path: Path) -> None:

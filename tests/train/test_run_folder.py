@@ -142,8 +142,9 @@ def test_more_epochs_equal_a_run_that_had_them_from_its_first_step_where_the_rat
         return tiny_recipe(own_pairs, tmp_path / name, epochs=epochs, optimizer__decay="constant")
 
     train(recipe("more", 1))
-    assert "epochs: 1 then, 3 now" in refused(recipe("more", 3))
-    assert refused(recipe("more", 3)).endswith("or go on with --continue-with epochs=3")
+    message = refused(recipe("more", 3))
+    assert "epochs: 1 then, 3 now" in message
+    assert message.endswith("or go on with --continue-with epochs=3")
     train(recipe("more", 3), continue_with=["epochs"])
     train(recipe("whole", 3))
     ours, theirs = read_state(tmp_path / "more")[0], read_state(tmp_path / "whole")[0]

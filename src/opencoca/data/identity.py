@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from opencoca.data.labels import LabelSource
+from opencoca.data.recaptioned import Recaptioned
 from opencoca.data.source import SampleSource
-from opencoca.data.sources import JoinedSource
+from opencoca.data.sources import JoinedSource, Subset
 from opencoca.data.tar_source import TarShards
 
 
@@ -38,8 +39,12 @@ def _lines(source: SampleSource) -> Iterator[str]:
     if isinstance(source, JoinedSource):
         for part in source.sources:
             yield from _lines(part)
-    elif isinstance(source, LabelSource):
+    elif isinstance(source, LabelSource | Subset | Recaptioned):
         yield from _lines(source.source)
+        if not isinstance(source, LabelSource):
+            for index in range(len(source)):
+                tables_say = source.replaced(index) if isinstance(source, Recaptioned) else ()
+                yield repr((int(source.indices[index]), tables_say))
     elif isinstance(source, TarShards):
         for path, end, headers in zip(source.shards, source.starts[1:].tolist(), source.digests, strict=True):
             yield f"{os.path.basename(path)}\0{end}\0{headers}\n"

@@ -83,6 +83,12 @@ class Recaptioned(SourceView):
             sample = sample._replace(texts=self._captions.get(key, ()))
         return sample if self._targets is None else sample._replace(target=self._targets.get(key))
 
+    def replaced(self, index: int) -> tuple[tuple[str, ...] | None, Target | None]:
+        """The captions and the target that the tables give a sample; None for what is left to the source."""
+        key = str(self.indices[index])
+        texts = None if self._captions is None else self._captions.get(key, ())
+        return texts, None if self._targets is None else self._targets.get(key)
+
 
 def _names_of(source: SampleSource) -> dict[str, int]:
     """The samples' indices by what tables may call them."""
