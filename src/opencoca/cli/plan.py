@@ -15,8 +15,8 @@ def add_commands(commands: Any) -> None:
         "plan",
         run_plan,
         "Say what a recipe will need before it runs: parameters, work, memory, communication and time.",
-        example="opencoca plan recipes/paper_2b.yaml --devices 256 --device h200\n"
-        "  opencoca plan recipes/paper_base.yaml --devices 8 --device a100 --set batch_size=1024",
+        example="opencoca plan paper_2b --devices 256 --device h200\n"
+        "  opencoca plan paper_base --devices 8 --device a100 --set batch_size=1024",
         more="The network runs on tensors that have shapes and no values: a plan for hundreds of devices takes\n"
         "seconds on a laptop. The exit code is 1 if a step does not fit the device; the last line then names the\n"
         "least change that makes it fit.",
