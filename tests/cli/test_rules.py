@@ -311,3 +311,28 @@ def test_threads_are_not_more_than_processors_are_free(
             torch.set_num_threads(1)
     line = capsys.readouterr().err.splitlines()[0]
     assert line.endswith(", 2 threads" if chosen_by_user else "(OMP_NUM_THREADS sets another number)")
+
+
+def test_captions_are_continued_with_the_threads_that_they_were_begun_with(
+    model: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from opencoca import recaption
+    from opencoca.recaption import run
+
+    begun, out = [], tmp_path / "captions.jsonl"
+
+    def stop(*arguments: object) -> None:
+        begun.append(torch.get_num_threads())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_work", stop)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for free in (2, 1):
+        monkeypatch.setattr("opencoca.system.cpu.free_processors", lambda free=free: free)
+        torch.set_num_threads(2)
+        try:
+            assert main(["caption", str(images), "--model", model, "--out", str(out)]) == 130
+        finally:
+            torch.set_num_threads(1)
+    assert begun == [2, 2]
+    assert recaption.journal_threads(out.with_name("captions.jsonl.journal")) == 2

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from opencoca.recaption.journal import Journal
+from opencoca.recaption.journal import Journal, journal_threads
 from opencoca.system.files import WriteError
 
 HEADER = {"weights": "abc", "prefix": "a photo of", "thresholds": {"min_words": 2}}
@@ -33,6 +34,15 @@ def write_journal(path: Path, sizes: list[int]) -> list[dict]:
 
 def read_rows(journal: Journal) -> list[dict]:
     return list(journal.rows())
+
+
+def test_the_number_of_threads_is_remembered(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    assert journal_threads(path) is None
+    write_journal(path, [2])
+    assert journal_threads(path) == torch.get_num_threads()
+    path.write_bytes(path.read_bytes()[:20])
+    assert journal_threads(path) is None
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:

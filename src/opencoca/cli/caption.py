@@ -131,11 +131,12 @@ def _write_captions(
     options: "GenerationOptions",
     memory_bytes: int | None,
 ) -> int:
-    from opencoca.recaption import Captioner, caption_to_files
+    from opencoca.recaption import Captioner, caption_to_files, journal_threads
 
+    threads = None if arguments.overwrite else journal_threads(destination.journal)
     try:
         report = caption_to_files(
-            Captioner(load_pipeline(arguments), options, arguments.rerank),
+            Captioner(load_pipeline(arguments, threads), options, arguments.rerank),
             source,
             destination,
             batch_size=arguments.batch_size,

@@ -202,21 +202,24 @@ def some_images(source: "SampleSource", limit: int | None) -> "SampleSource":
     return source if limit is None else Subset(source, range(min(limit, len(source))))
 
 
-def load_pipeline(arguments: argparse.Namespace) -> "Pipeline":
-    """Loads the model that --model, --device and --dtype name; freed memory is kept for the next batch."""
+def load_pipeline(arguments: argparse.Namespace, threads: int | None = None) -> "Pipeline":
+    """Loads the model that --model, --device and --dtype name; freed memory is kept for the next batch.
+
+    threads: of what is continued; None = as many as processors are free.
+    """
     import torch
 
     from opencoca.inference.loading import DEFAULT_MODEL, load
     from opencoca.system.allocator import keep_freed_memory
 
     keep_freed_memory()
-    busy = choose_threads(arguments.device)
+    busy = choose_threads(arguments.device, threads)
     pipeline = load(arguments.model, arguments.device, arguments.dtype)
     if getattr(arguments, "verbose", False):
         dtype = str(pipeline.dtype).removeprefix("torch.")
         count = torch.get_num_threads()
-        threads = busy or f"{count} thread{'s' * (count != 1)}"
-        where = f"cpu, {threads}" if pipeline.device.type == "cpu" else pipeline.device
+        chosen = busy or f"{count} thread{'s' * (count != 1)}"
+        where = f"cpu, {chosen}" if pipeline.device.type == "cpu" else pipeline.device
         complain(f"model {arguments.model or DEFAULT_MODEL} in {dtype} on {where}")
     return pipeline
 

@@ -6,6 +6,7 @@
 from opencoca.recaption.captioner import CaptionedImage, Captioner, caption_source
 from opencoca.recaption.flags import FlagThresholds, caption_flags
 from opencoca.recaption.inputs import open_inputs
+from opencoca.recaption.journal import journal_threads
 from opencoca.recaption.memory import choose_batch_size, parse_bytes
 from opencoca.recaption.outputs import Destination
 from opencoca.recaption.run import RunReport, caption_to_files
@@ -20,6 +21,7 @@ __all__ = [
     "caption_source",
     "caption_to_files",
     "choose_batch_size",
+    "journal_threads",
     "open_inputs",
     "parse_bytes",
 ]

@@ -1,8 +1,9 @@
 """The journal of a run: the results so far, in the order of the images, safely on disk.
 
-Its first line holds the settings of the run, each other line a block of results; every line begins with the checksum of
-the rest. A block is flushed to disk before the next one begins, so a kill or a power cut can damage only the last line.
-That line is cut off when the journal is opened again, and its images are done again.
+Its first line holds the settings of the run, and its number of threads, which rounding depends on; each other line a
+block of results. Every line begins with the checksum of the rest. A block is flushed to disk before the next begins,
+so a kill or a power cut can damage only the last line. That line is cut off when the journal is opened again, and its
+images are done again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
+
+import torch
 
 from opencoca.recaption.captioner import Row
 from opencoca.system.files import WriteError
@@ -52,7 +55,7 @@ class Journal:
             self._end = 0 if overwrite else self._recover()
             self._cut()
             if self._end == 0:
-                self._write({"format": FORMAT, "settings": header})
+                self._write({"format": FORMAT, "settings": header, "threads": torch.get_num_threads()})
         except BaseException:
             self._file.close()
             raise
@@ -138,6 +141,16 @@ class Journal:
             kept = f"the {self.num_done:,} images that are done are kept, and the same command continues from there"
             raise _write_error(self.path, error, kept) from error
         self._end += len(line)
+
+
+def journal_threads(path: Path) -> int | None:
+    """Returns the number of threads that the run of a journal began with; None if there is none, or it does not say."""
+    try:
+        with open(path, "rb") as file:
+            content, _ = next(_lines(file))
+    except (OSError, StopIteration):
+        return None
+    return content.get("threads")
 
 
 def _is_torn_header(data: bytes) -> bool:
