@@ -17,6 +17,7 @@ from opencoca.pictures.drawing import (
     SOFT,
     TRACK,
     font,
+    font_for,
     framed,
     save_sheet,
     shortened,
@@ -129,8 +130,9 @@ def _label_bar(label: LabelScore, width: int) -> Image.Image:
     draw = ImageDraw.Draw(part)
     percent = f"{label.probability:.0%}"
     draw.text((width, 0), percent, SOFT, small, anchor="ra")
-    name = shortened(label.label, small, width - small.getlength(percent) - 16)
-    draw.text((0, 0), name, INK, small, anchor="la")
+    own = font_for(label.label, small)
+    name = shortened(label.label, own, width - small.getlength(percent) - 16)
+    draw.text((0, 0), name, INK, own, anchor="la")
     top = height - bar_height - 2
     draw.rounded_rectangle((0, top, width - 1, top + bar_height), bar_height / 2, fill=TRACK)
     filled = round((width - 1) * min(1.0, max(0.0, label.probability)))

@@ -4,10 +4,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 from opencoca.system.files import atomic_write
+from opencoca.system.fonts import font_file
 
 PAPER, CARD_FILL, BORDER = "#f3f1ec", "#ffffff", "#dedad1"
 INK, SOFT, ACCENT, TRACK = "#22211f", "#77736b", "#c2562d", "#efece5"
@@ -34,6 +34,7 @@ def text_block(
     text: str, font: ImageFont.FreeTypeFont, colour: str, width: int, background: str = PAPER
 ) -> Image.Image:
     """Draws a text of this width, on as many lines as it takes."""
+    font = font_for(text, font)
     lines = wrapped(text, font, width)
     step = round(font.size * 1.35)
     block = Image.new("RGB", (width, step * len(lines)), background)
@@ -86,5 +87,10 @@ def shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """Returns DejaVu, which comes with matplotlib, so that pictures are the same on every machine."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
+    return ImageFont.truetype(font_file(bold=bold), size)
+
+
+def font_for(text: str, usual: ImageFont.FreeTypeFont) -> ImageFont.FreeTypeFont:
+    """Returns the usual font if it has all characters of a text, else another one that has more of them."""
+    file = font_file(text, bold="Bold" in str(usual.path))
+    return usual if file == usual.path else ImageFont.truetype(file, usual.size)

@@ -3,10 +3,15 @@
 import io
 import json
 import re
+import shutil
+import subprocess
 import sys
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib.colors
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
@@ -49,6 +54,12 @@ def run(tmp_path_factory: pytest.TempPathFactory, pairs: Pairs) -> Path:
         return train(tiny_recipe(pairs, output, log_every_steps=1, report_images=3))
 
 
+@pytest.fixture(scope="module")
+def reported(run: Path) -> list[Path]:
+    """The page and the picture of the run."""
+    return report_runs([run])
+
+
 class Tags(HTMLParser):
     """Every tag with what it refers to; fails on tags that are not closed."""
 
@@ -62,10 +73,9 @@ class Tags(HTMLParser):
         self.open.append(tag)
 
 
-def test_the_page_holds_everything(run: Path) -> None:
-    paths = report_runs([run])
-    assert [path.name for path in paths] == ["report.html", "report.png"]
-    page = paths[0].read_text(encoding="utf-8")
+def test_the_page_holds_everything(run: Path, reported: list[Path]) -> None:
+    assert [path.name for path in reported] == ["report.html", "report.png"]
+    page = reported[0].read_text(encoding="utf-8")
     assert all(ref.startswith(("data:image/jpeg;base64,", "#")) for ref in Tags(page).references)
     assert "<script" not in page
     assert "@import" not in page
@@ -95,19 +105,55 @@ def test_no_legend_of_the_picture_lies_over_a_curve(run: Path) -> None:
 def test_the_photographs_of_the_picture_form_a_grid(run: Path, pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tall and wide ones, with short and long captions in any script, have frames of one size, in rows and columns."""
     sizes = [(300, 100), (100, 300), (200, 200), (40, 30), (500, 20)]
-    texts = ["a dog", "a very long caption " * 20, "猫が眠っている", "costs $5 or $6", "a\ncat"]
+    texts = ["a dog", "a very long caption " * 20, "猫が眠っている \U00020000", "costs $5 or $6", "a\ncat"]
     photographs = [(Image.new("RGB", size, "red"), text) for size, text in zip(sizes, texts, strict=True)]
     monkeypatch.setattr("opencoca.train.report.report._photographs", lambda *_: photographs)
     drawn: list[Figure] = []
     savefig = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), savefig(self, *a, **k))[1])
-    report_runs([run])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of characters that no font has, too
+        report_runs([run])
     frames = [axes.get_window_extent() for axes in drawn[-1].axes if axes.images]
     assert len(frames) == 5
     assert len({(round(frame.width), round(frame.height)) for frame in frames}) == 1
     assert len({round(frame.y0) for frame in frames[:4]}) == 1
     assert round(frames[4].x0) == round(frames[0].x0)
     assert frames[4].y1 < frames[0].y0
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+def test_a_browser_shows_the_page(reported: list[Path], tmp_path: Path) -> None:
+    """In Chromium, without a network: all texts and photographs are seen, and nothing is wider than the window."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("there is no Chromium here: apt-get install chromium")
+    told = """<script>onload = () => document.title = JSON.stringify({
+        wide: document.documentElement.scrollWidth, window: innerWidth,
+        pictures: [...document.images].map(image => image.complete && image.naturalWidth && image.width)})</script>"""
+    page = tmp_path / "page.html"
+    page.write_text(reported[0].read_text(encoding="utf-8") + told, encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1100,2600"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    shot = tmp_path / "shot.png"
+    done = subprocess.run(
+        [browser, *options, f"--screenshot={shot}", "--dump-dom", page.as_uri()], capture_output=True, timeout=60
+    )
+    dom = done.stdout.decode()
+    measured = json.loads(re.search("<title>(.*?)</title>", dom)[1])  # pyright: ignore
+    assert measured["wide"] <= measured["window"]
+    assert len(measured["pictures"]) == 3
+    assert all(measured["pictures"])
+    for title in ("losses", "learning rate", "image0.png"):
+        assert title in dom
+    with Image.open(shot) as seen:
+        assert seen.size == (1100, 2600)
+        pixels = np.asarray(seen.convert("RGB")).astype(int)
+    for colour in COLOURS[:2]:
+        drawn = np.abs(pixels - 255 * np.array(matplotlib.colors.to_rgb(colour))).max(axis=-1) < 12
+        assert drawn.sum() > 500, colour
 
 
 def test_several_runs_are_compared(run: Path, pairs: Pairs, tmp_path: Path) -> None:

@@ -3,14 +3,17 @@
 import contextlib
 import itertools
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from PIL import Image, ImageOps
 
 from opencoca.data import SampleSource, decode_image
 from opencoca.system.files import atomic_write
+from opencoca.system.fonts import font_file
 from opencoca.train.best_model import read_texts
 from opencoca.train.data_sources import open_val_source
 from opencoca.train.recipe.load import load_recipe
@@ -89,10 +92,12 @@ def _write_picture(run: RunLog, source: SampleSource | None, title: str) -> Path
         if shown is not None:
             picture, text = shown
             axes.imshow(ImageOps.pad(picture, _TILE, color=_TILE_FILL))
-            axes.set_title(_caption(text), y=-0.03, va="top", fontsize=10.5, linespacing=1.4)
-    figure.suptitle(_literally(title))
+            font = FontProperties(fname=font_file(text), size=10.5)
+            axes.set_title(_caption(text), y=-0.03, va="top", fontproperties=font, linespacing=1.4)
+    figure.suptitle(_literally(title), fontproperties=FontProperties(fname=font_file(title), size=12))
     path = run.folder / "report.png"
-    with atomic_write(path) as partial:
+    with atomic_write(path) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # that no font of this machine has
         figure.savefig(partial, dpi=70, format="png")
     return path
 
