@@ -1,7 +1,6 @@
 """A run that hangs is found, says where it stands, and ends such that it can be started again."""
 
-import subprocess
-import sys
+import ctypes
 import threading
 import time
 from pathlib import Path
@@ -12,55 +11,58 @@ import pytest
 import opencoca.train.survival.watchdog as watchdog_module
 from opencoca.distributed.world import World
 from opencoca.train.survival.watchdog import EXIT_CODE, Watchdog
-
-_HANGS = """
-import sys, threading, time
-from pathlib import Path
-from opencoca.distributed.world import World
-from opencoca.train.survival.watchdog import Watchdog
-
-def waits_for_another_process(seconds):
-    {wait}
-
-with Watchdog(Path(sys.argv[1]), World(1, 2), limit_s={limit}, exits=True, grace_s=0.3) as watchdog:
-    watchdog.alive(17)
-    threading.Thread(target=waits_for_another_process, args=(30,), daemon=True).start()
-    waits_for_another_process(30)
-print("went on")
-"""
+from processes import kill, start
 
 
-def hang(folder: Path, wait: str, limit_s: float = 0.5) -> subprocess.CompletedProcess[str]:
-    program = _HANGS.format(wait=wait, limit=limit_s)
-    return subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, timeout=60)
+def waits_for_another_process(seconds: int, holds_lock: bool) -> None:
+    if holds_lock:
+        ctypes.PyDLL(None).sleep(seconds)  # sleep() of the C library, called such that Python's lock is kept
+    time.sleep(seconds)
+
+
+def hang(folder: Path, holds_lock: bool, limit_s: float) -> None:
+    with Watchdog(folder, World(1, 2), limit_s=limit_s, exits=True, grace_s=0.3) as watchdog:
+        watchdog.alive(17)
+        threading.Thread(target=waits_for_another_process, args=(30, holds_lock), daemon=True).start()
+        waits_for_another_process(30, holds_lock)
+    print("went on")
+
+
+def hanging(folder: Path, holds_lock: bool = False, limit_s: float = 0.5) -> tuple[int | None, str]:
+    """The exit code of a process that hangs, and what it printed."""
+    output = folder.with_name("output.txt")
+    process = start(hang, folder, holds_lock, limit_s, output=output)
+    process.join(60)
+    code = process.exitcode
+    kill(process)
+    return code, output.read_text(encoding="utf-8")
 
 
 def test_a_hanging_process_writes_its_stacks_and_exits(tmp_path: Path) -> None:
-    result = hang(tmp_path / "stacks", "time.sleep(seconds)")
-    assert result.returncode == EXIT_CODE
-    assert "went on" not in result.stdout
+    code, printed = hanging(tmp_path / "stacks")
+    assert code == EXIT_CODE
     (file,) = (tmp_path / "stacks").iterdir()
     assert file.name.endswith("-rank-00001.txt")
     text = file.read_text(encoding="utf-8")
     assert text.startswith("process 1 of 2, after step 17\n")
     assert text.count("in waits_for_another_process") == 2  # of both threads
-    (line,) = result.stderr.strip().splitlines()
+    (line,) = printed.strip().splitlines()
     assert line.startswith("opencoca: process 1 has completed no step for 0.5 seconds, after step 17")
     assert str(file) in line
 
 
 def test_so_does_one_that_holds_pythons_lock(tmp_path: Path) -> None:
-    # sleep() of the C library, called such that Python's lock is kept.
-    result = hang(tmp_path / "stacks", "import ctypes; ctypes.PyDLL(None).sleep(seconds)", limit_s=0.4)
-    assert result.returncode not in (0, -9)
-    assert "in waits_for_another_process" in result.stderr
+    code, printed = hanging(tmp_path / "stacks", holds_lock=True, limit_s=0.4)
+    assert code not in (None, 0, -9)
+    assert "in waits_for_another_process" in printed
+    assert "went on" not in printed
 
 
 def test_a_disk_that_cannot_be_written_does_not_keep_it(tmp_path: Path) -> None:
     (tmp_path / "stacks").write_text("in the way")
-    result = hang(tmp_path / "stacks", "time.sleep(seconds)")
-    assert result.returncode == EXIT_CODE
-    assert "in waits_for_another_process" in result.stderr
+    code, printed = hanging(tmp_path / "stacks")
+    assert code == EXIT_CODE
+    assert "in waits_for_another_process" in printed
 
 
 class Clock:
