@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from opencoca.cli import main
 from opencoca.cli.parser import Parser
 from opencoca.data import PreprocessConfig
 from opencoca.model.coca import CoCa
@@ -106,3 +109,14 @@ def huge_png(path: Path) -> Path:
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b""))
     return path
+
+
+def run_with_stdout(stdout: str, arguments: list[str]) -> None:
+    """Runs the command, in a process of its own, with this file or a closed pipe as standard output."""
+    if stdout == "closed pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(stdout, os.O_WRONLY | os.O_CREAT)
+    os.dup2(writer, 1)
+    sys.exit(main(arguments))

@@ -21,6 +21,7 @@ from cli_helpers import (
     COLOURS,
     draw,
     huge_png,
+    run_with_stdout,
     text_as_jpeg,
     truncated_jpeg,
     write_captions,
@@ -31,6 +32,7 @@ from opencoca.generation import GenerationOptions
 from opencoca.inference.loading import load
 from opencoca.inference.pipeline import Pipeline
 from opencoca.tokenizer import Tokenizer
+from processes import start
 
 DAMAGED = {
     "truncated.jpg": (truncated_jpeg, "damaged or cut short"),
@@ -149,16 +151,22 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes and /dev/full are of POSIX systems")
-def test_closed_pipe_is_quiet_and_full_disk_is_one_sentence(model: str, images: Path) -> None:
-    command = f"{sys.executable} -m opencoca caption {images} --model {model}"
-    closed = subprocess.run(
-        ["bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True
-    )
-    assert (closed.returncode, closed.stderr) == (141, "")
-    if Path("/dev/full").exists():
-        full = subprocess.run(["bash", "-c", f"{command} > /dev/full"], capture_output=True, text=True)
-        assert full.returncode == 2
-        assert full.stderr == "opencoca: cannot write the output: No space left on device\n"
+@pytest.mark.parametrize(
+    ("stdout", "code", "error"),
+    [
+        ("closed pipe", 141, ""),
+        ("/dev/full", 2, "opencoca: cannot write the output: No space left on device\n"),
+    ],
+)
+def test_closed_pipe_is_quiet_and_full_disk_is_one_sentence(
+    stdout: str, code: int, error: str, model: str, images: Path, tmp_path: Path
+) -> None:
+    if stdout.startswith("/dev") and not Path(stdout).exists():
+        pytest.skip(f"there is no {stdout}")
+    arguments = ["caption", str(images), "--model", model]
+    process = start(run_with_stdout, stdout, arguments, output=tmp_path / "stderr.txt")
+    process.join(120)
+    assert (process.exitcode, (tmp_path / "stderr.txt").read_text(encoding="utf-8")) == (code, error)
 
 
 # caption, classify, embed
@@ -602,9 +610,11 @@ def test_names_that_are_no_unicode(model: str, tmp_path: Path, capsys: pytest.Ca
         draw(COLOURS["red"]).save(tmp_path / name, "PNG")
     except (OSError, UnicodeError):
         pytest.skip("this file system takes Unicode names alone")
-    result = run_python("-m", "opencoca", "caption", str(tmp_path), "--model", model)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "caf\\udce9.png\t" in result.stdout
+    stdout, stderr = tmp_path / "stdout.txt", tmp_path / "stderr.txt"
+    process = start(run_with_stdout, str(stdout), ["caption", str(tmp_path), "--model", model], output=stderr)
+    process.join(120)
+    assert (process.exitcode, stderr.read_text(encoding="utf-8")) == (0, "")
+    assert "caf\\udce9.png\t" in stdout.read_text(encoding="utf-8")
 
 
 def test_commands_that_load_a_model_keep_freed_memory(monkeypatch):
