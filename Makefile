@@ -5,7 +5,7 @@ PEERS_VENV ?= .peers-venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo wheel test test-slow test-java test-gpu test-peers lint types imports check
+.PHONY: help setup demo wheel test test-slow test-java test-gpu test-peers peers-env lint types imports check
 
 help:
 	@echo "make setup    install into $(VENV) (choose another with VENV=DIR, another Python with SYSTEM_PYTHON=PATH)"
@@ -50,13 +50,15 @@ test-java: setup
 	$(PYTHON) -m pip install --disable-pip-version-check --no-input --quiet -c constraints.txt -e '.[coco-metrics]'
 	$(PYTHON) -m pytest -m "java and not peers and not gpu" $$(grep -rl --include='test_*.py' 'mark\.java' tests)
 
-# Other projects' models against ours, in an environment of their own; it has not what all other tests import.
+# Other projects' models against ours, in an environment of their own, with other versions of what all other tests import.
 test-peers: $(PEERS_VENV)/.installed
 	$(PEERS_VENV)/bin/python -m pytest -n 2 -m "peers and not java and not gpu" $$(grep -rl --include='test_*.py' 'mark\.peers' tests)
 
-$(PEERS_VENV)/.installed: pyproject.toml constraints.txt scripts/make_peers_env.sh
+peers-env: $(PEERS_VENV)/.installed
+
+$(PEERS_VENV)/.installed: $(STAMP) scripts/make_peers_env.sh
 	rm -rf $(PEERS_VENV)
-	scripts/make_peers_env.sh $(PEERS_VENV) $(SYSTEM_PYTHON)
+	scripts/make_peers_env.sh $(PEERS_VENV) $(PYTHON)
 	@touch $@
 
 lint: setup

@@ -80,11 +80,11 @@ def test_the_mean_of_the_images_is_the_score():
     assert set(asdict(scores)) == {*NAMES, "num_images", "cider_d_of_image"}
 
 
-def test_five_thousand_images_take_seconds():
-    candidates, references = example_captions(5000, seed=6)
+def test_two_thousand_images_take_seconds():
+    candidates, references = example_captions(2000, seed=6)
     start = time.process_time()
     caption_scores(candidates, references)
-    assert time.process_time() - start < 30  # about 4 on a free core; a quadratic step would take minutes
+    assert time.process_time() - start < 12  # about 2 on a free core; a quadratic step would take minutes
 
 
 @pytest.mark.parametrize(

@@ -13,18 +13,31 @@ from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
 from opencoca.plan import Cluster, Plan, make_plan
 from opencoca.plan.text import describe
+from opencoca.system import devices
 from opencoca.train.optim.optimizer import build_optimizer
 from opencoca.train.recipe.load import load_recipe
 from opencoca.train.recipe.optimizer import OptimizerRecipe
 from opencoca.train.recipe.recipe import Recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-TINY = Recipe(size="tiny", model=CoCaConfig.named("tiny"), batch_size=64, max_steps=1000)
+WHOLE = CoCaConfig.named("tiny")
+# With few blocks: the time that a plan takes grows with their number.
+FEW_BLOCKS = replace(
+    WHOLE, image=replace(WHOLE.image, depth=2), text=replace(WHOLE.text, unimodal_depth=1, multimodal_depth=1)
+)
+TINY = Recipe(size="tiny", model=FEW_BLOCKS, batch_size=64, max_steps=1000)
 H200 = Cluster(devices=4, device="h200")
 
 
+PLANS: dict[str, Plan] = {}
+
+
 def plan_of(recipe: Recipe = TINY, cluster: Cluster = H200, **options: object) -> Plan:
-    return make_plan(recipe, cluster, **options)  # pyright: ignore[reportArgumentType]
+    """The plan, made once for each recipe and cluster."""
+    key = repr((recipe, cluster, options, devices.multiplies_bfloat16()))
+    if key not in PLANS:
+        PLANS[key] = make_plan(recipe, cluster, **options)  # pyright: ignore[reportArgumentType]
+    return PLANS[key]
 
 
 def with_strategy(recipe: Recipe, strategy: str) -> Recipe:
@@ -157,8 +170,8 @@ def test_mistakes(recipe: Recipe, cluster: Cluster, message: str) -> None:
 @pytest.mark.parametrize("name", ["paper_base", pytest.param("paper_2b", marks=pytest.mark.slow), "flickr8k"])
 def test_the_recipes_that_come_along(name: str) -> None:
     recipe = load_recipe(RECIPES / f"{name}.yaml")
-    devices = {"paper_base": 64, "paper_2b": 256, "flickr8k": 1}[name]
-    plan = plan_of(recipe, Cluster(devices=devices, device="h200"))
+    count = {"paper_base": 64, "paper_2b": 256, "flickr8k": 1}[name]
+    plan = plan_of(recipe, Cluster(devices=count, device="h200"))
     assert plan.fits
     text = describe(plan)
     for word in ("parameters", "work of a step", "memory of a device", "time", "It fits"):

@@ -2,8 +2,6 @@
 
 import errno
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,8 @@ import torch
 
 from opencoca.recaption.journal import Journal, journal_threads
 from opencoca.system.files import WriteError
+from processes import start
+from train.helpers import largest_file
 
 HEADER = {"weights": "abc", "prefix": "a photo of", "thresholds": {"min_words": 2}}
 
@@ -111,29 +111,29 @@ def test_overwriting_begins_anew(tmp_path: Path) -> None:
         assert read_rows(journal) == []
 
 
+def open_journal(path: Path) -> None:
+    Journal(path, {})
+
+
 def test_two_processes_do_not_share_a_journal(tmp_path: Path) -> None:
-    code = "import sys\nfrom opencoca.recaption.journal import Journal\nJournal(sys.argv[1], {})"
     with Journal(tmp_path / "j", {}) as journal:
         journal.append(rows(0, 1), 1)
-        other = subprocess.run([sys.executable, "-c", code, tmp_path / "j"], capture_output=True, text=True)
-        assert "another process is at work on" in other.stderr
+        other = start(open_journal, tmp_path / "j", output=tmp_path / "printed.txt")
+        other.join(60)
+        assert other.exitcode == 1
+        assert "another process is at work on" in (tmp_path / "printed.txt").read_text(encoding="utf-8")
         assert read_rows(journal) == rows(0, 1)
 
 
 def test_a_full_disk_keeps_what_is_done(tmp_path: Path) -> None:
-    """A real failure of the system, in another process: no file may grow over 4 kB there."""
+    """A real failure of the system: no file may grow over 4 kB."""
     path = tmp_path / "j"
-    code = (
-        "import json, resource, signal, sys; from opencoca.recaption.journal import Journal\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "with Journal(sys.argv[1], {}) as journal:\n"
-        "    while True: journal.append([{'image': 'x' * 700}], 1)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
-    last = result.stderr.splitlines()[-1]
-    assert "free some space; the 5 images that are done are kept" in last
-    assert str(path) in last
+    with largest_file(4096), Journal(path, {}) as journal:
+        for _ in range(5):
+            journal.append([{"image": "x" * 700}], 1)
+        with pytest.raises(OSError, match="free some space; the 5 images that are done are kept") as error:
+            journal.append([{"image": "x" * 700}], 1)
+    assert str(path) in str(error.value)
     assert path.read_bytes().endswith(b"\n")
     with Journal(path, {}) as journal:
         assert journal.num_done == 5

@@ -318,13 +318,14 @@ def test_training_reaches_65536_ids():
 
 def test_same_captions_give_the_same_file(tmp_path: Path):
     script = (
-        "import sys; from test_tokenizer import CAPTIONS; from opencoca.tokenizer import train_tokenizer;"
-        "train_tokenizer((c for c in CAPTIONS), 400).save(sys.argv[1])"
+        "import json, sys; from opencoca.tokenizer import train_tokenizer;"
+        "train_tokenizer((c for c in json.load(sys.stdin)), 400).save(sys.argv[1])"
     )
     for seed in "12":
-        path = os.pathsep.join([str(Path(__file__).parent), str(Path(opencoca.__file__).parents[1])])
+        path = str(Path(opencoca.__file__).parents[1])
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path}
-        subprocess.run([sys.executable, "-c", script, tmp_path / f"{seed}.json"], env=environment, check=True)
+        command = [sys.executable, "-c", script, tmp_path / f"{seed}.json"]
+        subprocess.run(command, env=environment, input=json.dumps(CAPTIONS), text=True, check=True)
     files = [(tmp_path / f"{seed}.json").read_bytes() for seed in "12"]
     assert files[0] == files[1] == train_tokenizer(CAPTIONS, 400).to_json().encode()
 

@@ -1,5 +1,6 @@
 """One thread: the models are tiny, and other work may share the machine."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,7 +35,9 @@ def counted_once() -> Iterator[None]:
     known: dict[str, ModelFlops] = {}
 
     def count(config: CoCaConfig, recipe: Recipe, task: Task | None = None) -> ModelFlops:
-        key = repr((config, recipe.encoder, recipe.optimizer, recipe.task, type(task)))
+        # Dropout takes no part, nor do rates, decays and weights of losses.
+        layers = re.sub(r"\bdropout=[0-9.]+", "", repr(config))
+        key = repr((layers, recipe.encoder, recipe.optimizer.frozen, recipe.task.uses, type(task)))
         if key not in known:
             known[key] = ModelFlops(config, recipe, task)
         return known[key]

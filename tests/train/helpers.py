@@ -9,7 +9,7 @@ import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,21 @@ def tiny_recipe(pairs: Pairs, output: Path, **changes: Any) -> Recipe:
     values = merged(tiny_values(pairs, output), {key.replace("__", "."): value for key, value in changes.items()})
     path = output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return load_recipe(path)
+    return _read(path, values)
+
+
+_READ: dict[str, Recipe] = {}
+
+
+def _read(path: Path, values: dict[str, Any]) -> Recipe:
+    """`load_recipe`, which takes as long as steps of a tiny model: only once for recipes that differ by paths alone."""
+    places = {name: values["data"][name] for name in ("train_images", "train_captions", "val_images", "val_captions")}
+    if not all(isinstance(place, str) for place in places.values()):
+        return load_recipe(path)
+    key = json.dumps(values | {"output": "", "data": {**values["data"], **dict.fromkeys(places, "")}}, sort_keys=True)
+    if key not in _READ:
+        _READ[key] = load_recipe(path)
+    return replace(_READ[key], output=values["output"], data=replace(_READ[key].data, **places))
 
 
 class AfterCall:
