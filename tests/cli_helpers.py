@@ -119,4 +119,5 @@ def run_with_stdout(stdout: str, arguments: list[str]) -> None:
     else:
         writer = os.open(stdout, os.O_WRONLY | os.O_CREAT)
     os.dup2(writer, 1)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (the one before knew another file)
     sys.exit(main(arguments))
