@@ -1,9 +1,11 @@
+import base64
 import io
 import os
 import pickle
 import struct
 import time
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +163,31 @@ def test_truncated_files_are_refused(tmp_path):
         assert str(path) == caught.value.name
 
 
+HEIC = """
+    AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAX1tZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAAACJpbG9jAA
+    AAAERAAAEAAQAAAAABoQABAAAAAAAAAHkAAAAjaWluZgAAAAAAAQAAABVpbmZlAgAAAAABAABodmMxAAAAAA5waXRtAAAAAAABAAAA/WlwcnAA
+    AADdaXBjbwAAAHZodmNDAQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEAGEABDAH//wNwAAADAJAAAAMAAAMAHroCQGEAAQAqQgEBA3AAAAMAkA
+    AAAwAAAwAeoCCBBZbq5Ka5uAhoMCAAAAMDIAAAAwAhYgABAAZEAcFzwIkAAAATY29scm5jbHgAAQANAAaAAAAAFGlzcGUAAAAAAAAAQAAAAEAA
+    AAAoY2xhcAAAAEAAAAABAAAAMAAAAAEAAAAAAAAAAv////AAAAACAAAAEHBpeGkAAAAAAwgICAAAABhpcG1hAAAAAAAAAAEAAQWBAgMFhAAAAI
+    FtZGF0AAAAdSgBrwT4cWTTt/+Jd///85Dey/tNRPfIP66GlL/dXC//836f2nLXmn+id2T8mooZS4kn6RhqOIkwOX5fJPdzj0u8p6/8DnoUmQzW
+    3pY+ASmU3HqXC44vnoVeDtRzm6QJrzD/4M8vf1o1T4vyVWjOpmcfQel9gA==
+"""  # 64 x 48 pixels, red on the left and blue on the right
+
+
+def test_heic_as_phones_write_it():
+    data = base64.b64decode(HEIC)
+    if find_spec("pi_heif") is None:
+        with pytest.raises(ImageError, match=r"pip install 'opencoca\[heif\]'"):
+            decode_image(data)
+        return
+    expected = Image.new("RGB", (64, 48), (200, 30, 40))
+    expected.paste((20, 40, 220), (32, 0, 64, 48))
+    assert_close(decode_image(data), expected, 8)
+    assert read_header(data).format == "HEIF"
+    with pytest.raises(ImageError, match=r"damaged|end of file"):
+        decode_image(data[:450])
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -168,7 +195,7 @@ def test_truncated_files_are_refused(tmp_path):
         (b"I am no photograph.\n" * 20, "it is a text file, not an image"),
         (b"<!DOCTYPE html><html><body>404</body></html>", r"it is a web page \(HTML\)"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "Pillow does not support the format SVG"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 64, r"pip install 'opencoca\[heif\]'"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 64, r"pip install 'opencoca\[heif\]'|damaged"),
         (b"\xff\x0a" + b"\x81" * 64, "Pillow does not support the format JPEG XL"),
         (b"\x93\x81\x00\x05" * 30, "not an image in a format that Pillow supports"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image|text file"),

@@ -466,3 +466,6 @@ def test_zstd(tmp_path):
     path = packed(write_tar(tmp_path / "s.tar.zst", sample(1)), zstandard.ZstdCompressor().compress)
     assert path.read_bytes().startswith(head)
     assert contents(TarShards([path])) == {"00001": ("a dog",)}
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="damaged: nothing of it can be unpacked"):
+        TarShards([path])

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from opencoca.system.files import atomic_write
+from opencoca.system.messages import shown
 from opencoca.system.reading import open_ordinary
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tar.xz")
@@ -48,7 +49,7 @@ def unpacked(path: str, folder: str | None) -> str:
 
     Raises:
         OSError: the shard can't be read, or its copy can't be written.
-        ValueError: the package for its compression isn't installed; it unpacks to very much.
+        ValueError: the package for its compression isn't installed; it unpacks to nothing, or to very much.
     """
     with open_ordinary(path) as file:
         packing, status = compression_of(file.read(8)), os.fstat(file.fileno())
@@ -71,6 +72,8 @@ def _copy(source: Any, target: IO[bytes], most: int, path: str) -> None:
         if total > most:
             raise ValueError(f"the shard {path!r} unpacks to more than {most / 1e6:,.0f} MB; unpack it by hand")
         target.write(piece)
+    if not total:
+        raise ValueError(f"the shard {shown(path, 140)} is damaged: nothing of it can be unpacked")
 
 
 def _next_piece(source: Any) -> bytes:

@@ -278,6 +278,8 @@ def _why_unidentified(data: bytes) -> str:
     if not head:
         return "the file is empty"
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"):
+        if "HEIF" in _formats():
+            return "it is a HEIC file, but damaged"
         return "reading HEIC needs a package that is not installed; install the extra: pip install 'opencoca[heif]'"
     if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis"):
         return "this Pillow does not support the format AVIF; install a newer one: pip install --upgrade pillow"
