@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import random
 import string
 import tempfile
@@ -24,6 +25,7 @@ _MISSING = "no-such-folder-of-images"
 
 def attempt(seed: int, first: int, count: int) -> list[Trial]:
     """Gives recipes to `opencoca train`, in this process, of every kind in turn; the same ones for the same seeds."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # else a busy machine gets a line about its threads
     found = []
     with tempfile.TemporaryDirectory() as folder:
         good = Path(folder, "good.yaml")

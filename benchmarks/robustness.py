@@ -34,7 +34,7 @@ KINDS = {
     "images": Kind(hostile_images.attempt, 4000),
     "tables": Kind(hostile_tables.attempt, 200),
     "models": Kind(hostile_models.attempt, 200),
-    "tars": Kind(hostile_tars.attempt, 100),
+    "tars": Kind(hostile_tars.attempt, 200),
     "recipes": Kind(hostile_recipes.attempt, 150),
 }
 _TOGETHER = 100
