@@ -105,7 +105,9 @@ def _wrong_type(rng: random.Random) -> str:
     values = _good()
     places = [(place, key) for place, key in _places(values) if isinstance(place[key], int | float | dict)]
     place, key = rng.choice(places)
-    place[key] = rng.choice([_word(rng), [_word(rng)], [[1], {"a": 2}], {"": None}, "\x07" * 900, "9" * 90_000 + "z"])
+    place[key] = rng.choice(
+        [None, _word(rng), [_word(rng)], [[1], {"a": 2}], {"": None}, "\x07" * 900, "9" * 90_000 + "z"]
+    )
     return _dump(values)
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -26,6 +27,8 @@ _SECTIONS = frozenset(name for name, value in vars(Recipe()).items() if is_datac
 _OPTIONS_OF_TODAY = {f"--{old}": f"--{new}" for old, new in _RENAMED.items()}
 _OPTIONS_OF_TODAY |= {f"--{section}": f"--{section}.{key}" for section, key in _SHORT.items()}
 _DEEPEST = 40
+_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+_TYPES |= {"list": "a list", "tuple": "a list", "dict": "a mapping"}
 _LONGEST_MESSAGE = 290
 
 
@@ -65,6 +68,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]
     parser = recipe_parser(asked.task, asked.size, _start(asked.values, asked.options))
     with _named(where):
         _check_keys(asked, parser)
+        _check_nulls(asked.values, Recipe, {"task": TASKS[asked.task][0]})
         from_file = parser.parse_object(asked.values, defaults=True)
         namespace: Namespace = parser.parse_args(asked.options, namespace=from_file) if asked.options else from_file
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.49
@@ -148,6 +152,19 @@ def _check_keys(asked: _Asked, parser: ArgumentParser) -> None:
             raise ValueError(f"unknown option --{brief(key, 100)}{did_you_mean(key, known)}")
 
 
+def _check_nulls(values: Mapping[str, Any], cls: type, sections: Mapping[str, type], where: str = "") -> None:
+    """Raises ValueError for a null where a value is needed, which jsonargparse takes for any type.
+
+    sections: classes of sections that are not those of the fields' hints.
+    """
+    for name, hint in get_type_hints(cls).items():
+        value, section = values.get(name, ...), sections.get(name, hint)
+        if value is None and NoneType not in get_args(hint):
+            raise ValueError(f"{where}{name} must have a value, got null")
+        if isinstance(value, Mapping) and isinstance(section, type) and is_dataclass(section):
+            _check_nulls(value, section, {}, f"{where}{name}.")
+
+
 def _keys_of(values: Mapping[str, Any], known: frozenset[str], section: str = "") -> Iterator[str]:
     """The dotted keys of values, as deep as recipes have keys; a value may itself be a mapping."""
     for name, value in values.items():
@@ -202,9 +219,16 @@ def _start(values: Mapping[str, Any], overrides: Sequence[str]) -> ModelDescript
 
 
 def _in_plain_words(error: Exception) -> str:
-    """jsonargparse's message in one line, with the names of Python's types as people write them."""
-    text = re.sub(r"a <class '(\w+)'>", r"\1", str(error))
-    return text.removeprefix("Parser key ").replace("a typing.Literal", "one of ")
+    """What jsonargparse says of a value of the wrong type, with the names of types as people write them."""
+    text = str(error).removeprefix("Parser key ")
+    key, value = text.partition(":")[0].strip('"'), re.search(r"(?:Got|Given) value: (.*)", text, re.DOTALL)
+    if unknown := re.search(r"Option '(.*?)' is not accepted", text):
+        return f"{key} has an unknown key {unknown[1]}"
+    wanted = [_TYPES.get(found[1], found[1]) for found in re.finditer(r"Expected a <class '(\w+)'>", text)]
+    wanted += [f"one of {choices.replace(chr(39), '')}" for choices in re.findall(r"typing\.Literal\[(.*?)\]\.", text)]
+    if not (wanted and value):
+        return text
+    return f"{key} must be {' or '.join(wanted)}, got {brief(value[1], 80) or 'nothing'}"
 
 
 def _option(overrides: Sequence[str], name: str) -> str | None:

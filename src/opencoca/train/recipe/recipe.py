@@ -207,6 +207,7 @@ _RANGES: dict[tuple[float, float], str] = {
         """,
     (1, 1024): "data.captions_per_image encoder.cache_views compute.recompute_every",
     (0, 10_000): "report_images",
+    (1, 10**12): "data.max_pixels",
     (0, 1024): "data.num_workers",
     (0, 10**6): "checkpoint_minutes safety.hang_minutes safety.non_finite_limit",
     (0, 10**9): "optimizer.warmup_steps",
