@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands and processes that tests start
 
 # Deadlines fail on a busy machine, and the default run is to give the same answer twice.
-settings.register_profile("opencoca", deadline=None, derandomize=True)
+settings.register_profile("opencoca", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("opencoca")
 
 if find_spec("torchvision") is not None and torch.version.cuda is None:

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -33,9 +34,10 @@ def write_recipe(pairs: Pairs, output: Path, **changes: Any) -> Path:
 
 
 def command(*arguments: str) -> None:
-    """``python -m opencoca ARGUMENTS``."""
+    """``python -m opencoca ARGUMENTS``, without the drawing of a report, which takes longer than the tiny run."""
     sys.argv[1:] = arguments
-    runpy.run_module("opencoca", run_name="__main__")
+    with patch("opencoca.train.trainer.write_report", lambda *_: None):
+        runpy.run_module("opencoca", run_name="__main__")
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -47,14 +49,14 @@ def test_a_run_stopped_by_one_rank_and_continued_sharded_is_the_run_of_one_proce
     pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes: dict[str, Any] = {
-        "epochs": 8,
+        "epochs": 5,
         "log_every_steps": 1,
         "optimizer__ema_decay": 0.9,
         "data__captions_per_image": 2,
         "data__drop_last": False,
         "data__num_workers": 1,
         "accumulation_steps": 2,
-        "validate_every_epochs": 4,
+        "validate_every_epochs": 2,
         "grad_cache_steps": 2,
     }
     monkeypatch.setattr("opencoca.train.trainer.write_report", lambda *_: None)

@@ -122,23 +122,39 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def tiny_recipe(pairs: Pairs, output: Path, **changes: Any) -> Recipe:
     """changes: by key, with two underscores for a dot. Goes through a file, as a user's recipe does."""
-    values = merged(tiny_values(pairs, output), {key.replace("__", "."): value for key, value in changes.items()})
+    base, dotted = tiny_values(pairs, output), {key.replace("__", "."): value for key, value in changes.items()}
+    values = merged(base, dotted)
     path = output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return _read(path, values)
+    try:
+        recipe = _read(base, base)
+        for key, value in dotted.items():
+            recipe = _with_number(recipe, key.split("."), value)
+        return recipe
+    except (AttributeError, TypeError, ValueError):
+        return _read(path, values)
+
+
+def _with_number(part: Any, keys: list[str], value: object) -> Any:
+    """A recipe, or a section of one, with another number; refuses whatever else reading a recipe would change."""
+    name, *rest = keys
+    old = getattr(part, name)
+    if not rest and (type(value) is not type(old) or not isinstance(value, int | float)):
+        raise TypeError(name)
+    return replace(part, **{name: _with_number(old, rest, value) if rest else value})
 
 
 _READ: dict[str, Recipe] = {}
 
 
-def _read(path: Path, values: dict[str, Any]) -> Recipe:
+def _read(source: Path | dict[str, Any], values: dict[str, Any]) -> Recipe:
     """`load_recipe`, which takes as long as steps of a tiny model: only once for recipes that differ by paths alone."""
     places = {name: values["data"][name] for name in ("train_images", "train_captions", "val_images", "val_captions")}
     if not all(isinstance(place, str) for place in places.values()):
-        return load_recipe(path)
+        return load_recipe(source)
     key = json.dumps(values | {"output": "", "data": {**values["data"], **dict.fromkeys(places, "")}}, sort_keys=True)
     if key not in _READ:
-        _READ[key] = load_recipe(path)
+        _READ[key] = load_recipe(source)
     return replace(_READ[key], output=values["output"], data=replace(_READ[key].data, **places))
 
 
