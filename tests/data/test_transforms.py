@@ -105,7 +105,7 @@ def test_config_round_trip_and_mistakes():
     cfg = config(resize_mode="pad")
     assert PreprocessConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
     for changes, message in [
-        ({"image_size": (0, 5)}, "image_size must be 1 or more"),
+        ({"image_size": (0, 5)}, "image_size must be two whole numbers from 1"),
         ({"image_size": (5,)}, "image_size must have 2 values"),
         ({"std": (0, 1, 1)}, "std must be positive"),
         ({"resize_mode": "zoom"}, "resize_mode must be one of .* got 'zoom'"),
