@@ -16,7 +16,7 @@ from opencoca.cli.common import (
     shows_progress,
 )
 from opencoca.cli.generation_options import add_generation_options, chosen_generation_options
-from opencoca.cli.streams import complain, complain_of_loss
+from opencoca.cli.streams import complain, complain_of_left_out
 from opencoca.system.messages import escaped
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _print_captions(
         for batch in caption_source(captioner, source, batch_size):
             for image in batch:
                 if image.error is not None:
-                    complain_of_loss(image.error)
+                    complain_of_left_out(image.error)
                 for row in output_rows(to_journal_row(image)):
                     text = " ".join(row["caption"].split())
                     line = f"{escaped(row['image'])}\t{text}"

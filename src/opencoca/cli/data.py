@@ -17,7 +17,7 @@ from opencoca.cli.common import (
     positive_int,
     shard_storage,
 )
-from opencoca.cli.streams import complain_of_loss
+from opencoca.cli.streams import complain_of_left_out
 from opencoca.system.files import write_json
 from opencoca.system.messages import brief
 
@@ -111,7 +111,7 @@ def run_index(arguments: argparse.Namespace) -> int:
         lost += len(shard.index.lost)
         new += shard.is_new
         if shard.index.damage or shard.index.lost:
-            complain_of_loss(losses(shard.path, shard.index))
+            complain_of_left_out(losses(shard.path, shard.index))
         damaged += bool(shard.index.damage)
     print(f"{samples:,} samples in {len(paths):,} shards ({new:,} of them newly indexed)")
     if lost or damaged:

@@ -29,7 +29,7 @@ from opencoca.cli.common import (
     some_images,
 )
 from opencoca.cli.generation_options import add_generation_options, chosen_generation_options
-from opencoca.cli.streams import complain_of_loss
+from opencoca.cli.streams import complain_of_left_out
 from opencoca.system.files import write_json
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _run(
     found = measure(arguments, pipeline, source)
     seconds = time.perf_counter() - started
     for image in found.broken:
-        complain_of_loss(image.reason)
+        complain_of_left_out(image.reason)
     found = found._replace(broken=[*found.broken, *_lost(source)])
     counts = {**found.counts, "broken_images": len(found.broken)}
     table = [

@@ -14,7 +14,7 @@ from opencoca.cli.common import (
     load_pipeline,
     open_images,
 )
-from opencoca.cli.streams import complain_of_loss
+from opencoca.cli.streams import complain_of_left_out
 from opencoca.system.messages import escaped
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
         try:
             photograph = decode_image(source.open_bytes(index), name=source.key(index))
         except (ImageError, OSError) as error:
-            complain_of_loss(str(error))
+            complain_of_left_out(str(error))
         else:
             explanations[source.key(index)] = pipeline.explain(photograph, arguments.caption)
     if not explanations:

@@ -20,7 +20,7 @@ from opencoca.cli.common import (
     positive_int,
     shows_progress,
 )
-from opencoca.cli.streams import complain_of_loss
+from opencoca.cli.streams import complain_of_left_out
 from opencoca.system.messages import escaped
 from opencoca.system.reading import read_lines
 
@@ -96,7 +96,7 @@ def run_classify(arguments: argparse.Namespace) -> int:
     classifier = pipeline.classifier(labels, templates, arguments.by)
     for batch in encode_images(pipeline, source, arguments.batch_size, progress=shows_progress()):
         for broken in batch.broken:
-            complain_of_loss(broken.reason)
+            complain_of_left_out(broken.reason)
         for index, ranked in zip(batch.indices, classifier.rank(batch.features), strict=True):
             best = ranked[: arguments.top]
             if arguments.json:
@@ -144,7 +144,7 @@ def _embed_images(
     embeds = [torch.empty(0, pipeline.model.config.embed_dim)]
     for batch in encode_images(pipeline, source, batch_size, progress=bool(source), description="embedding images"):
         for broken in batch.broken:
-            complain_of_loss(broken.reason)
+            complain_of_left_out(broken.reason)
         names += [source[index] if isinstance(source, list) else source.key(index) for index in batch.indices]
         embeds.append(batch.embed)
     return names, torch.cat(embeds)

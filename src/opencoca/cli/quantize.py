@@ -19,7 +19,7 @@ from opencoca.cli.common import (
     positive_int,
 )
 from opencoca.system.files import write_json
-from opencoca.system.notice import Loss
+from opencoca.system.notice import LeftOut
 
 if TYPE_CHECKING:
     from opencoca.data import SampleSource
@@ -114,7 +114,7 @@ def _scores(pipeline: "Pipeline", source: "SampleSource", batch_size: int) -> di
     started = time.perf_counter()
     report = evaluate_captioning(pipeline, source, batch_size=batch_size, progress=True)
     for image in report.broken_images:
-        warnings.warn(image.reason, Loss, stacklevel=1)  # told once, although they are met before and after
+        warnings.warn(image.reason, LeftOut, stacklevel=1)  # told once, although they are met before and after
     captions = report.scores
     retrieval = evaluate_retrieval(pipeline, source, batch_size=batch_size, progress=True).scores
     return {

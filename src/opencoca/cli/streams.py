@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 
 from opencoca.system.messages import brief
-from opencoca.system.notice import Loss, Notice
+from opencoca.system.notice import LeftOut, Notice
 
 _LONGEST = 300
 lost_images = 0
@@ -61,7 +61,7 @@ def complain(sentence: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-def complain_of_loss(sentence: str) -> None:
+def complain_of_left_out(sentence: str) -> None:
     """Prints a sentence about an image that is left out; the exit code of the command becomes 2."""
     global lost_images
     lost_images += 1
@@ -78,7 +78,7 @@ def silence_stdout() -> None:
 
 def _show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
     if issubclass(category, Notice):
-        (complain_of_loss if issubclass(category, Loss) else complain)(str(message))
+        (complain_of_left_out if issubclass(category, LeftOut) else complain)(str(message))
 
 
 @contextlib.contextmanager

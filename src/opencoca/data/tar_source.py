@@ -30,7 +30,7 @@ from opencoca.data.source import BadSample, Place, Sample, SampleSource
 from opencoca.data.tar_scan import BLOCK, header_fits
 from opencoca.data.targets import class_folder
 from opencoca.system.messages import shown
-from opencoca.system.notice import Loss
+from opencoca.system.notice import LeftOut
 from opencoca.system.reading import open_ordinary
 
 # Parts of a sample that lie further apart than this are read one at a time.
@@ -128,7 +128,7 @@ class TarShards(SampleSource):
         indexes = parallel_map(self._load, range(len(self.shards)), threads, 2 * _OPENING_THREADS)
         for shard, (path, index) in enumerate(zip(self.shards, indexes, strict=True)):
             if index.damage or index.lost:
-                warnings.warn(losses(path, index), Loss, stacklevel=4)
+                warnings.warn(losses(path, index), LeftOut, stacklevel=4)
             lost.extend(BadSample("", path, offset, reason) for offset, reason in index.damage)
             lost.extend(BadSample(sample.key, path, sample.offset, sample.reason) for sample in index.lost)
             starts.append(starts[-1] + len(index.keys))

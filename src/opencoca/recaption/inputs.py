@@ -29,7 +29,7 @@ from opencoca.data.names import FileFinder, table_folders
 from opencoca.data.opening import parquet_of_images
 from opencoca.data.tables import Table, TableColumns, is_table
 from opencoca.system.messages import shown
-from opencoca.system.notice import Loss
+from opencoca.system.notice import LeftOut
 from opencoca.system.reading import download_first
 
 _MOST_STDIN_BYTES = 1 << 28
@@ -111,7 +111,7 @@ class _Collection:
         if self.unusable and not self.sources:
             raise self.unusable[0]
         for error in self.unusable:
-            warnings.warn(str(error), Loss, stacklevel=2)
+            warnings.warn(str(error), LeftOut, stacklevel=2)
         return self.sources[0] if len(self.sources) == 1 else JoinedSource(self.sources)
 
     def add(self, argument: str) -> None:

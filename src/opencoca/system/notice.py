@@ -5,5 +5,5 @@ class Notice(UserWarning):
     """Something that a user should know although the work goes on."""
 
 
-class Loss(Notice):
+class LeftOut(Notice):
     """Images that were asked for are left out; a command that reads images ends with exit code 2 after it."""
