@@ -95,7 +95,7 @@ def run_index(arguments: argparse.Namespace) -> int:
 
     from opencoca.data import find_shards, index_shards
     from opencoca.data.shards import ChosenMembers
-    from opencoca.data.tar_source import losses
+    from opencoca.data.tar_source import damage_report
 
     paths = list(dict.fromkeys(path for pattern in arguments.shards for path in find_shards(pattern)))
     done = index_shards(
@@ -111,7 +111,7 @@ def run_index(arguments: argparse.Namespace) -> int:
         lost += len(shard.index.lost)
         new += shard.is_new
         if shard.index.damage or shard.index.lost:
-            complain_of_left_out(losses(shard.path, shard.index))
+            complain_of_left_out(damage_report(shard.path, shard.index))
         damaged += bool(shard.index.damage)
     print(f"{samples:,} samples in {len(paths):,} shards ({new:,} of them newly indexed)")
     if lost or damaged:

@@ -128,7 +128,7 @@ class TarShards(SampleSource):
         indexes = parallel_map(self._load, range(len(self.shards)), threads, 2 * _OPENING_THREADS)
         for shard, (path, index) in enumerate(zip(self.shards, indexes, strict=True)):
             if index.damage or index.lost:
-                warnings.warn(losses(path, index), LeftOut, stacklevel=4)
+                warnings.warn(damage_report(path, index), LeftOut, stacklevel=4)
             lost.extend(BadSample("", path, offset, reason) for offset, reason in index.damage)
             lost.extend(BadSample(sample.key, path, sample.offset, sample.reason) for sample in index.lost)
             starts.append(starts[-1] + len(index.keys))
@@ -283,7 +283,7 @@ def _stem(path: str) -> str:
     return next((name[: -len(end)] for end in SHARD_SUFFIXES if name.endswith(end)), name)
 
 
-def losses(path: str, index: ShardIndex) -> str:
+def damage_report(path: str, index: ShardIndex) -> str:
     """A sentence about a shard's damage and the samples that it lacks."""
     found = [reason for _, reason in index.damage[:1]]
     if len(index.damage) > 1:
