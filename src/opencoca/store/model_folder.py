@@ -247,7 +247,7 @@ def _named(file: Path) -> Iterator[None]:
     except KeyError as error:
         raise ValueError(f"{file} is damaged: it has no entry {brief(error)}") from error
     except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise ValueError(f"{file} describes no model that can be built: {brief(error, 180)}") from error
+        raise ValueError(f"{brief(file, 110)} describes no model that can be built: {brief(error, 140)}") from error
 
 
 def _quantize_as_stored(model: CoCa, quantization: Any) -> None:

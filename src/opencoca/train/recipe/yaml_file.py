@@ -42,10 +42,10 @@ def read_recipe_file(name: str | Path) -> dict[str, Any]:
     try:
         values = yaml.load(text, _BoundedLoader)  # a safe loader
     except _NotARecipe as error:
-        raise ValueError(f"recipe {brief(name, 80)}: {error}") from error
+        raise ValueError(f"recipe {brief(name, 120)}: {error}") from error
     except (yaml.YAMLError, ValueError, OverflowError, TypeError, AttributeError) as error:
-        reason = brief(str(error).replace('in "<byte string>", ', "in "), 180)
-        raise ValueError(f"recipe {brief(name, 80)} is not YAML: {reason}") from error
+        reason = brief(str(error).replace('in "<byte string>", ', "in "), 150)
+        raise ValueError(f"recipe {brief(name, 120)} is not YAML: {reason}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
