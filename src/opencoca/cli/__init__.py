@@ -7,8 +7,6 @@ import argparse
 import io
 import os
 import sys
-import tempfile
-import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -109,6 +107,9 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _fault(error: BaseException) -> str:
     """Keeps the traceback in a file, and returns a sentence that names it."""
+    import tempfile
+    import traceback
+
     what = brief(f"{type(error).__name__}: {error}", 120)
     with tempfile.NamedTemporaryFile("wb", prefix="opencoca-fault-", suffix=".txt", delete=False) as file:
         file.write("".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace"))

@@ -18,7 +18,6 @@ from opencoca.cli.common import (
     shard_storage,
 )
 from opencoca.cli.streams import complain_of_left_out
-from opencoca.system.files import write_json
 from opencoca.system.messages import brief
 
 
@@ -131,6 +130,8 @@ def run_check(arguments: argparse.Namespace) -> int:
     report = check_source(source, num_workers=arguments.num_workers)
     print(format_report(report))
     if arguments.json:
+        from opencoca.system.files import write_json
+
         write_json(arguments.json, report.to_dict())
     if report.errors:
         found = ", ".join(f"{len(those):,} {name}" for name, those in report.errors.items())

@@ -30,7 +30,6 @@ from opencoca.cli.common import (
 )
 from opencoca.cli.generation_options import add_generation_options, chosen_generation_options
 from opencoca.cli.streams import complain_of_left_out
-from opencoca.system.files import write_json
 
 if TYPE_CHECKING:
     from opencoca.data import SampleSource
@@ -181,6 +180,8 @@ def _run(
     ]
     print(format_table([*table, *((name.replace("_", " "), f"{count:,}") for name, count in counts.items())]))
     if arguments.out:
+        from opencoca.system.files import write_json
+
         write_json(arguments.out, _content(arguments, found, counts, seconds))
     if found.problem:
         raise CommandError(found.problem)

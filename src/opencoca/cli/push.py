@@ -1,7 +1,6 @@
 """`opencoca push`: uploads a model to the Hugging Face Hub."""
 
 import argparse
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,8 @@ def run_push(arguments: argparse.Namespace) -> int:
     dtype = as_dtype(arguments.dtype) if arguments.dtype else None
     results = [Result.read(file) for file in arguments.metrics]
     loaded = load_model(arguments.model)
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="opencoca-push-") as temporary:
         folder = Path(arguments.out or temporary)
         write_repository(folder, loaded, arguments.repo_id, licence=arguments.licence, results=results, dtype=dtype)

@@ -18,7 +18,6 @@ from opencoca.cli.common import (
     open_captioned,
     positive_int,
 )
-from opencoca.system.files import write_json
 from opencoca.system.notice import LeftOut
 
 if TYPE_CHECKING:
@@ -76,6 +75,8 @@ def run_quantize(arguments: argparse.Namespace) -> int:
         rows += [(name.replace("_", " "), f"{before[name]:.2f}", f"{after[name]:.2f}") for name in before]
     print(format_table([(name, f"{one:>12}{two:>12}") for name, one, two in [("", "before", "after"), *rows]]))
     if arguments.out:
+        from opencoca.system.files import write_json
+
         write_json(arguments.out, report)
     if lost := [name for name, loss in losses.items() if not loss <= arguments.max_loss]:
         names = ", ".join(name.replace("_", " ") for name in lost)

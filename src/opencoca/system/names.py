@@ -3,7 +3,6 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
 _LONGEST = 80
@@ -13,6 +12,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns "; did you mean NAME?" with the known name that is nearest to a misspelt one, "" if none is near."""
+    from difflib import get_close_matches  # not needed where nothing is wrong
+
     near = get_close_matches(name[:_LONGEST], list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
