@@ -10,10 +10,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
+from opencoca.system.messages import shown
 from opencoca.system.names import suggests_options
 
 if TYPE_CHECKING:  # the command line makes its options of these classes, and need not wait for PyTorch
     from torch import Tensor
+
+# More texts of one image than these fit no memory; cooler than this, logits divided by it leave what floats can hold.
+_MOST_TEXTS, _LEAST_TEMPERATURE = 1000, 1e-4
 
 
 @suggests_options
@@ -167,14 +171,19 @@ class GeneratedCaption:
 
 def _check_ranges(options: GenerationOptions) -> None:
     infinity, temperature = float("inf"), options.temperature
+    coolest = f"choose 0 (greedy), or {_LEAST_TEMPERATURE} or more, such as 0.7"
     for name, least in (("num_captions", 1), ("num_beams", 1), ("num_groups", 1), ("top_k", 0), ("no_repeat_ngram", 0)):
         if getattr(options, name) < least:
             raise ValueError(f"{name} is {getattr(options, name)}; it must be {least} or more")
+    for name in ("num_captions", "num_beams"):
+        if getattr(options, name) > _MOST_TEXTS:
+            raise ValueError(f"{name} is {shown(getattr(options, name), 40)}; it must be {_MOST_TEXTS:,} or less")
     longest = options.max_new_tokens
     for name, is_possible, wanted in (
         ("max_new_tokens", longest >= 1, "a caption needs at least 1"),
         ("min_new_tokens", 0 <= options.min_new_tokens <= longest, f"choose 0 to max_new_tokens, which is {longest}"),
-        ("temperature", temperature is None or 0 <= temperature < infinity, "choose 0 (greedy) or more, such as 0.7"),
+        ("temperature", not temperature or _LEAST_TEMPERATURE <= temperature < infinity, coolest),
+        ("length_penalty", abs(options.length_penalty) < infinity, "choose a finite number, such as 1"),
         ("top_p", 0 < options.top_p <= 1, "choose more than 0 and at most 1, such as 0.9"),
         ("min_p", 0 <= options.min_p <= 1, "choose 0 to 1, such as 0.05"),
         ("repetition_penalty", 0 < options.repetition_penalty < infinity, "choose 1 for none or more, such as 1.2"),
