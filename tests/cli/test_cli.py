@@ -123,6 +123,7 @@ def test_version_of_the_module_as_a_program() -> None:
         (["paint"], "'paint'"),
         (["caption"], "IMAGE"),
         (["caption", "x.jpg", "--batch-size", "0"], "'0'"),
+        (["caption", "x.jpg", "--batch-size", "1" + "0" * 50], "is more than 1,000,000,000,000"),
         (["caption", "x.jpg", "--bogus"], "--bogus"),
         (["evaluate"], "COMMAND"),
         (["evaluate", "retrieval"], "--images"),

@@ -245,6 +245,9 @@ def non_negative_int(text: str) -> int:
     return _int(text, 0)
 
 
+_LARGEST_INT = 10**12
+
+
 def _int(text: str, least: int) -> int:
     try:
         value = int(text)
@@ -252,6 +255,8 @@ def _int(text: str, least: int) -> int:
         value = least - 1
     if value < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+    if value > _LARGEST_INT:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is more than {_LARGEST_INT:,}")
     return value
 
 
