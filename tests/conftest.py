@@ -1,10 +1,9 @@
 """What many tests share: a fixed seed, hypothesis without deadlines, and tiny configurations."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
-from typing import Any
 
 import pytest
 import torch
@@ -35,25 +34,6 @@ ModelMaker = Callable[..., CoCa]
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_recipe_parser() -> Iterator[None]:
-    """Building the parser of recipes takes longer than reading one, so all tests share those of each task and size."""
-    from opencoca.train.recipe import load
-
-    build, known = load.recipe_parser, {}
-
-    def parser(task: str = "pretraining", size: str = "small", start: Any = None) -> Any:
-        if start is not None:
-            return build(task, size, start)
-        if (task, size) not in known:
-            known[task, size] = build(task, size)
-        return known[task, size]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "recipe_parser", parser)
-        yield
 
 
 def tiny_config(image: dict | None = None, pooler: dict | None = None, **text: object) -> CoCaConfig:
