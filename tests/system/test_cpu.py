@@ -69,3 +69,14 @@ def test_the_users_number_of_threads_stays(eight_processors, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert cpu.limit_threads(wanted=6) is None  # a run goes on as it began, however busy it is
     assert cpu.torch.get_num_threads() == 6
+
+
+def test_a_moment_of_work_elsewhere_does_not_count(eight_processors, monkeypatch):
+    class Load:
+        samples = iter([9, 9, 3, 9])
+
+        def read_text(self) -> str:
+            return f"0 0 0 {next(self.samples)}/30 4711"
+
+    monkeypatch.setattr(cpu, "_LOAD", Load())
+    assert cpu.free_processors() == 6

@@ -19,6 +19,7 @@ class ProcessLock:
     def __init__(self, path: Path):
         self.path = path
         self._file: FileIO | None = None
+        self._process = 0
 
     def take(self) -> str | None:
         """Takes the lock; returns None, or who holds it: the number of a process, and its machine.
@@ -41,18 +42,21 @@ class ProcessLock:
             if _is_at(self.path, file):
                 break
             file.close()  # its holder gave it back between opening and locking
-        self._file = file
+        self._file, self._process = file, os.getpid()
         with contextlib.suppress(OSError):  # on a full disk nobody learns the number
             file.truncate(0)
             file.write(f"{os.getpid()} on {os.uname().nodename}".encode())
         return None
 
     def give_back(self) -> None:
-        """Gives the lock back and removes its file, if this object has it."""
-        if self._file is not None:
+        """Gives the lock back and removes its file, if this object has it; in a forked process, does nothing."""
+        if self._file is not None and self._process == os.getpid():
             with self._file, contextlib.suppress(OSError):
                 self.path.unlink()
             self._file = None
+
+    def __del__(self) -> None:
+        self.give_back()
 
 
 def _is_at(path: Path, file: FileIO) -> bool:
