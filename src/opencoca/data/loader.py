@@ -6,6 +6,10 @@ nor on earlier batches or interruptions of the run. Letters: C texts per sample,
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import KW_ONLY, dataclass
@@ -173,6 +177,7 @@ class TrainingLoader(Dataset):
             sampler=_positions(self.steps_per_epoch, epoch, step, stop_epoch),  # pyright: ignore[reportArgumentType]
             num_workers=self.num_workers if self.load_pixels else 0,
             collate_fn=_unchanged,
+            worker_init_fn=_leave_signals_to_parent,
             # Without one of its own, the loader would draw from the global generator, and with it change whatever
             # dropout draws next: a resumed run would part from an uninterrupted one.
             generator=torch.Generator(),
@@ -315,6 +320,23 @@ def _check_captions(source: SampleSource, without: np.ndarray, max_share: float)
 
 def _unchanged(item: Any) -> Any:
     return item
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Lets only its parent end this worker: Ctrl-C and schedulers ask every process, and the parent needs its batches.
+
+    Without POSIX's ``sigwaitinfo``, which tells who sent a signal, SIGTERM ends the worker as usual.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_parent_asks, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_parent_asks(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _positions(steps_per_epoch: int, epoch: int, step: int, stop_epoch: int | None) -> Iterator[Position]:

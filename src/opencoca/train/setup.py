@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from opencoca.data import PreprocessConfig, SampleSource, TrainTransform
 from opencoca.data.identity import data_identity
@@ -138,24 +137,18 @@ def check_size(recipe: Recipe) -> None:
 
 
 def count_parameters(config: CoCaConfig) -> int:
-    """Returns the number of a network's parameters; of each row of equal layers, only the first is built."""
-    text = config.text
-    shallow = replace(
-        config, image=replace(config.image, depth=1), text=replace(text, unimodal_depth=1, multimodal_depth=1)
-    )
-    with without_values():
-        network = CoCa(shallow)
-    structure = network.structure()
-    repeated: list[tuple[nn.Module, int]] = [(block, config.image.depth) for block in structure.blocks("image")]
-    depths = {"unimodal_decoder": text.unimodal_depth, "multimodal_decoder": text.multimodal_depth}
-    for part in structure.parts:
-        if part.name in depths:
-            repeated.append((network.get_submodule(part.layers[0]), depths[part.name]))
-    return _size(network) + sum((depth - 1) * _size(layer) for layer, depth in repeated)
+    """Returns the number of a network's parameters; networks of one layer each, and of two, tell what a layer has."""
 
+    def count(image: int = 1, unimodal: int = 1, multimodal: int = 1) -> int:
+        text = replace(config.text, unimodal_depth=unimodal, multimodal_depth=multimodal)
+        with without_values():
+            network = CoCa(replace(config, image=replace(config.image, depth=image), text=text))
+        return sum(parameter.numel() for parameter in network.parameters())
 
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    shallow, text = count(), config.text
+    image_layers = (config.image.depth - 1) * (count(image=2) - shallow)
+    unimodal_layers = (text.unimodal_depth - 1) * (count(unimodal=2) - shallow)
+    return shallow + image_layers + unimodal_layers + (text.multimodal_depth - 1) * (count(multimodal=2) - shallow)
 
 
 def load_start(recipe: Recipe) -> LoadedModel | None:

@@ -153,7 +153,7 @@ def test_a_browser_shows_the_page(reported: list[Path], tmp_path: Path) -> None:
         pixels = np.asarray(seen.convert("RGB")).astype(int)
     for colour in COLOURS[:2]:
         drawn = np.abs(pixels - 255 * np.array(matplotlib.colors.to_rgb(colour))).max(axis=-1) < 12
-        assert drawn.sum() > 500, colour
+        assert drawn.sum() > 200, colour  # a short and a long curve, a few pixels wide
 
 
 def test_several_runs_are_compared(run: Path, pairs: Pairs, tmp_path: Path) -> None:
