@@ -45,6 +45,7 @@ SETTINGS = {
     "cached-fp32": {"precision": "fp32", **CACHED},
     "cached-bf16": {"precision": "bf16", **CACHED},
     "workers": {"precision": "fp32", "data__num_workers": 2},
+    "rewarded": {"precision": "fp32", "task__reward_weight": 1.0, "task__reward_samples": 2},
 }
 
 

@@ -8,9 +8,9 @@ Sources: BLEU (Papineni et al., 2002), ROUGE-L (Lin, 2004), CIDEr-D (Vedantam et
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from opencoca.evaluation.ptb_tokenizer import ptb_tokenize
 
@@ -59,11 +59,12 @@ def caption_scores(candidates: Mapping[Key, str], references: Mapping[Key, Seque
     keys = list(candidates)
     candidate_tokens = [ptb_tokenize(candidates[key]) for key in keys]
     reference_tokens = [[ptb_tokenize(caption) for caption in references[key]] for key in keys]
-    candidate_counts = [_ngram_counts(tokens) for tokens in candidate_tokens]
-    reference_counts = [[_ngram_counts(tokens) for tokens in captions] for captions in reference_tokens]
+    candidate_counts = [ngram_counts(tokens) for tokens in candidate_tokens]
+    reference_counts = [[ngram_counts(tokens) for tokens in captions] for captions in reference_tokens]
     bleu = _bleu(candidate_counts, reference_counts)
     rouge = [_rouge_l(*tokens) for tokens in zip(candidate_tokens, reference_tokens, strict=True)]
-    cider = _cider_d(candidate_counts, reference_counts)
+    scorer = CiderD(reference_counts)
+    cider = [scorer.scores([c], r)[0] for c, r in zip(candidate_counts, reference_counts, strict=True)]
     return CaptionScores(
         *bleu,
         rouge_l=math.fsum(rouge) / len(keys),
@@ -100,18 +101,21 @@ def _some(keys) -> str:
 
 
 @dataclass(frozen=True)
-class _NgramCounts:
+class NgramCounts:
+    """A caption's n-grams of 1 to 4 words, and how many words it has."""
+
     num_words: int
     of_order: tuple[Counter[Ngram], ...]  # unigrams first
 
 
-def _ngram_counts(tokens: Sequence[str]) -> _NgramCounts:
+def ngram_counts(tokens: Sequence[str]) -> NgramCounts:
+    """Counts the n-grams of a caption's tokens, as `ptb_tokenize` gives them."""
     words = " ".join(tokens).split()  # a mixed fraction is one token to ROUGE-L, two words to n-grams
     orders = (zip(*(words[start:] for start in range(n)), strict=False) for n in range(1, MAX_NGRAM + 1))
-    return _NgramCounts(len(words), tuple(Counter(order) for order in orders))
+    return NgramCounts(len(words), tuple(Counter(order) for order in orders))
 
 
-def _bleu(candidates: Sequence[_NgramCounts], references: Sequence[Sequence[_NgramCounts]]) -> list[float]:
+def _bleu(candidates: Sequence[NgramCounts], references: Sequence[Sequence[NgramCounts]]) -> list[float]:
     """BLEU-1..4 from counts over the whole set, the closest reference length (on a tie the shorter)."""
     matched, possible = [0] * MAX_NGRAM, [0] * MAX_NGRAM
     candidate_length = reference_length = 0
@@ -161,37 +165,51 @@ def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> 
     return len(first) - row.bit_count()
 
 
-def _cider_d(candidates: Sequence[_NgramCounts], references: Sequence[Sequence[_NgramCounts]]) -> list[float]:
-    """CIDEr-D of every image; document frequencies count the images whose references hold an n-gram."""
-    frequency: Counter[Ngram] = Counter()
-    for captions in references:
-        frequency.update({ngram for caption in captions for counts in caption.of_order for ngram in counts})
-    log_num_images = math.log(len(references))
-    # N-grams that no reference holds are as rare as those that one image's references hold.
-    idf = {ngram: log_num_images - math.log(count) for ngram, count in frequency.items()}
+class CiderD:
+    """CIDEr-D with the document frequencies of one set of images, for captions of its images one at a time."""
 
-    def weighted(counts: _NgramCounts) -> list[tuple[dict[Ngram, float], float]]:
-        """Tf-idf weights of each order, and their norm."""
-        vectors = []
-        for order in counts.of_order:
-            vector = {ngram: count * idf.get(ngram, log_num_images) for ngram, count in order.items()}
-            vectors.append((vector, math.sqrt(math.fsum(weight * weight for weight in vector.values()))))
-        return vectors
+    def __init__(self, references: Iterable[Sequence[NgramCounts]]):
+        """references: the n-grams of each image's captions; an n-gram's frequency is how many images' hold it."""
+        frequency: Counter[Ngram] = Counter()
+        num_images = 0
+        for captions in references:
+            frequency.update({ngram for caption in captions for counts in caption.of_order for ngram in counts})
+            num_images += 1
+        # N-grams that no reference holds are as rare as those that one image's references hold.
+        self._rarest = math.log(num_images) if num_images else 0.0
+        self._idf = {ngram: self._rarest - math.log(count) for ngram, count in frequency.items()}
 
-    scores = []
-    for candidate, captions in zip(candidates, references, strict=True):
-        vectors = weighted(candidate)
-        score = 0.0
-        for caption in captions:
+    def scores(self, candidates: Sequence[NgramCounts], references: Sequence[NgramCounts]) -> list[float]:
+        """The CIDEr-D, from 0 to 10, of each of the candidates for one image that has these reference captions."""
+        weighted = [self._weighted(caption) for caption in references]
+        return [self._score(candidate, references, weighted) for candidate in candidates]
+
+    def _score(
+        self, candidate: NgramCounts, references: Sequence[NgramCounts], weighted: Sequence[Sequence["_Vector"]]
+    ) -> float:
+        vectors, score = self._weighted(candidate), 0.0
+        for caption, reference in zip(references, weighted, strict=True):
             # The original measures length in bigrams, which matters for captions of no words or one.
             difference = max(candidate.num_words - 1, 0) - max(caption.num_words - 1, 0)
             penalty = math.exp(-(difference**2) / (2 * CIDER_SIGMA**2))
-            score += penalty * sum(map(_clipped_cosine, vectors, weighted(caption)))
-        scores.append(10 * score / (MAX_NGRAM * len(captions)))
-    return scores
+            score += penalty * sum(map(_clipped_cosine, vectors, reference))
+        return 10 * score / (MAX_NGRAM * len(references))
+
+    def _weighted(self, counts: NgramCounts) -> list["_Vector"]:
+        """Tf-idf weights of each order, and their norm."""
+        vectors = []
+        for order in counts.of_order:
+            vector = {ngram: count * self._idf.get(ngram, self._rarest) for ngram, count in order.items()}
+            vectors.append(_Vector(vector, math.sqrt(math.fsum(weight * weight for weight in vector.values()))))
+        return vectors
 
 
-def _clipped_cosine(candidate: tuple[dict[Ngram, float], float], reference: tuple[dict[Ngram, float], float]) -> float:
+class _Vector(NamedTuple):
+    weights: dict[Ngram, float]
+    norm: float
+
+
+def _clipped_cosine(candidate: _Vector, reference: _Vector) -> float:
     """Cosine of two tf-idf vectors; repeating a word more often than the reference earns nothing."""
     (weights, norm), (reference_weights, reference_norm) = candidate, reference
     if norm == 0 or reference_norm == 0:

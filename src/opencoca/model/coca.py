@@ -205,8 +205,12 @@ class CoCa(nn.Module):
 
     def decode(self, words: Words, image_tokens: Tensor) -> Tensor:
         """words of B texts, image_tokens (I, Q, D) -> hidden (B, T, D), zeros at padding."""
+        return words.layout.pad(self.decode_packed(words, image_tokens))
+
+    def decode_packed(self, words: Words, image_tokens: Tensor) -> Tensor:
+        """words of B texts, image_tokens (I, Q, D) -> hidden (S, D), packed as the words are."""
         seen = self.multimodal_decoder.look_at(words, image_tokens)
-        return words.layout.pad(self.multimodal_decoder(words.states, words.layout, seen))
+        return self.multimodal_decoder(words.states, words.layout, seen)
 
     def logits(self, images: Tensor, token_ids: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Next-word logits (B, T, V) after every word, for those who want them all; training never builds them."""
@@ -281,8 +285,7 @@ class CoCa(nn.Module):
             mask = torch.ones_like(token_ids, dtype=torch.bool) if token_mask is None else token_mask.bool()
             words, next_ids = words.with_next(token_ids[mask])
             assert image_tokens is not None
-            seen = self.multimodal_decoder.look_at(words, image_tokens)
-            hidden = self.multimodal_decoder(words.states, words.layout, seen)
+            hidden = self.decode_packed(words, image_tokens)
         return CoCaOutput(image_embed, text_embed, hidden, next_ids, self.logit_scale)
 
 

@@ -105,6 +105,9 @@ class Classification:
         head = HeadConfig(len(self.classes), self.options.num_heads, self.options.dropout)
         return replace(config, head=head)
 
+    def prepare(self, tokenizer: Tokenizer) -> None:
+        pass
+
     def stored(self) -> dict[str, Any] | None:
         return {"name": self.name, "classes": list(self.classes)}
 

@@ -1,4 +1,7 @@
-"""Pretraining on image-text pairs, by the contrastive and the captioning loss (paper, section 3.1), or one of them."""
+"""Pretraining on image-text pairs, by the contrastive and the captioning loss (paper, section 3.1), or one of them.
+
+A third term, for the end of a training, rewards captions that the network samples (see `self_critical`).
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,22 +19,27 @@ from opencoca.generation import GenerationOptions
 from opencoca.losses import captioning_loss, contrastive_loss
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
+from opencoca.tasks.self_critical import SampledWords, SelfCritic
 from opencoca.tasks.task import Compared, Outputs, Score, Term, Uses
 from opencoca.tokenizer import Tokenizer
 
 _CAPTIONS, _RETRIEVAL = "captions of validation images", "retrieval among validation images"
-_MOST_NEW_TOKENS = 10_000
+_MOST_NEW_TOKENS, _MOST_SAMPLES = 10_000, 100
 _R1 = ("image_to_text_r1", "text_to_image_r1")
 
 
 @dataclass(frozen=True)
 class PretrainingOptions:
-    """The objective (paper, section 3.1). A weight of 0 skips that half's work.
+    """The objective (paper, section 3.1). A weight of 0 skips that term's work.
 
     Args:
         name: pretraining.
         contrastive_weight: lambda_con.
         caption_weight: lambda_cap.
+        reward_weight: of self-critical training (arXiv 1612.00563): captions that the network samples are made likelier
+            if people's captions of the image speak for them (CIDEr-D), less likely if not. For the last epochs of a
+            training, at a low learning rate; it costs about twice a captioning loss of as many captions.
+        reward_samples: how many captions of each image are sampled for it.
         label_smoothing: the part of the captioning target that is spread over the vocabulary.
         contrastive_reduction: mean or sum of the two directions.
         caption_reduction: mean or sum over words.
@@ -43,6 +51,8 @@ class PretrainingOptions:
     name: Literal["pretraining"] = "pretraining"
     contrastive_weight: float = 1.0
     caption_weight: float = 2.0
+    reward_weight: float = 0.0
+    reward_samples: int = 5
     label_smoothing: float = 0.0
     contrastive_reduction: Literal["mean", "sum"] = "mean"
     caption_reduction: Literal["mean", "sum"] = "mean"
@@ -54,22 +64,29 @@ class PretrainingOptions:
     @property
     def uses(self) -> Uses:
         """Which halves of the network have a loss."""
-        return Uses(contrastive=self.contrastive_weight != 0, captioning=self.caption_weight != 0)
+        return Uses(self.contrastive_weight != 0, self.caption_weight != 0 or self.reward_weight != 0)
 
     def __post_init__(self) -> None:
-        for weight in ("contrastive_weight", "caption_weight"):
+        weights = ("contrastive_weight", "caption_weight", "reward_weight")
+        for weight in weights:
             if not 0 <= getattr(self, weight) < float("inf"):
                 raise ValueError(f"task.{weight} {getattr(self, weight)} must be at least 0")
-        if self.contrastive_weight == 0 and self.caption_weight == 0:
-            raise ValueError("task.contrastive_weight and task.caption_weight are both 0: nothing would be learned")
+        if not any(getattr(self, weight) for weight in weights):
+            raise ValueError(f"{', '.join(f'task.{weight}' for weight in weights)} are all 0: nothing would be learned")
+        if not 2 <= self.reward_samples <= _MOST_SAMPLES:
+            raise ValueError(
+                f"task.reward_samples {self.reward_samples} must be 2, as samples are compared with each other, to "
+                f"{_MOST_SAMPLES}"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"task.label_smoothing {self.label_smoothing} must be at least 0 and less than 1")
         if not 1 <= self.max_new_tokens <= _MOST_NEW_TOKENS:
             raise ValueError(
                 f"task.max_new_tokens {self.max_new_tokens} must be at least 1 and at most {_MOST_NEW_TOKENS:,}"
             )
-        needs = {"cider_d": "caption_weight", "mean_r1": "contrastive_weight"}.get(self.select_by)
-        if needs and getattr(self, needs) == 0:
+        has_score = {"cider_d": self.uses.captioning, "mean_r1": self.uses.contrastive}.get(self.select_by, True)
+        if not has_score:
+            needs = "caption_weight" if self.select_by == "cider_d" else "contrastive_weight"
             raise ValueError(f"task.select_by {self.select_by} has no score to go by, because task.{needs} is 0")
 
 
@@ -91,17 +108,25 @@ class Pretraining:
     )
 
     def __init__(self, options: PretrainingOptions, source: SampleSource | None = None):
-        self.options = options
+        self.options, self._source = options, source
         self.uses = options.uses
+        self._critic: SelfCritic | None = None
         per_word = "word" if options.caption_reduction == "mean" else None
         terms = (
             Term("contrastive", options.contrastive_weight, across_batch=True),
             Term("caption", options.caption_weight, per_word),
+            Term("reward", options.reward_weight, "sampled caption"),
         )
         self.terms = tuple(term for term in terms if term.weight)
 
     def configure(self, config: CoCaConfig) -> CoCaConfig:
         return config
+
+    def prepare(self, tokenizer: Tokenizer) -> None:
+        if self.options.reward_weight:
+            assert self._source is not None
+            options = self.options
+            self._critic = SelfCritic(self._source, tokenizer, options.reward_samples, options.max_new_tokens)
 
     def stored(self) -> dict[str, Any] | None:
         return None
@@ -111,22 +136,27 @@ class Pretraining:
 
     def counts(self, batch: Batch) -> dict[str, int]:
         # The first token of a text is never predicted.
-        return {"word": batch.num_tokens - len(batch.token_ids)}
+        sampled = batch.num_samples * self.options.reward_samples
+        return {"word": batch.num_tokens - len(batch.token_ids), "sampled caption": sampled}
 
     def forward(self, network: CoCa, batch: Batch, compared_only: bool = False) -> Outputs:
+        assert batch.images is not None
+        features = network.image_features(batch.images, batch.from_stage)
         output = network(
-            batch.images,
+            features,
             batch.token_ids,
             batch.token_mask,
-            from_stage=batch.from_stage,
+            from_stage=network.image_encoder.num_stages,
             contrastive=self.uses.contrastive,
-            captioning=self.uses.captioning and not compared_only,
+            captioning=self.options.caption_weight != 0 and not compared_only,
         )
         compared = None
         if output.image_embed is not None and output.text_embed is not None:
             rows = output.image_embed, output.text_embed
             compared = Compared(rows, batch.sample_ids, (output.logit_scale,))
         own = () if output.hidden is None or output.next_ids is None else (output.hidden, output.next_ids)
+        if self._critic is not None and not compared_only:
+            own += self._critic.sample(network, features, batch.sample_ids)
         return Outputs(compared, own)
 
     def compare(self, compared: Compared, world: World) -> dict[str, Tensor]:
@@ -135,20 +165,29 @@ class Pretraining:
         return {"contrastive": loss}
 
     def losses(self, network: CoCa, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        if not outputs.own:
-            return {}
-        (hidden, next_ids), weight = outputs.own, network.vocab_weight
-        smoothing = self.options.label_smoothing
-        return {"caption": captioning_loss(hidden, next_ids, weight, label_smoothing=smoothing, reduction="sum")}
+        own, found = outputs.own, {}
+        if self._critic is not None and own:
+            own, sampled = own[: -len(SampledWords._fields)], SampledWords(*own[-len(SampledWords._fields) :])
+            found["reward"] = sampled.loss(network)
+        if own:
+            (hidden, next_ids), smoothing = own, self.options.label_smoothing
+            weight = network.vocab_weight
+            loss = captioning_loss(hidden, next_ids, weight, label_smoothing=smoothing, reduction="sum")
+            found["caption"] = loss
+        return found
 
     def validated(self) -> "Pretraining":
-        return Pretraining(replace(self.options, label_smoothing=0.0))
+        options = self.options
+        # Where training has no captioning loss but a reward, validation reports the loss nevertheless.
+        caption_weight = options.caption_weight or options.reward_weight
+        return Pretraining(replace(options, label_smoothing=0.0, reward_weight=0.0, caption_weight=caption_weight))
 
     def after_update(self, network: CoCa) -> None:
         network.clamp_logit_scale()
 
     def monitors(self, network: CoCa) -> dict[str, float]:
-        return {"logit_scale": float(network.logit_scale.detach())}
+        found = {"logit_scale": float(network.logit_scale.detach())}
+        return found if self._critic is None else found | {"sampled_cider_d": self._critic.mean_reward}
 
     def evaluators(self, source: SampleSource, tokenizer: Tokenizer) -> tuple[Evaluator, ...]:
         if not any(source.captions(index) for index in range(len(source))):

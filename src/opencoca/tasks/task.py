@@ -102,6 +102,10 @@ class Task(Protocol):
         """The architecture with the layers that this task adds."""
         ...
 
+    def prepare(self, tokenizer: Tokenizer) -> None:
+        """Makes the task ready to train; the run's tokenizer is known by now."""
+        ...
+
     def stored(self) -> dict[str, Any] | None:
         """What a model folder keeps of the task, in JSON's types; None if nothing is needed to use the model.
 

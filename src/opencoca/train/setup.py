@@ -82,6 +82,7 @@ class RunSetup:
             print(f"precision {recipe.precision} (chosen for {device})", file=sys.stderr)
         stored = folder.path / "tokenizer.json"
         self.tokenizer = make_tokenizer(recipe, start, self.train_source, stored, continues, world)
+        self.task.prepare(self.tokenizer)
         self.preprocess = make_preprocess(recipe, start)
         torch.manual_seed(recipe.seed)
         model, transfer = make_model(recipe, self._config(), start, self.tokenizer)
