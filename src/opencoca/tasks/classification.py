@@ -105,7 +105,7 @@ class Classification:
         head = HeadConfig(len(self.classes), self.options.num_heads, self.options.dropout)
         return replace(config, head=head)
 
-    def prepare(self, tokenizer: Tokenizer) -> None:
+    def prepare(self, network: CoCa, tokenizer: Tokenizer) -> None:
         pass
 
     def stored(self) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """Pretraining on image-text pairs, by the contrastive and the captioning loss (paper, section 3.1), or one of them.
 
-A third term, for the end of a training, rewards captions that the network samples (see `self_critical`).
+Further terms: similarities with names of classes learn what the image encoder's own classifier says (see `naming`),
+and captions that the network samples are rewarded (see `self_critical`).
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from opencoca.generation import GenerationOptions
 from opencoca.losses import captioning_loss, contrastive_loss
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
+from opencoca.tasks.naming import Namer, imagined_images
 from opencoca.tasks.self_critical import SampledWords, SelfCritic
 from opencoca.tasks.task import Compared, Outputs, Score, Term, Uses
 from opencoca.tokenizer import Tokenizer
@@ -40,6 +42,10 @@ class PretrainingOptions:
             if people's captions of the image speak for them (CIDEr-D), less likely if not. For the last epochs of a
             training, at a low learning rate; it costs about twice a captioning loss of as many captions.
         reward_samples: how many captions of each image are sampled for it.
+        naming_weight: of naming: the similarities of an image with names of ImageNet's classes learn to say what the
+            classifier that the image encoder comes with says of it (KL divergence). For efficientnet_lite0 to 2 with
+            encoder.frozen_stages -1 and encoder.init imagenet.
+        naming_classes: how many of the 1,000 classes are drawn for a batch.
         label_smoothing: the part of the captioning target that is spread over the vocabulary.
         contrastive_reduction: mean or sum of the two directions.
         caption_reduction: mean or sum over words.
@@ -53,6 +59,8 @@ class PretrainingOptions:
     caption_weight: float = 2.0
     reward_weight: float = 0.0
     reward_samples: int = 5
+    naming_weight: float = 0.0
+    naming_classes: int = 128
     label_smoothing: float = 0.0
     contrastive_reduction: Literal["mean", "sum"] = "mean"
     caption_reduction: Literal["mean", "sum"] = "mean"
@@ -64,10 +72,11 @@ class PretrainingOptions:
     @property
     def uses(self) -> Uses:
         """Which halves of the network have a loss."""
-        return Uses(self.contrastive_weight != 0, self.caption_weight != 0 or self.reward_weight != 0)
+        contrastive = self.contrastive_weight != 0 or self.naming_weight != 0
+        return Uses(contrastive, self.caption_weight != 0 or self.reward_weight != 0)
 
     def __post_init__(self) -> None:
-        weights = ("contrastive_weight", "caption_weight", "reward_weight")
+        weights = ("contrastive_weight", "caption_weight", "reward_weight", "naming_weight")
         for weight in weights:
             if not 0 <= getattr(self, weight) < float("inf"):
                 raise ValueError(f"task.{weight} {getattr(self, weight)} must be at least 0")
@@ -80,6 +89,8 @@ class PretrainingOptions:
             )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"task.label_smoothing {self.label_smoothing} must be at least 0 and less than 1")
+        if self.naming_classes < 2:
+            raise ValueError(f"task.naming_classes {self.naming_classes} must be at least 2")
         if not 1 <= self.max_new_tokens <= _MOST_NEW_TOKENS:
             raise ValueError(
                 f"task.max_new_tokens {self.max_new_tokens} must be at least 1 and at most {_MOST_NEW_TOKENS:,}"
@@ -111,18 +122,22 @@ class Pretraining:
         self.options, self._source = options, source
         self.uses = options.uses
         self._critic: SelfCritic | None = None
+        self._namer: Namer | None = None
         per_word = "word" if options.caption_reduction == "mean" else None
         terms = (
             Term("contrastive", options.contrastive_weight, across_batch=True),
             Term("caption", options.caption_weight, per_word),
             Term("reward", options.reward_weight, "sampled caption"),
+            Term("naming", options.naming_weight, "named image"),
         )
         self.terms = tuple(term for term in terms if term.weight)
 
     def configure(self, config: CoCaConfig) -> CoCaConfig:
         return config
 
-    def prepare(self, tokenizer: Tokenizer) -> None:
+    def prepare(self, network: CoCa, tokenizer: Tokenizer) -> None:
+        if self.options.naming_weight:
+            self._namer = Namer(network, tokenizer, self.options.naming_classes)
         if self.options.reward_weight:
             assert self._source is not None
             options = self.options
@@ -137,7 +152,8 @@ class Pretraining:
     def counts(self, batch: Batch) -> dict[str, int]:
         # The first token of a text is never predicted.
         sampled = batch.num_samples * self.options.reward_samples
-        return {"word": batch.num_tokens - len(batch.token_ids), "sampled caption": sampled}
+        counts = {"word": batch.num_tokens - len(batch.token_ids), "sampled caption": sampled}
+        return counts | {"named image": batch.num_samples + imagined_images(batch.num_samples)}
 
     def forward(self, network: CoCa, batch: Batch, compared_only: bool = False) -> Outputs:
         assert batch.images is not None
@@ -151,13 +167,18 @@ class Pretraining:
             captioning=self.options.caption_weight != 0 and not compared_only,
         )
         compared = None
-        if output.image_embed is not None and output.text_embed is not None:
+        if self.options.contrastive_weight and output.image_embed is not None and output.text_embed is not None:
             rows = output.image_embed, output.text_embed
             compared = Compared(rows, batch.sample_ids, (output.logit_scale,))
-        own = () if output.hidden is None or output.next_ids is None else (output.hidden, output.next_ids)
-        if self._critic is not None and not compared_only:
+        if compared_only:
+            return Outputs(compared, ())
+        own = [] if output.hidden is None or output.next_ids is None else [output.hidden, output.next_ids]
+        if self._critic is not None:
             own += self._critic.sample(network, features, batch.sample_ids)
-        return Outputs(compared, own)
+        if self._namer is not None:
+            assert output.image_embed is not None
+            own += [features, output.image_embed]
+        return Outputs(compared, tuple(own))
 
     def compare(self, compared: Compared, world: World) -> dict[str, Tensor]:
         (images, texts), (scale,), reduction = compared.rows, compared.shared, self.options.contrastive_reduction
@@ -165,22 +186,31 @@ class Pretraining:
         return {"contrastive": loss}
 
     def losses(self, network: CoCa, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        own, found = outputs.own, {}
-        if self._critic is not None and own:
-            own, sampled = own[: -len(SampledWords._fields)], SampledWords(*own[-len(SampledWords._fields) :])
-            found["reward"] = sampled.loss(network)
-        if own:
-            (hidden, next_ids), smoothing = own, self.options.label_smoothing
-            weight = network.vocab_weight
-            loss = captioning_loss(hidden, next_ids, weight, label_smoothing=smoothing, reduction="sum")
+        own, found = iter(outputs.own), {}
+        if self.options.caption_weight:
+            smoothing, weight = self.options.label_smoothing, network.vocab_weight
+            loss = captioning_loss(next(own), next(own), weight, label_smoothing=smoothing, reduction="sum")
             found["caption"] = loss
+        if self._critic is not None:
+            found["reward"] = SampledWords(next(own), next(own), next(own)).loss(network)
+        if self._namer is not None:
+            found["naming"] = self._namer.loss(network, next(own), next(own))
         return found
 
     def validated(self) -> "Pretraining":
-        options = self.options
-        # Where training has no captioning loss but a reward, validation reports the loss nevertheless.
-        caption_weight = options.caption_weight or options.reward_weight
-        return Pretraining(replace(options, label_smoothing=0.0, reward_weight=0.0, caption_weight=caption_weight))
+        # Where training has neither of the paper's losses, validation reports those of the halves that are trained.
+        options, uses = self.options, self.uses
+        contrastive, caption = options.contrastive_weight, options.caption_weight
+        return Pretraining(
+            replace(
+                options,
+                contrastive_weight=contrastive or float(uses.contrastive),
+                caption_weight=caption or float(uses.captioning),
+                reward_weight=0.0,
+                naming_weight=0.0,
+                label_smoothing=0.0,
+            )
+        )
 
     def after_update(self, network: CoCa) -> None:
         network.clamp_logit_scale()

@@ -102,8 +102,8 @@ class Task(Protocol):
         """The architecture with the layers that this task adds."""
         ...
 
-    def prepare(self, tokenizer: Tokenizer) -> None:
-        """Makes the task ready to train; the run's tokenizer is known by now."""
+    def prepare(self, network: CoCa, tokenizer: Tokenizer) -> None:
+        """Makes the task ready to train this network, whose frozen parts are frozen by now."""
         ...
 
     def stored(self) -> dict[str, Any] | None:

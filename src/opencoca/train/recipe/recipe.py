@@ -187,8 +187,9 @@ class Recipe:
         name = self.optimizer.name
         if name not in SHARDABLE and self.distributed.strategy == "fsdp":
             raise ValueError(f"optimizer.name {name} does not work with distributed.strategy fsdp; use adamw or ddp")
-        if getattr(self.task, "reward_weight", 0) and self.distributed.strategy == "fsdp":
-            raise ValueError("task.reward_weight does not work with distributed.strategy fsdp; use ddp")
+        for term in ("reward_weight", "naming_weight"):
+            if getattr(self.task, term, 0) and self.distributed.strategy == "fsdp":
+                raise ValueError(f"task.{term} does not work with distributed.strategy fsdp; use ddp")
         if self.encoder.learning_rate is not None and "image_encoder" in self.optimizer.learning_rates:
             raise ValueError("encoder.learning_rate and optimizer.learning_rates both set that of the image encoder")
 

@@ -1,0 +1,107 @@
+"""Naming: what the image encoder's own classifier knows becomes reachable by words.
+
+An encoder that was trained on labels comes with a classifier. Captions of a few thousand images mention few of the
+kinds of things that it tells apart, and a network that learns from those alone forgets the rest. Here the similarities
+of an image with names of classes ("a photo of a tabby cat") learn to say what the classifier says of the image: a label
+is a text, too (the paper, section 3.1), and this one comes with a teacher's probability.
+
+Few images show most classes. So half as many images again are imagined, as features: two images mixed, their channels
+scaled at random, and most pushed towards what the classifier looks for in a class that is drawn. What the classifier
+says of them is known as exactly as for real ones.
+
+Letters: I images, N features of an image, C their width, K classes, E embed_dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opencoca.data.captions import collate_captions
+from opencoca.evaluation.prompts import load_imagenet_class_names
+from opencoca.model.coca import CoCa
+from opencoca.model.encoders.efficientnet_lite import EfficientNetLite
+from opencoca.store.interop.efficientnet_weights import load_imagenet_classifier
+from opencoca.tokenizer import Tokenizer
+
+_TEMPLATES = (
+    "a photo of a {}.",
+    "a photo of the {}",
+    "a picture of a {}",
+    "a close up of a {}",
+    "there is a {}",
+    "a {}",
+    "the {}",
+    "{}",
+)
+# Of imagined features: the parameter of the beta distribution of mixtures, the deviation of the channels' logarithms,
+# the share that is pushed towards a class, and how far at most, in means of the features.
+_MIXTURE, _CHANNELS, _PUSHED, _PUSH = 0.5, 0.5, 0.7, 2.5
+# What each class has beside the square root of its probability when classes are drawn.
+_ANY_CLASS = 0.02
+
+
+def imagined_images(images: int) -> int:
+    """How many are imagined beside so many images."""
+    return images // 2
+
+
+class Namer:
+    """The classifier of an image encoder, and its classes' names as texts.
+
+    num_classes: how many classes are drawn for a batch.
+    """
+
+    def __init__(self, network: CoCa, tokenizer: Tokenizer, num_classes: int):
+        """Raises ValueError for a network whose image encoder has no classifier, or whose encoder is trained."""
+        encoder = network.image_encoder
+        if not isinstance(encoder, EfficientNetLite):
+            raise ValueError("task.naming_weight needs an image encoder with a classifier: efficientnet_lite0 to 2")
+        if any(parameter.requires_grad for parameter in encoder.parameters()):
+            raise ValueError("task.naming_weight needs a frozen image encoder: set encoder.frozen_stages to -1")
+        self.weight, self.bias = load_imagenet_classifier(encoder)
+        self._directions = self.weight / self.weight.std(dim=1, keepdim=True)
+        names = load_imagenet_class_names()
+        self.num_classes = min(num_classes, len(names))
+        self._pad_id, length = tokenizer.pad_id, network.config.text.context_length
+        self._texts = [tokenizer.encode_batch([t.format(name) for t in _TEMPLATES], length) for name in names]
+
+    def loss(self, network: CoCa, features: Tensor, image_embed: Tensor) -> Tensor:
+        """The sum of the KL divergences from the classifier's probabilities of the drawn classes to the similarities'.
+
+        features (I, N, C) of the image encoder; image_embed (I, E) of the same images.
+        """
+        if not len(features):
+            return image_embed.sum()
+        imagined = self.imagine(features, imagined_images(len(features)))
+        _, vectors = network.pool_features(imagined, captioning=False)
+        assert vectors is not None
+        embeds = torch.cat((image_embed, F.normalize(network.image_proj(vectors).to(image_embed.dtype), dim=-1)))
+        logits = self.logits(torch.cat((features, imagined)))
+        classes = self._draw(logits)
+        templates = torch.randint(len(_TEMPLATES), (len(classes),)).tolist()
+        texts = [torch.tensor(self._texts[k][t]).numpy() for k, t in zip(classes.tolist(), templates, strict=True)]
+        token_ids, token_mask = (part.to(features.device) for part in collate_captions(texts, self._pad_id))
+        names = network.encode_text(token_ids, token_mask).embed
+        found = (network.logit_scale * embeds @ names.T).log_softmax(dim=1)
+        return F.kl_div(found, logits[:, classes].log_softmax(dim=1), reduction="sum", log_target=True)
+
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """features (I, N, C) -> what the classifier says (I, 1000), in float32."""
+        return features.mean(dim=1).float() @ self.weight.to(features.device).T + self.bias.to(features.device)
+
+    @torch.no_grad()
+    def imagine(self, features: Tensor, count: int) -> Tensor:
+        """features (I, N, C) of images -> features (count, N, C) of images that do not exist."""
+        device, width = features.device, features.shape[-1]
+        first, second = (features[torch.randint(len(features), (count,)).to(device)] for _ in range(2))
+        share = torch.distributions.Beta(_MIXTURE, _MIXTURE).sample((count, 1, 1)).to(features)
+        mixed = (share * first + (1 - share) * second) * (_CHANNELS * torch.randn(count, 1, width)).exp().to(features)
+        directions = self._directions[torch.randint(len(self.weight), (count, 1))].to(features)
+        far = _PUSH * torch.rand(count, 1, 1) * (torch.rand(count, 1, 1) < _PUSHED)
+        return (mixed + far.to(features) * mixed.mean(dim=(1, 2), keepdim=True) * directions).clamp(0, 6)
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        """Different classes, those that are probable in the batch more often."""
+        wanted = logits.softmax(dim=1).sum(dim=0).sqrt().cpu() + _ANY_CLASS
+        return torch.multinomial(wanted, self.num_classes)
