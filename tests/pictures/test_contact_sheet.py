@@ -91,3 +91,17 @@ def test_mistakes(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write .*sheet\.png"):
         write_contact_sheet(tmp_path / "file" / "sheet.png", [Photograph(plain((0, 0, 0)), "")])
+
+
+def test_a_caption_that_is_probably_wrong_is_grey_and_says_so(tmp_path: Path) -> None:
+    def draw(confidence: float | None) -> tuple[int, int]:
+        """How much is drawn in the colour of captions, and how tall the sheet is."""
+        photograph = Photograph(plain((0, 0, 255)), "a dog runs over the grass", confidence=confidence)
+        with Image.open(write_contact_sheet(tmp_path / "sheet.png", [photograph])) as sheet:
+            return count(sheet.convert("RGB"), (0x22, 0x21, 0x1F)), sheet.height
+
+    unknown, sure, unsure = draw(None), draw(contact_sheet.UNSURE_BELOW), draw(contact_sheet.UNSURE_BELOW - 0.01)
+    assert sure == unknown
+    assert unknown[0] > 100
+    assert unsure[0] == 0
+    assert unsure[1] > unknown[1]

@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from opencoca.recaption import Destination, RunReport
 
 _DETAILS = """\
---out FILE writes a row for each caption: image, caption, log_probability (in nats), length (in tokens), flags; and
-rank (0 is the best) if images have several captions. Finished batches are kept on disk in FILE.journal: after a kill, a
-power cut or a full disk, the same command continues, and the result equals that of an uninterrupted run. If the model,
-an option or the images have changed, the command refuses to continue; --overwrite starts over. FILE.run.json says how
-the captions were made.
+--out FILE writes a row for each caption: image, caption, log_probability (in nats), length (in tokens), flags; rank (0
+is the best) if images have several captions; similarity (of image and caption) if they were reranked; and similarity
+and confidence (the probability that the caption is right) if the model's folder has a calibration. Finished batches are
+kept on disk in FILE.journal: after a kill, a power cut or a full disk, the same command continues, and the result
+equals that of an uninterrupted run. If the model, an option or the images have changed, the command refuses to
+continue; --overwrite starts over. FILE.run.json says how the captions were made.
 
 Flags mark suspicious captions: near-empty (fewer than 2 words), repetition (a word or phrase 3 times or more in
 a row, or 10 words or more of whose neighbouring pairs fewer than half are distinct), common (at least 5% of all images
@@ -54,7 +55,10 @@ def add_commands(commands: Any) -> None:
     parser.details = _DETAILS
     add_images(parser)
     parser.add_argument(
-        "--json", action="store_true", help="print a JSON object on each line: image, caption, log_probability, length"
+        "--json",
+        action="store_true",
+        help="print a JSON object on each line: image, caption, log_probability, length, "
+        "and confidence if the model has a calibration",
     )
     files = parser.add_argument_group("files")
     files.add_argument("--out", metavar="FILE", help="write the captions to a .jsonl, .csv or .parquet file")

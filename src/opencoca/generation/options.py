@@ -155,7 +155,10 @@ class GeneratedCaption:
     length: number of generated tokens, the end token included; log_probability / length is their mean.
     score: what an image's captions are ranked by: log_probability / length ** length_penalty; in beam search less what
         repetition_penalty and diversity_penalty took off.
-    similarity: cosine of the caption's and the image's embedding, -1 to 1, where captions were reranked by it.
+    similarity: cosine of the caption's and the image's embedding, -1 to 1, where captions were reranked by it or have a
+        confidence.
+    confidence: probability, 0 to 1, that a person calls the caption right; None if the model's folder has no
+        calibration (see `opencoca.generation.confidence`).
     text_embed: (E,) of length 1, float32, on the CPU: the embedding of these tokens, closed by an end token, if it
         was asked for.
     """
@@ -166,6 +169,7 @@ class GeneratedCaption:
     length: int
     score: float = 0.0
     similarity: float | None = None
+    confidence: float | None = None
     text_embed: Tensor | None = field(default=None, compare=False, repr=False)
 
 

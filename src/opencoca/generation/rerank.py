@@ -104,21 +104,27 @@ def rerank(
 
     Raises ValueError if a candidate was generated without its text embedding.
     """
-    if not candidates:
-        return ()
-    embeds = [caption.text_embed for caption in candidates if caption.text_embed is not None]
-    if len(embeds) < len(candidates):
-        raise ValueError("a candidate has no text_embed; generate with text embeddings to rerank by similarity")
-    similarities = torch.stack(embeds).double().cpu() @ image_embed.double().cpu()
+    candidates = with_similarities(candidates, image_embed)
     scores = mixed_scores(
         torch.tensor([caption.log_probability for caption in candidates], dtype=torch.float64),
         torch.tensor([caption.length for caption in candidates], dtype=torch.float64),
-        similarities,
+        torch.tensor([caption.similarity for caption in candidates], dtype=torch.float64),
         logit_scale,
         weight,
     )
-    scored = [
-        replace(caption, score=score, similarity=similarity)
-        for caption, score, similarity in zip(candidates, scores.tolist(), similarities.tolist(), strict=True)
-    ]
+    scored = [replace(caption, score=score) for caption, score in zip(candidates, scores.tolist(), strict=True)]
     return tuple(sorted(scored, key=lambda caption: -caption.score))
+
+
+def with_similarities(captions: Sequence[GeneratedCaption], image_embed: Tensor) -> list[GeneratedCaption]:
+    """The captions of one image, in the order given, with their similarity to it; image_embed (E,), of length 1.
+
+    Raises ValueError if a caption was generated without its text embedding.
+    """
+    if not captions:
+        return []
+    embeds = [caption.text_embed for caption in captions if caption.text_embed is not None]
+    if len(embeds) < len(captions):
+        raise ValueError("a caption has no text_embed; generate with text embeddings to compare it with its image")
+    similarities = torch.stack(embeds).double().cpu() @ image_embed.double().cpu()
+    return [replace(caption, similarity=value) for caption, value in zip(captions, similarities.tolist(), strict=True)]

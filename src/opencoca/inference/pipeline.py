@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from opencoca.generation import GeneratedCaption, GenerationOptions, generate, seed_of_name
 from opencoca.generation.attention_maps import word_maps
+from opencoca.generation.confidence import CaptionCalibration, with_confidence
 from opencoca.generation.decoding.session import DecodingSession
 from opencoca.generation.explanation import Explanation, visible_box
 from opencoca.generation.options import GenerationKeywords, shows_generation_options, with_keywords
@@ -43,8 +44,9 @@ class Pipeline:
 
     Attributes: `model` (CoCa, in eval mode), `tokenizer`, `preprocess` (images of any kind -> (I, 3, height, width)),
     `task` (what its folder keeps of the task that it was finetuned on, or None), `classes` (the names of what its own
-    head tells apart, or None), `name` (what it was loaded by), `info` (where the model comes from), `session` (what
-    decoding keeps from one call to the next), `device`, `dtype`.
+    head tells apart, or None), `calibration` (what gives captions their confidence, or None), `name` (what it was
+    loaded by), `info` (where the model comes from), `session` (what decoding keeps from one call to the next),
+    `device`, `dtype`.
 
     Images are one or several of: a path, the bytes of a file, an open file, a PIL image, an array (H, W, 3) or (H, W),
     a tensor (3, H, W); arrays and tensors hold uint8, or floating point in 0..1. One that cannot be used raises
@@ -70,6 +72,7 @@ class Pipeline:
         self.name = name
         self.info = info or {}
         self.task = task
+        self.calibration = CaptionCalibration.from_info(self.info)
         self.classes: tuple[str, ...] | None = tuple(task["classes"]) if task and "classes" in task else None
 
     def __repr__(self) -> str:
@@ -177,7 +180,10 @@ class Pipeline:
         batch_size: int = 32,
         **keywords: Unpack[GenerationKeywords],
     ) -> list[tuple[GeneratedCaption, ...]]:
-        """Captions with token ids, log-probabilities and more; a tuple for each image, best first. See `caption`."""
+        """Captions with token ids, log-probabilities and more; a tuple for each image, best first. See `caption`.
+
+        `GeneratedCaption` lists what a caption has; its `confidence` says how far it is to be believed.
+        """
         chosen = with_keywords(options, num_captions, keywords)
         captions: list[tuple[GeneratedCaption, ...]] = []
         for pixels in self._batches(images, batch_size):
@@ -197,9 +203,22 @@ class Pipeline:
         weight, model, tokenizer, session = rerank_weight(rerank), self.model, self.tokenizer, self.session
         with torch.inference_mode():
             images = model.encode_image(pixels)
-        if weight is None:
-            return generate(model, images.tokens, tokenizer, options, image_seeds=seeds, session=session)
-        return generate_reranked(model, images, tokenizer, options, weight, image_seeds=seeds, session=session)
+        if weight is not None:
+            found = generate_reranked(model, images, tokenizer, options, weight, image_seeds=seeds, session=session)
+        else:
+            needs_embeds = self.calibration is not None
+            found = generate(
+                model,
+                images.tokens,
+                tokenizer,
+                options,
+                image_seeds=seeds,
+                with_text_embed=needs_embeds,
+                session=session,
+            )
+        if self.calibration is None:
+            return found
+        return [with_confidence(own, embed, self.calibration) for own, embed in zip(found, images.embed, strict=True)]
 
     @suggests_options
     def embed_images(self, images: Images, *, batch_size: int = 32) -> Tensor:

@@ -30,14 +30,26 @@ _COLUMNS = 4
 _CARD = (_WIDTH - 2 * _MARGIN - (_COLUMNS - 1) * _GAP) // _COLUMNS
 _PHOTO_HEIGHT = _CARD * 3 // 4
 
+UNSURE_BELOW = 0.5
+"""The confidence below which a caption is more probably wrong than right."""
+
 
 @dataclass(frozen=True)
 class Photograph:
-    """An image, its caption, and its most probable labels, the best first."""
+    """An image, its caption, and its most probable labels, the best first.
+
+    confidence: the probability that the caption is right, where it is known (see `GeneratedCaption.confidence`).
+    """
 
     image: ImageLike
     caption: str
     labels: Sequence[LabelScore] = ()
+    confidence: float | None = None
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether the caption is probably wrong, so that it should not be shown as a fact."""
+        return self.confidence is not None and self.confidence < UNSURE_BELOW
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ def write_contact_sheet(
     title: str = "",
     subtitle: str = "",
 ) -> Path:
-    """Draws a PNG, 1600 pixels wide, and returns its path.
+    """Draws a PNG, 1600 pixels wide, and returns its path. Captions of a confidence below `UNSURE_BELOW` are grey.
 
     Raises:
         ValueError: there is nothing to draw, or an image cannot be used (ImageError).
@@ -92,9 +104,12 @@ def _rows(cards: Sequence[Image.Image]) -> list[Image.Image]:
 
 def _photograph_card(photograph: Photograph) -> Image.Image:
     inner = _CARD - 2 * _PADDING
-    caption = text_block(photograph.caption or "(no words)", font(21), INK, inner, CARD_FILL)
-    bars = [_label_bar(label, inner) for label in photograph.labels]
-    return _card(photograph.image, [caption, *bars])
+    colour = SOFT if photograph.is_unsure else INK
+    parts = [text_block(photograph.caption or "(no words)", font(21), colour, inner, CARD_FILL)]
+    if photograph.is_unsure:
+        parts.append(text_block(f"unsure ({photograph.confidence:.0%})", font(17, bold=True), SOFT, inner, CARD_FILL))
+    parts += [_label_bar(label, inner) for label in photograph.labels]
+    return _card(photograph.image, parts)
 
 
 def _finding_card(finding: Finding) -> Image.Image:

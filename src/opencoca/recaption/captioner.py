@@ -93,15 +93,17 @@ def _caption_batch(captioner: Captioner, source: SampleSource, batch: ImageBatch
 def to_journal_row(image: CaptionedImage) -> Row:
     """Makes an image's row in the journal: {"image", "captions"} or {"image", "error"}.
 
-    A caption has its similarity to the image if captions were reranked.
+    A caption has its similarity to the image if captions were reranked, and both similarity and confidence if the model
+    has a calibration.
     """
     if image.error is not None:
         return {"image": image.image, "error": image.error}
     captions: list[Row] = []
     for found in image.captions:
         scores = {"log_probability": round(found.log_probability, _DIGITS), "length": found.length}
-        if found.similarity is not None:
-            scores["similarity"] = round(found.similarity, _DIGITS)
+        for name in ("similarity", "confidence"):
+            if (value := getattr(found, name)) is not None:
+                scores[name] = round(value, _DIGITS)
         captions.append({"caption": found.text, **scores})
     return {"image": image.image, "captions": captions}
 
