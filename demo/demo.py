@@ -10,21 +10,36 @@ from opencoca.pictures.contact_sheet import Finding, Photograph, write_contact_s
 
 HERE = Path(__file__).parent
 LABELS = [
+    "a man",
     "a woman",
-    "a man with a camera",
-    "a cat",
-    "a raccoon",
+    "a child",
+    "a group of people",
     "a dog",
+    "a cat",
+    "a bird",
+    "a horse",
+    "a car",
+    "a bicycle",
+    "a boat",
     "a cup of coffee",
-    "a rocket",
-    "stairs",
+    "a drink",
+    "a pizza",
+    "flowers",
     "a beach",
+    "a desert",
+    "a mountain",
+    "a street",
+    "a building",
+    "a camera",
+    "an astronaut",
+    "a rocket",
+    "a painting",
 ]
 QUERIES = [
-    "a woman in an orange suit",
+    "a dog with its tongue out",
+    "people walking in the sand",
     "a man taking a picture",
-    "an animal among green leaves",
-    "a close-up of an animal's face",
+    "something to drink",
 ]
 TOP_LABELS = 3
 
@@ -39,12 +54,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         photos = [arguments.photos / name for name in list_images(arguments.photos)]
         pipeline = opencoca.load(arguments.model)
-        captions = pipeline.caption(photos)
+        captions = [found[0] for found in pipeline.caption_details(photos)]
         labels = pipeline.classify(photos, LABELS)
         similarity = pipeline.similarity(photos, QUERIES)  # (photographs, queries)
 
         photographs = [
-            Photograph(photo, caption, scores[:TOP_LABELS])
+            Photograph(photo, caption.text, scores[:TOP_LABELS], caption.confidence)
             for photo, caption, scores in zip(photos, captions, labels, strict=True)
         ]
         findings = []
@@ -71,7 +86,8 @@ def show(photographs: list[Photograph], findings: list[Finding]) -> None:
     """Prints what the contact sheet shows."""
     for photograph in photographs:
         best = ", ".join(f"{label} {probability:.0%}" for label, probability in photograph.labels)
-        print(f"{Path(str(photograph.image)).name}\n  caption: {photograph.caption}\n  labels:  {best}")
+        caption = f"{photograph.caption} (unsure)" if photograph.is_unsure else photograph.caption
+        print(f"{Path(str(photograph.image)).name}\n  caption: {caption}\n  labels:  {best}")
     print()
     for finding in findings:
         print(f'"{finding.query}" finds {Path(str(finding.image)).name} (similarity {finding.similarity:.3f})')

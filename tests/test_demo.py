@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from cli_helpers import save_tiny_model
+from opencoca.generation.confidence import CaptionCalibration
 from opencoca.inference.loading import load
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -28,7 +29,7 @@ def demo() -> ModuleType:
 def test_every_photograph_has_its_source_and_a_free_licence() -> None:
     rows = re.findall(r"^\| (\S+\.jpg) \|(.*)\|$", (DEMO / "photos" / "SOURCES.md").read_text(), re.MULTILINE)
     assert [name for name, _ in rows] == [photo.name for photo in PHOTOS]
-    assert 4 <= len(PHOTOS) <= 8
+    assert len(PHOTOS) == 12
     for _, row in rows:
         author, licence, source = [cell.strip() for cell in row.split("|")][1:]
         assert author
@@ -40,8 +41,10 @@ def test_photographs_are_small() -> None:
     for photo in PHOTOS:
         with Image.open(photo) as image:
             assert image.format == "JPEG"
-            assert max(image.size) <= 512
-    assert sum(photo.stat().st_size for photo in PHOTOS) < 1_000_000
+            assert max(image.size) <= 640
+    sizes = [photo.stat().st_size for photo in PHOTOS]
+    assert max(sizes) < 90_000
+    assert sum(sizes) < 900_000
 
 
 def test_demo_draws_and_prints_what_the_model_says(
@@ -59,6 +62,18 @@ def test_demo_draws_and_prints_what_the_model_says(
     assert str(out) in printed
     with Image.open(out) as sheet:
         assert sheet.size[0] == 1600
+
+
+def test_captions_that_are_probably_wrong_are_called_unsure(
+    demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = load(save_tiny_model(tmp_path / "model"), device="cpu")
+    for bias, unsure in ((-3.0, len(PHOTOS)), (3.0, 0)):
+        pipeline.info = CaptionCalibration(bias, 0.0, 0.0).to_info()
+        folder = pipeline.save(tmp_path / "calibrated", overwrite=True)
+        assert demo.main(["--model", str(folder), "--out", str(tmp_path / "sheet.png")]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert sum(line.startswith("  caption: ") and line.endswith(" (unsure)") for line in lines) == unsure
 
 
 def test_demo_mistakes(demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
