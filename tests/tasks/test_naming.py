@@ -1,5 +1,6 @@
 """Naming: a network learns to say with names of classes what its image encoder's classifier says."""
 
+import copy
 from dataclasses import replace
 from importlib.resources import files
 from io import BytesIO
@@ -78,10 +79,9 @@ def test_the_loss_is_zero_where_the_similarities_say_what_the_classifier_says(
     def says(similarities: torch.Tensor) -> float:
         drawn = torch.arange(20, 20 + CLASSES)
         monkeypatch.setattr(namer, "_draw", lambda _: drawn)
-        monkeypatch.setattr(namer, "logits", lambda _: 0.01 * logits)
         output = network.encode_text(torch.ones(CLASSES, 3, dtype=torch.int64))
         monkeypatch.setattr(network, "encode_text", lambda *_: output._replace(embed=similarities[drawn]))
-        found = namer.loss(network, first, embed)
+        found = namer.loss(network, first, embed, 0.01 * logits)
         monkeypatch.undo()
         return float(found.detach())
 
@@ -105,7 +105,31 @@ def test_training_by_naming_alone_brings_images_to_their_names(tmp_path: Path) -
 def test_what_cannot_be_named_is_refused(network: CoCa) -> None:
     with pytest.raises(ValueError, match="needs an image encoder with a classifier"):
         Namer(CoCa(CoCaConfig.named("tiny")), Tokenizer.clip(), CLASSES)
-    network.image_encoder.stages[0].requires_grad_(True)
-    with pytest.raises(ValueError, match=r"encoder.frozen_stages to -1"):
-        Namer(network, Tokenizer.clip(), CLASSES)
-    network.image_encoder.requires_grad_(False)
+    other = CoCa(network.config)
+    other.image_encoder.stages[:2].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"set encoder.init to imagenet"):
+        Namer(other, Tokenizer.clip(), CLASSES)
+
+
+def test_trained_stages_must_go_on_telling_the_classifier_the_same(network: CoCa, features: torch.Tensor) -> None:
+    """The classifier reads an untrained copy; where the trained features say something else, the loss is larger."""
+    trained = copy.deepcopy(network)
+    trained.image_encoder.stages[5:].requires_grad_(True)
+    namer = Namer(trained, Tokenizer.clip(), CLASSES)
+    images = torch.randn(4, 3, 64, 64)
+    untrained = network.image_features(images)
+    changed = untrained * torch.linspace(0, 2, untrained.shape[-1])
+    said = namer.say(images, 0, changed)
+    torch.testing.assert_close(said, namer.logits(untrained))
+    embed = trained.pool_image(untrained).embed
+
+    def loss(seen: torch.Tensor) -> float:
+        torch.manual_seed(0)
+        return float(namer.loss(trained, seen, embed, said).detach())
+
+    same, drifted = loss(untrained), loss(changed)
+    own = torch.nn.functional.kl_div(
+        namer.logits(changed).log_softmax(1), said.log_softmax(1), reduction="sum", log_target=True
+    )
+    assert float(own) > 0.1
+    assert drifted > same + 0.5 * float(own)

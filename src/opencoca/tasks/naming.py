@@ -9,9 +9,13 @@ Few images show most classes. So half as many images again are imagined, as feat
 scaled at random, and most pushed towards what the classifier looks for in a class that is drawn. What the classifier
 says of them is known as exactly as for real ones.
 
+Where the encoder's last stages are trained, the classifier reads the features of an untrained copy of them, and those
+of the trained ones must go on telling it the same (a second divergence), or it would know nothing of imagined ones.
+
 Letters: I images, N features of an image, C their width, K classes, E embed_dim.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +24,7 @@ from opencoca.data.captions import collate_captions
 from opencoca.evaluation.prompts import load_imagenet_class_names
 from opencoca.model.coca import CoCa
 from opencoca.model.encoders.efficientnet_lite import EfficientNetLite
-from opencoca.store.interop.efficientnet_weights import load_imagenet_classifier
+from opencoca.store.interop.efficientnet_weights import load_imagenet_classifier, load_imagenet_weights
 from opencoca.tokenizer import Tokenizer
 
 _TEMPLATES = (
@@ -52,12 +56,18 @@ class Namer:
     """
 
     def __init__(self, network: CoCa, tokenizer: Tokenizer, num_classes: int):
-        """Raises ValueError for a network whose image encoder has no classifier, or whose encoder is trained."""
+        """Raises ValueError for an image encoder without classifier, or without the weights that it goes with."""
         encoder = network.image_encoder
         if not isinstance(encoder, EfficientNetLite):
             raise ValueError("task.naming_weight needs an image encoder with a classifier: efficientnet_lite0 to 2")
-        if any(parameter.requires_grad for parameter in encoder.parameters()):
-            raise ValueError("task.naming_weight needs a frozen image encoder: set encoder.frozen_stages to -1")
+        teacher = EfficientNetLite(encoder.variant)
+        load_imagenet_weights(teacher)
+        self._teacher = teacher.requires_grad_(False).eval() if _trains(encoder) else None
+        if not _frozen_as(encoder, teacher):
+            raise ValueError(
+                "task.naming_weight needs the ImageNet weights in what is frozen of the image encoder: set "
+                "encoder.init to imagenet"
+            )
         self.weight, self.bias = load_imagenet_classifier(encoder)
         self._directions = self.weight / self.weight.std(dim=1, keepdim=True)
         names = load_imagenet_class_names()
@@ -65,10 +75,21 @@ class Namer:
         self._pad_id, length = tokenizer.pad_id, network.config.text.context_length
         self._texts = [tokenizer.encode_batch([t.format(name) for t in _TEMPLATES], length) for name in names]
 
-    def loss(self, network: CoCa, features: Tensor, image_embed: Tensor) -> Tensor:
+    @torch.no_grad()
+    def say(self, images: Tensor, from_stage: int, features: Tensor) -> Tensor:
+        """What the classifier says (I, 1000) of images that have yet to pass the encoder from this stage on.
+
+        features (I, N, C): what the network's own encoder makes of them.
+        """
+        if self._teacher is not None:
+            self._teacher.to(images.device)
+            features = self._teacher.run_stages(images, from_stage, self._teacher.num_stages)
+        return self.logits(features)
+
+    def loss(self, network: CoCa, features: Tensor, image_embed: Tensor, said: Tensor) -> Tensor:
         """The sum of the KL divergences from the classifier's probabilities of the drawn classes to the similarities'.
 
-        features (I, N, C) of the image encoder; image_embed (I, E) of the same images.
+        features (I, N, C) of the image encoder; image_embed (I, E) and said (I, 1000), see `say`, of the same images.
         """
         if not len(features):
             return image_embed.sum()
@@ -76,18 +97,17 @@ class Namer:
         _, vectors = network.pool_features(imagined, captioning=False)
         assert vectors is not None
         embeds = torch.cat((image_embed, F.normalize(network.image_proj(vectors).to(image_embed.dtype), dim=-1)))
-        logits = self.logits(torch.cat((features, imagined)))
+        logits = torch.cat((said, self.logits(imagined).detach()))
         classes = self._draw(logits)
         templates = torch.randint(len(_TEMPLATES), (len(classes),)).tolist()
-        texts = [torch.tensor(self._texts[k][t]).numpy() for k, t in zip(classes.tolist(), templates, strict=True)]
+        texts = [np.asarray(self._texts[k][t]) for k, t in zip(classes.tolist(), templates, strict=True)]
         token_ids, token_mask = (part.to(features.device) for part in collate_captions(texts, self._pad_id))
         names = network.encode_text(token_ids, token_mask).embed
-        found = (network.logit_scale * embeds @ names.T).log_softmax(dim=1)
-        return F.kl_div(found, logits[:, classes].log_softmax(dim=1), reduction="sum", log_target=True)
+        loss = _divergence(network.logit_scale * embeds @ names.T, logits[:, classes])
+        return loss if self._teacher is None else loss + _divergence(self.logits(features), said)
 
-    @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
-        """features (I, N, C) -> what the classifier says (I, 1000), in float32."""
+        """features (I, N, C) -> what the classifier makes of them (I, 1000), in float32."""
         return features.mean(dim=1).float() @ self.weight.to(features.device).T + self.bias.to(features.device)
 
     @torch.no_grad()
@@ -105,3 +125,18 @@ class Namer:
         """Different classes, those that are probable in the batch more often."""
         wanted = logits.softmax(dim=1).sum(dim=0).sqrt().cpu() + _ANY_CLASS
         return torch.multinomial(wanted, self.num_classes)
+
+
+def _divergence(found: Tensor, wanted: Tensor) -> Tensor:
+    """The sum of KL divergences from the probabilities of logits wanted (R, K) to those of found (R, K)."""
+    return F.kl_div(found.log_softmax(dim=1), wanted.log_softmax(dim=1), reduction="sum", log_target=True)
+
+
+def _trains(encoder: EfficientNetLite) -> bool:
+    return any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def _frozen_as(encoder: EfficientNetLite, teacher: EfficientNetLite) -> bool:
+    """Whether what is frozen of the encoder has the teacher's weights, but for rounding to half precision."""
+    pairs = zip(encoder.parameters(), teacher.parameters(), strict=True)
+    return all(torch.allclose(ours.cpu(), theirs, 1e-2, 1e-3) for ours, theirs in pairs if not ours.requires_grad)

@@ -44,7 +44,7 @@ class PretrainingOptions:
         reward_samples: how many captions of each image are sampled for it.
         naming_weight: of naming: the similarities of an image with names of ImageNet's classes learn to say what the
             classifier that the image encoder comes with says of it (KL divergence). For efficientnet_lite0 to 2 with
-            encoder.frozen_stages -1 and encoder.init imagenet.
+            encoder.init imagenet.
         naming_classes: how many of the 1,000 classes are drawn for a batch.
         label_smoothing: the part of the captioning target that is spread over the vocabulary.
         contrastive_reduction: mean or sum of the two directions.
@@ -177,7 +177,8 @@ class Pretraining:
             own += self._critic.sample(network, features, batch.sample_ids)
         if self._namer is not None:
             assert output.image_embed is not None
-            own += [features, output.image_embed]
+            said = self._namer.say(batch.images, batch.from_stage, features)
+            own += [features, output.image_embed, said]
         return Outputs(compared, tuple(own))
 
     def compare(self, compared: Compared, world: World) -> dict[str, Tensor]:
@@ -194,7 +195,7 @@ class Pretraining:
         if self._critic is not None:
             found["reward"] = SampledWords(next(own), next(own), next(own)).loss(network)
         if self._namer is not None:
-            found["naming"] = self._namer.loss(network, next(own), next(own))
+            found["naming"] = self._namer.loss(network, next(own), next(own), next(own))
         return found
 
     def validated(self) -> "Pretraining":
