@@ -48,7 +48,7 @@ def features(network: CoCa) -> torch.Tensor:
 
 def test_the_classifier_knows_a_cat(network: CoCa, namer: Namer) -> None:
     photo = files("opencoca").joinpath("assets/photos/cat.jpg").read_bytes()
-    image = EvalTransform(PreprocessConfig((224, 224), mean=(0.498,) * 3, std=(0.502,) * 3))(
+    image = EvalTransform(PreprocessConfig((224, 224), mean=(0.498, 0.498, 0.498), std=(0.502, 0.502, 0.502)))(
         decode_image(BytesIO(photo).read(), name="cat.jpg")
     )
     with torch.no_grad():
