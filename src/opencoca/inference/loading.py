@@ -83,6 +83,8 @@ def load(
 ) -> Pipeline:
     """Loads a model, ready for use.
 
+    The default one is small. With a network, `load("coca_ViT-L-14@mscoco_finetuned_laion2b_s13b_b90k")` is far better.
+
     Args:
         name_or_path: one of
 
