@@ -48,6 +48,12 @@ def add_commands(commands: Any) -> None:
         metavar="N",
         help="how often a pair of tokens must occur to become one token",
     )
+    train.add_argument(
+        "--languages",
+        default="",
+        metavar="L,L",
+        help="languages of the captions, such as en,zh, the default first; each gets a token (default: none)",
+    )
     train.add_argument("--keep-case", action="store_true", help="keep capital letters (default: all lower case)")
     train.add_argument("--keep-final-period", action="store_true", help="do not drop the full stop at a caption's end")
     train.add_argument("--caption-column", default="caption", metavar="NAME", help="column of captions in the tables")
@@ -70,6 +76,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         lowercase=not arguments.keep_case,
         strip_final_period=not arguments.keep_final_period,
         min_frequency=arguments.min_frequency,
+        languages=[name.strip() for name in arguments.languages.split(",") if name.strip()],
         show_progress=sys.stderr.isatty(),
     )
     tokenizer.save(out)

@@ -4,24 +4,33 @@
 """
 
 import re
+from collections.abc import Sequence
 
 import tokenizers
 from tokenizers import processors
+
+from opencoca.tokenizer.languages import language_token
 
 SPECIAL_TOKENS = ("<pad>", "<start>", "<end>")
 _SURROGATE_PAIR, _SURROGATE = re.compile("[\ud800-\udbff][\udc00-\udfff]"), re.compile("[\ud800-\udfff]")
 
 
-def assemble(parts: tokenizers.Tokenizer, special_tokens: tuple[str, str, str]) -> tokenizers.Tokenizer:
-    """Makes a tokenizer of the same parts that frames texts by bos and eos, declares pad, and has no added tokens."""
+def assemble(
+    parts: tokenizers.Tokenizer, special_tokens: tuple[str, str, str], languages: Sequence[str] = ()
+) -> tokenizers.Tokenizer:
+    """Makes a tokenizer of the same parts that frames texts by bos and eos, declares pad, and has no added tokens.
+
+    languages: whose tokens the post-processor declares, too, without using them.
+    """
     backend = tokenizers.Tokenizer(parts.model)
     backend.normalizer = parts.normalizer
     backend.pre_tokenizer = parts.pre_tokenizer
     backend.decoder = parts.decoder
     pad, bos, eos = special_tokens
-    ids = {token: backend.token_to_id(token) for token in special_tokens}
+    of_languages = [language_token(language) for language in languages]
+    ids = {token: backend.token_to_id(token) for token in (*special_tokens, *of_languages)}
     backend.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A {eos}", special_tokens=[(bos, ids[bos]), (eos, ids[eos])]
+        single=f"{bos} $A {eos}", special_tokens=[(token, ids[token]) for token in (bos, eos, *of_languages)]
     )
     backend.enable_padding(pad_id=ids[pad], pad_token=pad)
     return backend

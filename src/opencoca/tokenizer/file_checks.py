@@ -11,11 +11,13 @@ from typing import Any
 
 from opencoca.system.messages import shown
 from opencoca.tokenizer.charsmap import charsmap_growth
+from opencoca.tokenizer.languages import MAX_LANGUAGES
 from opencoca.tokenizer.patterns import is_safe_pattern
 
 # How many times longer a text may become, beside what Unicode's own forms do to it.
 _MAX_GROWTH = 128
 _MAX_COMPONENTS, _MAX_TOKEN_LENGTH, _MAX_IDS, _MAX_UINT32 = 32, 10_000, 1 << 20, (1 << 32) - 1
+_MAX_SPECIAL_TOKENS = 16 + MAX_LANGUAGES
 
 Check = Callable[[Any], bool]
 
@@ -198,7 +200,7 @@ def _is_piece(value: Any) -> bool:
 
 
 def _is_special_tokens(value: Any) -> bool:
-    return isinstance(value, dict) and len(value) <= 16 and all(map(_is_special_token, value.values()))
+    return isinstance(value, dict) and len(value) <= _MAX_SPECIAL_TOKENS and all(map(_is_special_token, value.values()))
 
 
 def _is_special_token(value: Any) -> bool:

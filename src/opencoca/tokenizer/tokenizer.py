@@ -5,6 +5,7 @@ Letters: B batch, T text positions.
 
 import contextlib
 import copy
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from opencoca.system.messages import brief
 from opencoca.tokenizer.backend import require_text
 from opencoca.tokenizer.clip import CLIP_WORD_END, build_clip_backend, clean_as_clip
 from opencoca.tokenizer.file_checks import check_tokenizer_content
+from opencoca.tokenizer.languages import language_of, language_of_token, require_language
 
 FILE_NAME = "tokenizer.json"
 # Far more than any real file has, and than a caption.
@@ -40,10 +42,13 @@ class Tokenizer:
     """Turns texts into token ids and back; made by `clip`, `load` or `train_tokenizer`.
 
     Attributes: `pad_id`, `bos_id`, `eos_id`, three different ids; `vocab_size`, the number of ids; `context_length`,
-    where texts are cut unless a call says otherwise (a `Pipeline`'s tokenizer has its model's; None: nowhere). In the
-    CLIP vocabulary the padding id 0 is also a word ("!" inside a run of punctuation), so only the mask tells padding.
+    where texts are cut unless a call says otherwise (a `Pipeline`'s tokenizer has its model's; None: nowhere);
+    `languages`, those that it has tokens for; `language`, of texts that do not know theirs (None: they get no
+    token). In the CLIP vocabulary the padding id 0 is also a word ("!" inside a run of punctuation), so only the mask
+    tells padding.
 
-    A text may be any `str`; a lone surrogate, which is no character, is read as U+FFFD.
+    A text may be any `str`; a lone surrogate, which is no character, is read as U+FFFD. A `LanguageText` is in its own
+    language.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
@@ -65,6 +70,9 @@ class Tokenizer:
             raise ValueError("its normalizer, pre-tokenizer or decoder is missing")
         if backend.get_added_tokens_decoder() or backend.truncation is not None:
             raise ValueError("it has added tokens or truncation, which would change the meaning of a text")
+        self._language_ids = self._read_languages(backend)
+        self.languages: tuple[str, ...] = tuple(self._language_ids)
+        self.language: str | None = None
         self._is_clip = getattr(backend.model, "end_of_word_suffix", None) == CLIP_WORD_END
         backend.no_padding()  # ids come out ragged; __call__ pads
         self._normalizer = backend.normalizer
@@ -133,16 +141,41 @@ class Tokenizer:
             return self._normalizer.normalize_str(readable)[1:]
 
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of one text, of its first 100,000 characters at most: bos, words, eos."""
+        """Returns the token ids of one text, of its first 100,000 characters at most: bos, language, words, eos."""
         readable = self._readable([text])[0]
         with _in_one_sentence("encode this text"):
-            return self._backend.encode(readable).ids
+            ids = self._backend.encode(readable).ids
+        return self._with_language(ids, text)
 
     def with_context_length(self, context_length: int) -> "Tokenizer":
         """Returns this tokenizer with another `context_length`."""
         tokenizer = copy.copy(self)
         tokenizer.context_length = context_length
         return tokenizer
+
+    def in_language(self, language: str | None) -> "Tokenizer":
+        """Returns this tokenizer for texts in a language: its token follows bos, unless a text knows its own language.
+
+        language: one of `languages`; None for no token. Raises ValueError for any other.
+        """
+        tokenizer = copy.copy(self)
+        tokenizer.language = None if language is None else require_language(language, self.languages)
+        return tokenizer
+
+    @property
+    def prompt_length(self) -> int:
+        """The number of ids before the words of a text that does not know its language: bos, and the language."""
+        return 1 if self.language is None else 2
+
+    @property
+    def ids_without_text(self) -> tuple[int, ...]:
+        """The ids that no text has between its first word and eos: bos, padding and languages."""
+        return (self.bos_id, self.pad_id, *self.language_ids)
+
+    @property
+    def language_ids(self) -> tuple[int, ...]:
+        """The ids of `languages`."""
+        return tuple(self._language_ids.values())
 
     def encode_batch(self, texts: Sequence[str], context_length: int | None = None) -> list[list[int]]:
         """Returns the token ids of many texts, unpadded; a text longer than `context_length` is cut and ends in eos.
@@ -158,7 +191,8 @@ class Tokenizer:
         readable = self._readable(texts)
         with _in_one_sentence("encode these texts"):
             encodings = self._backend.encode_batch_fast(readable)
-        return [encoding.ids if limit is None else self._cut(encoding.ids, limit) for encoding in encodings]
+        rows = [self._with_language(found.ids, text) for found, text in zip(encodings, texts, strict=True)]
+        return rows if limit is None else [self._cut(ids, limit) for ids in rows]
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> TokenBatch:
         """Makes a batch of one text or several; T is the length of the longest, at most `context_length`.
@@ -177,7 +211,7 @@ class Tokenizer:
         return TokenBatch(token_ids, token_mask)
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """Returns the text of token ids (T,): up to the first eos, without bos and padding.
+        """Returns the text of token ids (T,): up to the first eos, without bos, language and padding.
 
         Bytes that are not UTF-8, as a model may produce, become U+FFFD.
 
@@ -200,11 +234,28 @@ class Tokenizer:
         texts = [require_text(text, position)[:MAX_TEXT_LENGTH] for position, text in enumerate(texts)]
         return [clean_as_clip(text) for text in texts] if self._is_clip else texts
 
+    def _read_languages(self, backend: tokenizers.Tokenizer) -> dict[str, int]:
+        """The ids of languages in their order: the post-processor declares their tokens, but no template uses them."""
+        processor = json.loads(backend.post_processor.__getstate__())
+        declared, templates = processor.get("special_tokens", {}), str((processor.get("single"), processor.get("pair")))
+        names = {name: language_of_token(name) for name in declared if repr(name) not in templates}
+        found = {language: declared[name]["ids"][0] for name, language in names.items() if language is not None}
+        ids = {self.pad_id, self.bos_id, self.eos_id, *found.values()}
+        if len(ids) != 3 + len(found) or not all(0 <= i < self.vocab_size for i in ids):
+            raise ValueError(f"the ids of its languages {found} are not different ids of its vocabulary")
+        return dict(sorted(found.items(), key=lambda pair: pair[1]))
+
+    def _with_language(self, ids: list[int], text: str) -> list[int]:
+        """The ids of a text, with its language's behind bos."""
+        own = language_of(text)
+        language = self.language if own is None else require_language(own, self.languages)
+        return ids if language is None else [ids[0], self._language_ids[language], *ids[1:]]
+
     def _cut(self, ids: list[int], context_length: int) -> list[int]:
         return ids if len(ids) <= context_length else [*ids[: context_length - 1], self.eos_id]
 
     def _words(self, ids: Sequence[int] | Tensor) -> list[int]:
-        """Returns the ids that are words: without bos, eos and padding."""
+        """Returns the ids that are words: without bos, language, eos and padding."""
         ids = ids.tolist() if isinstance(ids, Tensor) else [int(token_id) for token_id in ids]
         for token_id in ids:
             if not 0 <= token_id < self.vocab_size:
@@ -214,7 +265,7 @@ class Tokenizer:
         elif self._is_clip:  # padding is a word as well, but no text ends with it
             while ids and ids[-1] == self.pad_id:
                 ids.pop()
-        dropped = {self.bos_id} if self._is_clip else {self.bos_id, self.pad_id}
+        dropped = {self.bos_id} if self._is_clip else set(self.ids_without_text)
         return [token_id for token_id in ids if token_id not in dropped]
 
 
