@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from opencoca.data.languages import in_language
 from opencoca.data.source import Sample, SampleSource, SourceView
 from opencoca.data.targets import Target, target_names
 
@@ -48,11 +49,18 @@ class LabelSource(SourceView):
         source: images with targets: one class each, or several labels. Underscores in labels become spaces.
         prompts: texts with one `{}` for the labels, one of which is drawn at each visit.
         separator: between several labels of one image.
+        language: of the prompts; None: not known.
     """
 
-    def __init__(self, source: SampleSource, prompts: Sequence[str] = DEFAULT_PROMPTS, separator: str = ", "):
+    def __init__(
+        self,
+        source: SampleSource,
+        prompts: Sequence[str] = DEFAULT_PROMPTS,
+        separator: str = ", ",
+        language: str | None = None,
+    ):
         check_templates(prompts)
-        self.source, self.prompts, self.separator = source, tuple(prompts), separator
+        self.source, self.prompts, self.separator, self.language = source, tuple(prompts), separator, language
         self.captions_in_memory, self.is_remote, self.lost = False, source.is_remote, source.lost
         self.block_starts = source.block_starts
         self.missing_images = source.missing_images
@@ -77,7 +85,8 @@ class LabelSource(SourceView):
         return texts
 
     def _text(self, labels: Sequence[str], prompt: str) -> str:
-        return prompt.replace("{}", self.separator.join(labels))
+        (text,) = in_language([prompt.replace("{}", self.separator.join(labels))], self.language)
+        return text
 
 
 def _words(target: Target | None) -> list[str]:

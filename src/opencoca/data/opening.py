@@ -13,11 +13,12 @@ import numpy as np
 
 from opencoca.data.compressed import is_shard_name
 from opencoca.data.images import IMAGE_SUFFIXES
+from opencoca.data.languages import NO_LANGUAGES, CaptionLanguages, in_language
 from opencoca.data.recaptioned import Recaptioned
 from opencoca.data.remote import find_remote, is_remote
 from opencoca.data.sidecars import read_sidecars
 from opencoca.data.source import SampleSource
-from opencoca.data.sources import ImageFolder, JoinedSource
+from opencoca.data.sources import ImageFolder, JoinedSource, Subset
 from opencoca.data.table_images import TableImages
 from opencoca.data.tables import SampleTable, Table, TableColumns, is_table, read_table, split_of
 from opencoca.data.tar_source import ShardStorage, TarShards
@@ -39,6 +40,7 @@ def open_source(
     image_column: str = "image",
     caption_column: str = "caption",
     label_column: str = "label",
+    languages: CaptionLanguages = NO_LANGUAGES,
     strict: bool = True,
     storage: ShardStorage | None = None,
 ) -> SampleSource:
@@ -60,6 +62,7 @@ def open_source(
         image_column: the tables' column of image names, relative to `images`; a list of them is a sample of several.
         caption_column: the table's column of captions (for shards, the field of a sample's json).
         label_column: the table's column of labels (for shards, the field of a sample's json); see `parse_target`.
+        languages: which languages captions are in. Of shards' own captions it can be one for all.
         strict: whether images that a table names but that don't exist are an error; else they are listed in the
             source's `missing_images`.
         storage: where the indexes of shards lie, and what is kept of remote ones.
@@ -70,19 +73,27 @@ def open_source(
     """
     by_folder = labels == FOLDERS
     given = [table for table in (captions, labels) if table is not None and table != FOLDERS]
-    columns = TableColumns(image_column, caption_column, label_column)
+    columns = TableColumns(image_column, caption_column, label_column, languages)
     tables = _given_tables(captions, None if by_folder else labels, columns)
     source = None
     if of_images := _tables_of_images(images):
         if by_folder:
             raise ValueError(f"{shown(str(images))} is a table, and its images lie in no folders; leave the labels out")
-        own = TableColumns(
-            image_column, None if captions is not None else caption_column, None if labels is not None else label_column
+        own = columns._replace(
+            caption=None if captions is not None else caption_column, label=None if labels is not None else label_column
         )
         source = _joined([_of_table(Table(path), own, strict) for path in of_images])
     elif shards := _shards_of(images, bool(given)):
         field = None if by_folder else label_column
-        source = TarShards(shards, caption_field=caption_column, label_field=field, storage=storage)
+        if languages.column and languages.column_must_be and captions is None:
+            raise ValueError(
+                f"the captions of shards have no column {shown(languages.column)}; name the one language that they are "
+                "in, or give a table of captions"
+            )
+        own_language = languages.language if captions is None else None
+        source = TarShards(
+            shards, caption_field=caption_column, label_field=field, language=own_language, storage=storage
+        )
     if source is not None and not isinstance(source, ImageFolder):
         return Recaptioned(source, tables, strict) if tables else source
     if source is not None and not tables:
@@ -91,7 +102,7 @@ def open_source(
     if not tables:
         return _plain_folder(folder, columns, by_folder, strict)
     if len(tables) == 1 and tables[0][0].holds_images(image_column):
-        return TableImages(*tables[0], folder)
+        return _table_images(*tables[0], folder)
     return _folder_of(folder, tables, by_folder, strict)
 
 
@@ -188,8 +199,15 @@ def _of_table(table: Table, columns: TableColumns, strict: bool) -> SampleSource
     """The images that a table holds, or names relative to its own folder, with the captions and labels that it has."""
     columns = table.present(columns)
     if table.holds_images(columns.image or ""):
-        return TableImages(table, columns)
+        return _table_images(table, columns)
     return _folder_of(table.path.parent, [(table, columns)], False, strict)
+
+
+def _table_images(table: Table, columns: TableColumns, folder: Path | None = None) -> SampleSource:
+    """The rows of a table that holds images, those of other languages left out."""
+    source = TableImages(table, columns, folder)
+    foreign = source.foreign_rows
+    return Subset(source, [row for row in range(len(source)) if row not in foreign]) if foreign else source
 
 
 def _shards_of(images: str | Path, has_tables: bool = False) -> list[str]:
@@ -218,7 +236,7 @@ def _metadata_of(folder: Path, columns: TableColumns) -> list[tuple[Table, Table
             caption = next((name for name in (columns.caption, "caption") if name and table.has(name)), None)
             label = columns.label if columns.label and table.has(columns.label) else None
             if caption or label:
-                return [(table, TableColumns("file_name", caption, label))]
+                return [(table, TableColumns("file_name", caption, label, columns.languages))]
     return []
 
 
@@ -235,6 +253,7 @@ def _plain_folder(folder: Path, columns: TableColumns, by_folder: bool, strict: 
     if by_folder and not any(map(class_folder, keys)):
         raise ValueError(f"no image of {shown(str(folder))} lies in a sub-folder named after its class")
     captions, blank = read_sidecars(folder, keys)
+    captions = {key: tuple(in_language(own, columns.languages.language)) for key, own in captions.items()}
     return ImageFolder(folder, keys, captions, FOLDERS if by_folder else None, blank_captions=blank)
 
 
@@ -244,6 +263,7 @@ def _folder_of(folder: Path, tables: list[tuple[Table, TableColumns]], by_folder
     for table, columns in tables:
         found = read_table(table, columns, images_root=folder)
         wanted = "captions" if columns.caption else "labels" if columns.label else ""
+        wanted += f" in the language {shown(language, 40)}" if (language := columns.languages.language) else ""
         if wanted and not found.targets and not any(found.captions.values()) and (strict or not found.captions):
             raise ValueError(f"the table {shown(str(table.path), 100)} holds no {wanted}")
         whole.join(found)

@@ -40,7 +40,9 @@ class Recaptioned(SourceView):
         indices: dict[int, None] = {}
         for table, columns in tables:
             found: dict[str, list[Target]] = {}
-            for where, images, texts, target in table.rows(columns):
+            for where, images, texts, target, is_foreign in table.rows(columns):
+                if is_foreign:
+                    continue
                 index = known.get(images[0], known.get(_short(images[0])))
                 if len(images) > 1:
                     raise ValueError(f"{where} names {len(images)} images; samples of shards and tables are named one")

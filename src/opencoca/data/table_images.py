@@ -21,6 +21,9 @@ class TableImages(SampleSource):
     A sample is named `TABLE#ROW`, rows counted from 0. Of Parquet, the images of a group of rows are read when one of
     them is; text is in memory whole. Where a row has a path and no bytes, that file is read.
 
+    Attributes:
+        foreign_rows: those whose captions are in another language than is read.
+
     Args:
         table: the table.
         columns: of it that are read.
@@ -37,12 +40,15 @@ class TableImages(SampleSource):
         self._captions: list[tuple[str, ...]] = []
         self._targets: list[Target | None] = []
         blank: list[str] = []
+        foreign: list[int] = []
         own = columns._replace(image=None)
         for row in table.rows(own) if own.caption or own.label else ():
             blank += [self.key(len(self._captions))] * row.captions.count("")
+            foreign += [len(self._captions)] * row.is_foreign
             self._captions.append(tuple(filter(None, row.captions)))
             self._targets.append(row.target)
         self.blank_captions = tuple(blank)
+        self.foreign_rows = frozenset(foreign)
         self._files = FileFinder([*([] if folder is None else [folder]), *table_folders(table.path)])
         ends = getattr(self._cells, "ends", None)
         if ends is not None:

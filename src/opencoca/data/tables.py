@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opencoca.data.cells import MIN_BASE64, image_cells, image_in, split_captions
+from opencoca.data.languages import NO_LANGUAGES, CaptionLanguages, in_language
 from opencoca.data.names import ImageKeys
 from opencoca.data.parquet import ParquetRows
 from opencoca.data.remote import is_remote
@@ -25,11 +26,12 @@ _KNOWN = {
     "image": ("file_name", "filename", "filepath", "image_path", "image_file", "path", "jpg", "png"),
     "caption": ("text", "title"),
     "label": (),
+    "language": ("lang",),
 }
 
 
 class TableColumns(NamedTuple):
-    """The names of a table's columns; None for one that isn't read.
+    """The names of a table's columns, None for one that isn't read, and which languages its captions are in.
 
     Where a table has no `image`, `caption` or `label`, what else such a column is called is read: `images`,
     `file_name`, `filepath` and others; `captions`, `text`, `title`; `labels`.
@@ -38,18 +40,23 @@ class TableColumns(NamedTuple):
     image: str | None = "image"
     caption: str | None = "caption"
     label: str | None = None
+    languages: CaptionLanguages = NO_LANGUAGES
 
 
 DEFAULT_COLUMNS = TableColumns()
 
 
 class TableRow(NamedTuple):
-    """What a row says: where it stands, for messages; names of images; captions, "" for a blank one; a target."""
+    """What a row says: where it stands, for messages; names of images; captions, "" for a blank one; a target.
+
+    is_foreign: its captions, left out here, are in another language than those that are read.
+    """
 
     where: str
     images: list[str]
     captions: list[str]
     target: Target | None
+    is_foreign: bool = False
 
 
 class Table:
@@ -83,18 +90,29 @@ class Table:
         """Reads these columns of every row, once.
 
         Raises ValueError for a column that isn't there, and for a row that names no image, a caption that isn't text or
-        a label that can't be used.
+        a label that can't be used, or a language that isn't known.
         """
-        image, caption, label = (self.columns_for(column) if column else () for column in columns)
+        image, caption, label = (self.columns_for(column) if column else () for column in columns[:3])
+        languages = columns.languages
+        spoken = self._language_columns(languages) if caption else ()
         file = shown(str(self.path), 100)
-        for place, cells in self._content.rows([*image, *caption, *label]):
+        for place, cells in self._content.rows([*image, *caption, *label, *spoken]):
             where = f"{place} of {file}"
+            language = languages.of_row(_first(cells, spoken), where) if spoken else languages.language
+            is_foreign = bool(spoken) and language is None
+            captions = split_captions(_first(cells, caption), where, parse_json=True) if caption else []
             yield TableRow(
                 where,
                 _image_names(_first(cells, image), where) if image else [],
-                split_captions(_first(cells, caption), where, parse_json=True) if caption else [],
+                [] if is_foreign else in_language(captions, language),
                 parse_target(_first(cells, label), where, parse_json=True) if label else None,
+                is_foreign,
             )
+
+    def _language_columns(self, languages: CaptionLanguages) -> tuple[str, ...]:
+        if languages.column is None or not (languages.column_must_be or self.has(languages.column)):
+            return ()
+        return self.columns_for(languages.column)
 
     def has(self, wanted: str) -> bool:
         """Tells whether there is such a column, under this or, for the usual ones, another usual name."""
@@ -185,10 +203,11 @@ def read_table(
 ) -> SampleTable:
     """Read a table whose rows hold an image's name with one caption or a list of captions, with a label, or with both.
 
-    A list is a list in JSON and Parquet, and text that is one in JSON or Python in CSV. A row of several images is a
-    sample of several, and its key is their names with ` + ` between them. Rows of the same images are joined in order
-    of appearance, their labels as `parse_target` treats a list. Names become paths relative to `images_root`, with `/`
-    between folders; see `ImageKeys` for what else they may be relative to.
+    A list is a list in JSON and Parquet, and text that is one in JSON or Python in CSV. A row of several images is
+    a sample of several, and its key is their names with ` + ` between them. Rows of the same images are joined in
+    order of appearance, their labels as `parse_target` treats a list. Rows in other languages than are read are
+    left out. Names become paths relative to `images_root`, with `/` between folders; see `ImageKeys` for what else
+    they may be relative to.
 
     Raises:
         FileNotFoundError: no such table.
@@ -200,7 +219,9 @@ def read_table(
     found = SampleTable(missing=keys.missing)
     targets: dict[str, list[Target]] = {}
     classes: dict[str, str] = {}  # one string for each class, however many samples it has
-    for where, images, texts, target in table.rows(columns):
+    for where, images, texts, target, is_foreign in table.rows(columns):
+        if is_foreign:
+            continue
         names = tuple(keys.key(name, where) for name in images)
         key = " + ".join(names)
         if len(names) > 1:

@@ -22,6 +22,7 @@ import numpy as np
 from opencoca.data.block_cache import BlockCache
 from opencoca.data.compressed import SHARD_SUFFIXES, unpacked
 from opencoca.data.images import MAX_FILE_BYTES, ImageError
+from opencoca.data.languages import in_language
 from opencoca.data.read_ahead import parallel_map
 from opencoca.data.remote import DEFAULT_RETRIES, RetryPolicy, is_remote, read_range
 from opencoca.data.shard_index import load_index
@@ -82,6 +83,7 @@ class TarShards(SampleSource):
         caption_field: the field of a sample's json that holds its caption or captions.
         label_field: the field of a sample's json that holds its class or answers; where it has none, the sample's
             `.cls` is its class. None: the folder in its key is its class.
+        language: of all captions; None: not known.
         storage: where indexes lie and what is kept of remote shards.
 
     Raises:
@@ -97,10 +99,11 @@ class TarShards(SampleSource):
         *,
         caption_field: str = "caption",
         label_field: str | None = "label",
+        language: str | None = None,
         storage: ShardStorage | None = None,
     ):
         self.storage = storage or ShardStorage()
-        self.caption_field, self.label_field = caption_field, label_field
+        self.caption_field, self.label_field, self.language = caption_field, label_field, language
         self.shards = tuple(map(str, paths))
         self._files: tuple[str, ...] = ()
         """The shards themselves, or unpacked copies of them."""
@@ -198,7 +201,9 @@ class TarShards(SampleSource):
         if target:
             label = class_folder(self._index(shard).keys[row]) if field is None else parts.target(field, where)
         captions = parts.captions(self.caption_field, where) if texts else []
-        return Sample((parts.image or b"",) if images else (), tuple(filter(None, captions)), label)
+        return Sample(
+            (parts.image or b"",) if images else (), tuple(in_language(filter(None, captions), self.language)), label
+        )
 
     def place(self, index: int) -> Place:
         shard, row = self._row(index)

@@ -16,6 +16,7 @@ from PIL import Image, ImageEnhance
 
 from opencoca.data.augment import MAX_MAGNITUDE, rand_augment
 from opencoca.data.images import ImageData, decode_image
+from opencoca.tokenizer.languages import language_of
 
 ResizeMode = Literal["squash", "crop", "pad"]
 Decoding = Literal["upright", "as_stored"]
@@ -266,8 +267,27 @@ class TrainTransform:
 
 
 _SIDE = re.compile(r"\b(?:left|right)(?:s|most|wards?|sides?|hand|handed)?\b", re.IGNORECASE)
+# The same in other languages, by what the words begin with, or contain.
+_SIDES = {
+    language: re.compile(words, re.IGNORECASE)
+    for language, words in {
+        "ar": "يسار|يمين|يسرى|يمنى|أيسر|أيمن|الايسر|الايمن",
+        "cs": r"\b(?:do|na|v|z)?(?:lev|prav)",
+        "de": r"\b(?:link|recht)",
+        "es": r"\b(?:izquierd|derech)",
+        "fr": r"\b(?:gauche|droit)",
+        "hi": "बाएं|बाएँ|बाईं|बायां|बायाँ|बायीं|बायें|दाएं|दाएँ|दाईं|दायां|दायाँ|दाहिन|दायीं|दायें",
+        "it": r"\b(?:sinistr|destr)",
+        "ja": "[左右]",
+        "pt": r"\b(?:esquerd|direit)",
+        "zh": "[左右]",
+    }.items()
+}
 
 
 def mentions_side(caption: str) -> bool:
-    """Tells whether a caption speaks of left or right, so that it would be wrong for the mirrored image."""
-    return _SIDE.search(caption) is not None
+    """Tells whether a caption speaks of left or right, so that it would be wrong for the mirrored image.
+
+    In English, unless the caption knows another of the languages ar, cs, de, es, fr, hi, it, ja, pt and zh.
+    """
+    return _SIDES.get(language_of(caption) or "", _SIDE).search(caption) is not None
