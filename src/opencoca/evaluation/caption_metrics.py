@@ -1,7 +1,7 @@
 """How good generated captions are: BLEU-1..4, ROUGE-L and CIDEr-D against several human captions an image.
 
 The figures equal those of pycocoevalcap, the implementation behind published results, and need neither it nor Java.
-Tokens come from ``ptb_tokenizer``.
+Tokens come from ``ptb_tokenizer``, and from ``caption_words`` for languages that it is not made for.
 
 Sources: BLEU (Papineni et al., 2002), ROUGE-L (Lin, 2004), CIDEr-D (Vedantam et al., 2015, section 5).
 """
@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
-from opencoca.evaluation.ptb_tokenizer import ptb_tokenize
+from opencoca.evaluation.caption_words import caption_tokens
 
 MAX_NGRAM = 4
 ROUGE_BETA = 1.2
@@ -42,12 +42,15 @@ class CaptionScores:
     cider_d_of_image: Mapping[Hashable, float] = field(repr=False)
 
 
-def caption_scores(candidates: Mapping[Key, str], references: Mapping[Key, Sequence[str]]) -> CaptionScores:
+def caption_scores(
+    candidates: Mapping[Key, str], references: Mapping[Key, Sequence[str]], language: str | None = None
+) -> CaptionScores:
     """Score one generated caption an image against that image's reference captions.
 
     Args:
         candidates: the generated caption of each image, by any key (file name, id).
         references: the human captions of the same images, by the same keys; their number may differ between images.
+        language: which all of them are in; it decides what a word is (see `token_kind`).
 
     CIDEr-D weighs n-grams by how rare they are among the references given, so it depends on the whole set and is 0
     for a single image. BLEU counts over the set; ROUGE-L and CIDEr-D are means over images.
@@ -57,8 +60,8 @@ def caption_scores(candidates: Mapping[Key, str], references: Mapping[Key, Seque
     """
     check_captions(candidates, references)
     keys = list(candidates)
-    candidate_tokens = [ptb_tokenize(candidates[key]) for key in keys]
-    reference_tokens = [[ptb_tokenize(caption) for caption in references[key]] for key in keys]
+    candidate_tokens = [caption_tokens(candidates[key], language) for key in keys]
+    reference_tokens = [[caption_tokens(caption, language) for caption in references[key]] for key in keys]
     candidate_counts = [ngram_counts(tokens) for tokens in candidate_tokens]
     reference_counts = [[ngram_counts(tokens) for tokens in captions] for captions in reference_tokens]
     bleu = _bleu(candidate_counts, reference_counts)
@@ -109,7 +112,7 @@ class NgramCounts:
 
 
 def ngram_counts(tokens: Sequence[str]) -> NgramCounts:
-    """Counts the n-grams of a caption's tokens, as `ptb_tokenize` gives them."""
+    """Counts the n-grams of a caption's tokens, as `caption_tokens` gives them."""
     words = " ".join(tokens).split()  # a mixed fraction is one token to ROUGE-L, two words to n-grams
     orders = (zip(*(words[start:] for start in range(n)), strict=False) for n in range(1, MAX_NGRAM + 1))
     return NgramCounts(len(words), tuple(Counter(order) for order in orders))
