@@ -36,9 +36,9 @@ def all_parsers(parser: argparse.ArgumentParser) -> list[Parser]:
     return found
 
 
-def save_tiny_model(folder: Path, image_size: int = 16) -> Path:
+def save_tiny_model(folder: Path, image_size: int = 16, languages: tuple[str, ...] = ()) -> Path:
     """A random CoCa with a vocabulary of bytes, as a model folder."""
-    tokenizer = train_tokenizer([text for own in CAPTIONS.values() for text in own], 300)
+    tokenizer = train_tokenizer([text for own in CAPTIONS.values() for text in own], 300, languages=languages)
     config = CoCaConfig(
         embed_dim=16,
         image=ImageEncoderConfig(

@@ -39,12 +39,17 @@ def add_group(commands: Any, name: str, purpose: str) -> Any:
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --model, --device, --dtype and --verbose, which `load_pipeline` reads."""
+    """Adds --model, --language, --device, --dtype and --verbose, which `load_pipeline` reads."""
     parser.add_argument(
         "--model",
         metavar="M",
         help="name of a model (`opencoca models` lists them), folder of a model or of a training run, or "
         "hf-hub:ORGANISATION/NAME (default: the model that comes with the package)",
+    )
+    parser.add_argument(
+        "--language",
+        metavar="L",
+        help="language of captions and texts, such as zh, for a model that has several (default: its first)",
     )
     parser.add_argument(
         "--device", default="auto", metavar="D", help="auto (CUDA if there is a GPU), cpu, cuda, cuda:N or mps"
@@ -141,6 +146,12 @@ def add_captioned_images(parser: Parser, required: bool) -> None:
         "image are several rows or a list; tar shards and tables of images contain their own captions",
     )
     add_columns(parser, "image", "caption")
+    parser.add_rare_group("languages").add_argument(
+        "--language-column",
+        metavar="NAME",
+        help="the tables' column with the language of each row; with --language, only its rows are read (default: "
+        "language or lang, if there is one)",
+    )
     add_limit(parser)
     add_reading(parser)
 
@@ -185,10 +196,15 @@ def add_templates(parser: argparse.ArgumentParser, default: str | None, meaning:
 
 
 def open_captioned(arguments: argparse.Namespace) -> "SampleSource":
-    """The images and captions that --images, --captions and --limit name."""
+    """The images and captions that --images, --captions, --language and --limit name."""
     from opencoca.data import ImageFolder, open_source
+    from opencoca.data.languages import NO_LANGUAGES, CaptionLanguages
 
     columns = {"image_column": arguments.image_column, "caption_column": arguments.caption_column}
+    column, language = arguments.language_column, getattr(arguments, "language", None)
+    columns["languages"] = NO_LANGUAGES
+    if column or language:
+        columns["languages"] = CaptionLanguages(column or "language", language, column_must_be=bool(column))
     source = open_source(arguments.images, arguments.captions, **columns, storage=shard_storage(arguments))
     if isinstance(source, ImageFolder) and not any(source.captions(index) for index in range(len(source))):
         raise CommandError(f"{arguments.images!r} is a folder of images without captions; add --captions CSV")
@@ -203,7 +219,7 @@ def some_images(source: "SampleSource", limit: int | None) -> "SampleSource":
 
 
 def load_pipeline(arguments: argparse.Namespace, threads: int | None = None) -> "Pipeline":
-    """Loads the model that --model, --device and --dtype name; freed memory is kept for the next batch.
+    """Loads the model that --model, --device, --dtype and --language name; freed memory is kept for the next batch.
 
     threads: of what is continued; None = as many as processors are free.
     """
@@ -214,7 +230,7 @@ def load_pipeline(arguments: argparse.Namespace, threads: int | None = None) -> 
 
     keep_freed_memory()
     busy = choose_threads(arguments.device, threads)
-    pipeline = load(arguments.model, arguments.device, arguments.dtype)
+    pipeline = load(arguments.model, arguments.device, arguments.dtype).in_language(arguments.language)
     if getattr(arguments, "verbose", False):
         dtype = str(pipeline.dtype).removeprefix("torch.")
         count = torch.get_num_threads()

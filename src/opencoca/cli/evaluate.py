@@ -53,10 +53,11 @@ _TITLES |= {"top1": "top-1", "top5": "top-5"}
 
 
 class _Found(NamedTuple):
-    """What an evaluation found; its fields go into the JSON file by these names, but for `titles` and `problem`.
+    """What an evaluation found; its fields go into the JSON file by these names, but for the last three.
 
     written: more entries of the file; settings: more settings than the command line shows; titles: what scores are
-    called in the table; problem: why some scores are missing.
+    called in the table; problem: why some scores are missing; notes: what the table says below the counts, and the file
+    beside `written`.
     """
 
     scores: Mapping[str, float]
@@ -66,6 +67,7 @@ class _Found(NamedTuple):
     settings: Mapping[str, Any] = {}
     titles: Mapping[str, str] = _TITLES
     problem: str | None = None
+    notes: Mapping[str, str] = {}
 
 
 _Measure = Callable[[argparse.Namespace, "Pipeline", "SampleSource"], _Found]
@@ -178,7 +180,8 @@ def _run(
     table = [
         (found.titles.get(name, name.replace("_", " ")), _shown(name, value)) for name, value in found.scores.items()
     ]
-    print(format_table([*table, *((name.replace("_", " "), f"{count:,}") for name, count in counts.items())]))
+    table += [(name.replace("_", " "), f"{count:,}") for name, count in counts.items()]
+    print(format_table([*table, *found.notes.items()]))
     if arguments.out:
         from opencoca.system.files import write_json
 
@@ -204,7 +207,7 @@ def _content(arguments: argparse.Namespace, found: _Found, counts: Mapping[str, 
     from opencoca.inference.loading import DEFAULT_MODEL
 
     places = ("images", "captions", "labels", "class_names")
-    settings = ("batch_size", "limit", "device", "dtype", "templates", "by", "rerank_top")
+    settings = ("batch_size", "limit", "device", "dtype", "templates", "by", "rerank_top", "language")
     given = vars(arguments)
     return {
         "task": arguments.evaluate_command,
@@ -214,6 +217,7 @@ def _content(arguments: argparse.Namespace, found: _Found, counts: Mapping[str, 
         "counts": counts,
         "broken_images": [asdict(image) for image in found.broken],
         **found.written,
+        **found.notes,
         "seconds": round(seconds, 3),
         "opencoca_version": opencoca.__version__,
         "settings": {**{name: given[name] for name in settings if name in given}, **found.settings},
@@ -233,10 +237,13 @@ def _retrieval(arguments: argparse.Namespace, pipeline: "Pipeline", source: "Sam
 
 
 def _captioning(arguments: argparse.Namespace, pipeline: "Pipeline", source: "SampleSource") -> _Found:
+    from opencoca.evaluation.caption_words import token_kind
     from opencoca.evaluation.captioning import evaluate_captioning
     from opencoca.generation.rerank import rerank_weight
 
-    options, rerank = chosen_generation_options(arguments), arguments.rerank
+    options, rerank, language = chosen_generation_options(arguments), arguments.rerank, pipeline.tokenizer.language
+    if arguments.coco and language not in (None, "en"):
+        raise CommandError(f"METEOR and SPICE are computed for English alone, not for {language}; leave --coco out")
     report = evaluate_captioning(
         pipeline, source, options, rerank=rerank, batch_size=arguments.batch_size, progress=True
     )
@@ -254,7 +261,8 @@ def _captioning(arguments: argparse.Namespace, pipeline: "Pipeline", source: "Sa
         more, problem = _coco_scores(report.captions, report.references)
         scores |= more
     settings = {**asdict(options), "rerank": rerank_weight(rerank)}
-    return _Found(scores, counts, report.broken_images, settings=settings, problem=problem)
+    notes = {} if language is None else {"language": language, "tokens": token_kind(language)}
+    return _Found(scores, counts, report.broken_images, settings=settings, problem=problem, notes=notes)
 
 
 def _coco_scores(

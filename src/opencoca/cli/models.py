@@ -41,7 +41,8 @@ def run_models(arguments: argparse.Namespace) -> int:
     for model in listing["shipped"]:
         place = f"{model['size_bytes'] / 1e6:.0f} MB" if model["size_bytes"] else "not in this installation"
         print(f"\n  {model['name']} ({place}{', the default' if model['default'] else ''})")
-        _print_facts(model["description"], _scores_text(model["scores"]), f"licence: {model['licence']}")
+        languages = f"languages: {', '.join(model['languages'])}" if model["languages"] else ""
+        _print_facts(model["description"], languages, _scores_text(model["scores"]), f"licence: {model['licence']}")
     print("\nPublished by LAION, downloaded when first used:")
     for model in listing["published"]:
         state = "downloaded" if model["file"] else "not downloaded"
@@ -71,8 +72,8 @@ def _shipped() -> list[dict[str, Any]]:
     for model in available_models():
         weights = model.folder / WEIGHTS_FILE
         size = {"size_bytes": weights.stat().st_size if weights.is_file() else None}
-        scores = {"default": model.name == DEFAULT_MODEL, "scores": model.scores}
-        found.append({**vars(model), **scores, **size, "folder": str(model.folder)})
+        facts = {"default": model.name == DEFAULT_MODEL, "scores": model.scores, "languages": model.languages}
+        found.append({**vars(model), **facts, **size, "folder": str(model.folder)})
     return found
 
 

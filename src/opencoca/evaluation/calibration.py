@@ -35,7 +35,8 @@ class Bin(NamedTuple):
 def caption_scores(pipeline: Pipeline, image: ImageLike, caption: str) -> CaptionScores:
     """Scores a caption of an image as generation scores those that it writes, the end token included."""
     log_probability = pipeline.score_captions([image], caption).item()
-    length = int(pipeline.tokenizer(caption).token_mask.sum()) - 1  # the start token is given
+    # The start token is given, and the language's.
+    length = int(pipeline.tokenizer(caption).token_mask.sum()) - pipeline.tokenizer.prompt_length
     return CaptionScores(log_probability / length, pipeline.similarity([image], caption).item())
 
 

@@ -13,6 +13,7 @@ from opencoca.generation.decoding.session import DecodingSession
 from opencoca.generation.rerank import check_rerank, generate_reranked, rerank_weight
 from opencoca.inference.pipeline import Pipeline
 from opencoca.tokenizer import Tokenizer
+from opencoca.tokenizer.languages import texts_in
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class CaptioningReport:
 
 class CaptioningEvaluator:
     """Writes a caption for every image of a source, and compares it with the captions that people wrote.
+
+    Captions are written in the tokenizer's language, and compared with those in it. Images without one do not count.
 
     rerank_weight: how much the similarity of image and text counts in the choice among candidates; None: not at all.
     """
@@ -64,8 +67,10 @@ class CaptioningEvaluator:
         self._session = None  # its memory is not needed between two evaluations
         captions = {key: text for part in rows for key, text in part.items()}
         position = {self.source.key(index): index for index in range(len(self.source))}
-        references = {key: self.source.captions(position[key]) for key in captions}
-        found = caption_scores(captions, references)
+        language = self.tokenizer.language
+        references = {key: texts_in(self.source.captions(position[key]), language) for key in captions}
+        references = {key: own for key, own in references.items() if own}
+        found = caption_scores({key: captions[key] for key in references}, references, language)
         return Scores(numbers(found), (found, references), captions)
 
 
@@ -84,7 +89,8 @@ def evaluate_captioning(
 
     Raises ValueError if no image can be read and has a caption, or if the options leave nothing to rerank.
     """
-    captioned, options = with_captions(source), options or GenerationOptions()
+    captioned = with_captions(source, language=pipeline.tokenizer.language)
+    options = options or GenerationOptions()
     check_rerank(options, rerank)
     evaluator = CaptioningEvaluator(captioned, pipeline.tokenizer, options, rerank_weight(rerank))
     batches = encode_images(pipeline, captioned, batch_size, progress=progress, description="captioning images")

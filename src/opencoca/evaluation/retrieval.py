@@ -15,6 +15,7 @@ from opencoca.evaluation.runner import Scores, evaluate, numbers
 from opencoca.inference.labels import Rule
 from opencoca.inference.pipeline import Pipeline
 from opencoca.tokenizer import Tokenizer
+from opencoca.tokenizer.languages import texts_in
 
 DEFAULT_RERANK_TOP = 16
 _TEXTS_AT_A_TIME = 256
@@ -111,7 +112,7 @@ def evaluate_retrieval(
     return RetrievalReport(scores, broken, len(source) - len(captioned))
 
 
-def with_captions(source: SampleSource, indices: Iterable[int] | None = None) -> Subset:
-    """The images of a source that have at least one caption."""
+def with_captions(source: SampleSource, indices: Iterable[int] | None = None, language: str | None = None) -> Subset:
+    """The images of a source that have at least one caption, in this language if one is given."""
     wanted = range(len(source)) if indices is None else indices
-    return Subset(source, [index for index in wanted if source.captions(index)])
+    return Subset(source, [index for index in wanted if texts_in(source.captions(index), language)])

@@ -137,6 +137,7 @@ def describe(pipeline: Pipeline, graphs: Sequence[Graph]) -> dict[str, Any]:
         "preprocess": pipeline.preprocess.config.to_dict(),
         "decoding": {
             "bos_id": tokenizer.bos_id,
+            "prompt_ids": tokenizer.encode("")[:-1],
             "eos_id": tokenizer.eos_id,
             "pad_id": tokenizer.pad_id,
             "suppressed_ids": suppressed_ids(tokenizer, model.config.text.vocab_size),
@@ -159,7 +160,7 @@ def describe(pipeline: Pipeline, graphs: Sequence[Graph]) -> dict[str, Any]:
 
 def suppressed_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     """Returns the ids that are no text; no caption may contain them, and caption generation forbids them too."""
-    return [tokenizer.bos_id, tokenizer.pad_id, *range(tokenizer.vocab_size, vocab_size)]
+    return [*tokenizer.ids_without_text, *range(tokenizer.vocab_size, vocab_size)]
 
 
 def _describe_input(name: str, tensor: Tensor, graph: Graph) -> dict[str, Any]:

@@ -167,10 +167,11 @@ def _wrong_captions(pipeline: Pipeline, graphs: OnnxModel, pixels: Tensor) -> li
     model, tokenizer = pipeline.model, pipeline.tokenizer
     expected = generate(model, model.encode_image(pixels).tokens, tokenizer, GenerationOptions(_MAX_NEW_TOKENS))
     image_cache = graphs.encode_image(pixels)[2]
-    ids = torch.full((len(pixels), 1), tokenizer.bos_id)
+    prompt = tokenizer.encode("")[:-1]
+    ids = torch.tensor(prompt).repeat(len(pixels), 1)
     caches = [empty_cache(model, len(pixels), half) for half in ("unimodal", "multimodal")]
     forbidden = suppressed_ids(tokenizer, model.config.text.vocab_size)
-    for _ in range(min(_MAX_NEW_TOKENS, model.config.text.context_length - 1)):
+    for _ in range(min(_MAX_NEW_TOKENS, model.config.text.context_length - len(prompt))):
         logits, caches = graphs.decode_step(ids, caches, image_cache)
         logits[:, forbidden] = -torch.inf
         ids = torch.cat((ids, logits.argmax(dim=1, keepdim=True)), dim=1)

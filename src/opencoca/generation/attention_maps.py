@@ -69,17 +69,18 @@ def word_maps(model: CoCa, tokenizer: Tokenizer, image: Tensor, text: str) -> Wo
     log_probs = word_log_probs(model, hidden[0], token_ids[0, 1:])
     pooled = pooler_attention(model, features)
     weights = attention[:, 0] if pooled is None else attention[:, 0] @ pooled.mean(dim=1)
-    words, word_of_token = split_words(tokenizer, token_ids[0, 1:-1].tolist())
+    first = tokenizer.prompt_length
+    words, word_of_token = split_words(tokenizer, token_ids[0, first:-1].tolist())
     if not words:
         raise ValueError(f"the text {text[:40]!r} has no words to show maps of")
-    # (W, T - 2): which tokens make a word up.
+    # (W, T - 2, or T - 3 behind a language): which tokens make a word up.
     member = F.one_hot(torch.tensor(word_of_token), len(words)).T.to(weights)
     share = member / member.sum(dim=1, keepdim=True)
     return WordMaps(
         words=words,
-        weights=(share @ weights[:, :, :-1]).cpu(),
+        weights=(share @ weights[:, :, first - 1 : -1]).cpu(),
         grid=grid,
-        log_probs=(member.to(log_probs) @ log_probs[:-1]).cpu(),
+        log_probs=(member.to(log_probs) @ log_probs[first - 1 : -1]).cpu(),
     )
 
 

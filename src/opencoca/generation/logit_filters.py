@@ -56,7 +56,7 @@ def make_filters(
 
     Raises ValueError if the required words do not fit into the text's length, or a word cannot be written.
     """
-    without_text = [tokenizer.bos_id, tokenizer.pad_id, *range(tokenizer.vocab_size, vocab_size)]
+    without_text = [*tokenizer.ids_without_text, *range(tokenizer.vocab_size, vocab_size)]
     filters: list[LogitFilter] = []
     if options.repetition_penalty != 1:
         filters.append(partial(penalise_repetition, penalty=options.repetition_penalty))

@@ -12,6 +12,7 @@ V vocabulary, L labels.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,16 +30,23 @@ class TextScorer:
     """Texts, ready to be scored for any number of images.
 
     token_ids (B, T), token_mask (B, T) True = real: texts with start and end token, padded at their end, as
-    `Tokenizer.__call__` gives them. words_at_a_time bounds the memory of a call.
+    `Tokenizer.__call__` gives them. given_ids: tokens that are given, wherever they stand, and not
+    predicted, such as those of languages. words_at_a_time bounds the memory of a call.
 
-    Attributes: `num_texts` (B); `lengths` (B,): how many tokens are predicted of each text, its end token included, so
-    that a score divided by its length is the mean log-probability of a token.
+    Attributes: `num_texts` (B); `lengths` (B,): how many tokens follow the start token of each text, its end token
+    included, so that a score divided by its length is the mean log-probability of a token where none is given.
 
     Raises ValueError if a text has fewer than two tokens or padding before its end, or the model is in training mode.
     """
 
     def __init__(
-        self, model: CoCa, token_ids: Tensor, token_mask: Tensor, *, words_at_a_time: int = _WORDS_AT_A_TIME
+        self,
+        model: CoCa,
+        token_ids: Tensor,
+        token_mask: Tensor,
+        *,
+        given_ids: Sequence[int] = (),
+        words_at_a_time: int = _WORDS_AT_A_TIME,
     ) -> None:
         if model.training:
             raise ValueError("the model is in training mode, where dropout spoils scores; call model.eval() first")
@@ -57,6 +65,7 @@ class TextScorer:
         self._words_at_a_time = words_at_a_time
         self._starts = self.lengths.cumsum(dim=0) - self.lengths
         self._next_ids = token_ids[:, 1:][mask[:, 1:]]
+        self._is_given = torch.isin(self._next_ids, torch.tensor(given_ids, device=token_ids.device))
         self._states = self._unimodal_states(token_ids[:, :-1], mask[:, 1:])
 
     @torch.inference_mode()
@@ -100,7 +109,7 @@ class TextScorer:
         layout = TextLayout.of(lengths)
         words = self._starts[texts][row_of_word] + layout.positions
         hidden = self.model.hidden_states(Words(self._states[words], layout), keys_values)
-        gained = word_log_probs(self.model, hidden, self._next_ids[words])
+        gained = word_log_probs(self.model, hidden, self._next_ids[words]).masked_fill(self._is_given[words], 0.0)
         return gained.new_zeros(texts.shape[0]).index_add_(0, row_of_word, gained)
 
 

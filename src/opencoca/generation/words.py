@@ -33,7 +33,8 @@ class Spelling:
             vocab = {token: token_id for token_id, (token, _) in enumerate(vocab)}
         for token, token_id in vocab.items():
             self.tokens[token_id] = token
-        for special in (tokenizer.bos_id, tokenizer.eos_id):
+        # Padding of CLIP's is a word, too.
+        for special in {*tokenizer.ids_without_text, tokenizer.eos_id} - {tokenizer.pad_id}:
             self.tokens[special] = ""
         self.id_of = {token: token_id for token_id, token in enumerate(self.tokens) if token}
 
@@ -42,7 +43,7 @@ class Spelling:
 
     def token_ids(self, word: str, name: str) -> list[int]:
         """The tokens of a word or phrase. Raises ValueError if there are none."""
-        ids = self.tokenizer.encode(word.strip())[1:-1]
+        ids = self.tokenizer.encode(word.strip())[self.tokenizer.prompt_length : -1]
         if not ids:
             raise ValueError(f"{name} has {word!r}, of which the model's vocabulary keeps nothing; leave it out")
         return ids

@@ -31,6 +31,7 @@ from opencoca.store.model_folder import (
 from opencoca.store.published_models import PublishedModel, find_published, published_in
 from opencoca.system.devices import as_dtype, choose_device
 from opencoca.system.names import did_you_mean, suggests_options
+from opencoca.tokenizer import Tokenizer
 
 HUB_PREFIX, OPEN_CLIP_PREFIX = "hf-hub:", "open_clip:"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -50,6 +51,11 @@ class ShippedModel:
     def scores(self) -> dict[str, float]:
         """What it scores, in percent, as its folder says: the figures of its model card."""
         return read_scores(self.folder)
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Those that it writes and reads, the default first; () for a model of one, and for one that is not there."""
+        return Tokenizer.load(self.folder).languages if (self.folder / TOKENIZER_FILE).is_file() else ()
 
 
 _MODELS_FOLDER = Path(__file__).parents[1] / "assets" / "models"

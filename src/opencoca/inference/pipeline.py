@@ -3,6 +3,7 @@
 Letters: I images, B texts, L labels, E embed_dim.
 """
 
+import copy
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ _TEXT_BATCH_SIZE = 256
 class _Keywords(GenerationKeywords, total=False):
     """What `Pipeline.caption` takes beside images, options and num_captions."""
 
+    language: str | None
     rerank: bool | float
     batch_size: int
 
@@ -46,7 +48,10 @@ class Pipeline:
     `task` (what its folder keeps of the task that it was finetuned on, or None), `classes` (the names of what its own
     head tells apart, or None), `calibration` (what gives captions their confidence, or None), `name` (what it was
     loaded by), `info` (where the model comes from), `session` (what decoding keeps from one call to the next),
-    `device`, `dtype`.
+    `device`, `dtype`, `languages` (those that captions are written and texts are read in, () for a model of one).
+
+    language, where a method takes it: one of `languages`, which captions are written in and texts are in; None for the
+    first, or for none where there are none. Any other is a ValueError. `in_language` chooses one for all calls.
 
     Images are one or several of: a path, the bytes of a file, an open file, a PIL image, an array (H, W, 3) or (H, W),
     a tensor (3, H, W); arrays and tensors hold uint8, or floating point in 0..1. One that cannot be used raises
@@ -68,6 +73,8 @@ class Pipeline:
         self.model = model.eval()
         self.session = DecodingSession(self.model)
         self.tokenizer = tokenizer.with_context_length(model.config.text.context_length)
+        if tokenizer.languages and tokenizer.language is None:
+            self.tokenizer = self.tokenizer.in_language(tokenizer.languages[0])
         self.preprocess = preprocess
         self.name = name
         self.info = info or {}
@@ -79,6 +86,21 @@ class Pipeline:
         count = sum(tensor.numel() for tensor in self.model.stored_weights().values())
         dtype = str(self.dtype).removeprefix("torch.")
         return f"Pipeline({self.name or 'unnamed'}, {count / 1e6:,.1f}M parameters, {self.device}, {dtype})"
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        return self.tokenizer.languages
+
+    def in_language(self, language: str | None) -> "Pipeline":
+        """This pipeline, the same model, with another language for captions and texts; None: as it is.
+
+        Raises ValueError for one that the model does not know.
+        """
+        if language is None or language == self.tokenizer.language:
+            return self
+        pipeline = copy.copy(self)
+        pipeline.tokenizer = self.tokenizer.in_language(language)
+        return pipeline
 
     @suggests_options
     def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> "Pipeline":
@@ -143,6 +165,7 @@ class Pipeline:
         options: GenerationOptions | None = None,
         *,
         num_captions: int | None = None,
+        language: str | None = None,
         rerank: bool | float = False,
         batch_size: int = 32,
         **keywords: Unpack[GenerationKeywords],
@@ -155,6 +178,7 @@ class Pipeline:
                 each. What is drawn at random depends on the seed and on the image's place among the images.
             num_captions: how many for each image, 1 unless the options say otherwise; for 2 or more, num_beams must be
                 as many, or the options sample.
+            language: which captions are written in; see `Pipeline`.
             rerank: whether all candidates (beams or samples) are ordered by the similarity of image and text too, and
                 the weight of similarity, 0 to 1; True for the default. See `opencoca.generation.rerank`.
             batch_size: images at a time. No caption depends on it, or on the other images.
@@ -164,7 +188,7 @@ class Pipeline:
             TypeError: an option that does not exist.
         """
         chosen = with_keywords(options, num_captions, keywords)
-        details = self.caption_details(images, chosen, rerank=rerank, batch_size=batch_size)
+        details = self.caption_details(images, chosen, language=language, rerank=rerank, batch_size=batch_size)
         if chosen.num_captions == 1:
             return [captions[0].text for captions in details]
         return [[caption.text for caption in captions] for captions in details]
@@ -176,6 +200,7 @@ class Pipeline:
         options: GenerationOptions | None = None,
         *,
         num_captions: int | None = None,
+        language: str | None = None,
         rerank: bool | float = False,
         batch_size: int = 32,
         **keywords: Unpack[GenerationKeywords],
@@ -184,11 +209,11 @@ class Pipeline:
 
         `GeneratedCaption` lists what a caption has; its `confidence` says how far it is to be believed.
         """
-        chosen = with_keywords(options, num_captions, keywords)
+        chosen, spoken = with_keywords(options, num_captions, keywords), self.in_language(language)
         captions: list[tuple[GeneratedCaption, ...]] = []
         for pixels in self._batches(images, batch_size):
             names = [str(len(captions) + index) for index in range(len(pixels))]
-            captions += self.caption_pixels(pixels, chosen, names=names, rerank=rerank)
+            captions += spoken.caption_pixels(pixels, chosen, names=names, rerank=rerank)
         return captions
 
     def caption_pixels(
@@ -231,34 +256,46 @@ class Pipeline:
 
     @suggests_options
     def embed_texts(
-        self, texts: str | Iterable[str], *, batch_size: int = _TEXT_BATCH_SIZE, progress: bool = False
+        self,
+        texts: str | Iterable[str],
+        *,
+        language: str | None = None,
+        batch_size: int = _TEXT_BATCH_SIZE,
+        progress: bool = False,
     ) -> Tensor:
         """Embeddings (B, E) of texts: float32, on the CPU, of length 1."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         check_batch_size(batch_size)
+        tokenizer = self.in_language(language).tokenizer
         embeds = [torch.empty(0, self.model.config.embed_dim)]
         starts = range(0, len(texts), batch_size)
         for start in tqdm(starts, desc="embedding texts", unit="batch", disable=not progress):
-            batch = self.tokenizer(texts[start : start + batch_size])
+            batch = tokenizer(texts[start : start + batch_size])
             with torch.inference_mode():
                 output = self.model.encode_text(batch.token_ids.to(self.device), batch.token_mask.to(self.device))
             embeds.append(output.embed.float().cpu())
         return torch.cat(embeds)
 
-    def similarity(self, images: Images, texts: str | Iterable[str]) -> Tensor:
+    def similarity(self, images: Images, texts: str | Iterable[str], *, language: str | None = None) -> Tensor:
         """Cosine (I, B) of every image with every text, -1 to 1."""
-        return self.embed_images(images) @ self.embed_texts(texts).T
+        return self.embed_images(images) @ self.embed_texts(texts, language=language).T
 
     @suggests_options
     def score_captions(
-        self, images: Images, texts: str | Iterable[str], *, prior_weight: float = 0.0, batch_size: int = 32
+        self,
+        images: Images,
+        texts: str | Iterable[str],
+        *,
+        language: str | None = None,
+        prior_weight: float = 0.0,
+        batch_size: int = 32,
     ) -> Tensor:
         """Scores texts with the captioner: log p(text | image) (I, B) in nats, end token included; float32 on the CPU.
 
         prior_weight: the share of a text's log-probability for a blank image that is subtracted. 1 gives the pointwise
             mutual information of image and text, which does not favour common texts.
         """
-        scorer = self.text_scorer(texts)
+        scorer = self.in_language(language).text_scorer(texts)
         prior = self.text_prior(scorer) if prior_weight else None
         scores = [torch.empty(0, scorer.num_texts)]
         for pixels in self._batches(images, batch_size):
@@ -271,7 +308,8 @@ class Pipeline:
         """Prepares texts to be scored for images; see `TextScorer`."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         batch = self.tokenizer(texts)
-        return TextScorer(self.model, batch.token_ids.to(self.device), batch.token_mask.to(self.device))
+        ids, mask = batch.token_ids.to(self.device), batch.token_mask.to(self.device)
+        return TextScorer(self.model, ids, mask, given_ids=self.tokenizer.language_ids)
 
     def text_prior(self, scorer: TextScorer) -> Tensor:
         """The log-probability (B,) of each text for a blank image, which has the mean colour everywhere."""
@@ -280,7 +318,7 @@ class Pipeline:
             return prior_of_texts(scorer, self.model.encode_image(blank).tokens)
 
     @suggests_options
-    def explain(self, image: ImageLike, caption: str | None = None) -> Explanation:
+    def explain(self, image: ImageLike, caption: str | None = None, *, language: str | None = None) -> Explanation:
         """Shows where in one image each word of a caption looks; without a caption the model writes one.
 
         `Explanation.maps` holds the attention weights, `Explanation.overlays` lays them over the photograph, and
@@ -292,8 +330,8 @@ class Pipeline:
         photograph = as_pil(image)
         pixels = self.preprocess(photograph).to(self.device, self.dtype)
         if caption is None:
-            caption = self.caption(photograph)[0]
-        maps = word_maps(self.model, self.tokenizer, pixels[0], caption)
+            caption = self.caption(photograph, language=language)[0]
+        maps = word_maps(self.model, self.in_language(language).tokenizer, pixels[0], caption)
         return Explanation(photograph, caption, maps, visible_box(photograph.size, self.preprocess.config))
 
     @suggests_options
@@ -304,6 +342,7 @@ class Pipeline:
         templates: str | Sequence[str] = DEFAULT_TEMPLATES,
         *,
         by: Rule = "similarity",
+        language: str | None = None,
         batch_size: int = 32,
     ) -> list[list[LabelScore]]:
         """Ranks labels for each image, with probabilities that sum to 1, the most probable first.
@@ -311,12 +350,13 @@ class Pipeline:
         Without labels, a model that was finetuned on classes (`classes`) ranks these by its own head.
         By similarity, a label's embedding is the mean over its texts, one for each template, {} standing for the label
         (CLIP, arXiv 2103.00020, section 3.1.4); the softmax has the model's own temperature. By likelihood, a label's
-        logit is the mean over its texts of log p(text | image) - log p(text), by the captioner.
+        logit is the mean over its texts of log p(text | image) - log p(text), by the captioner. The default templates
+        are for English (and models of one language); in others a label stands by itself.
 
         Raises:
             ValueError: no labels, the same one twice, a template that does not contain {} once, or no such rule.
         """
-        classifier = self.classifier(labels, templates, by)
+        classifier = self.in_language(language).classifier(labels, templates, by)
         ranked = []
         for pixels in self._batches(images, batch_size):
             with torch.inference_mode():
@@ -346,7 +386,7 @@ class Pipeline:
         """
         if by not in get_args(Rule):
             raise ValueError(f"cannot classify by {by!r}; choose {', '.join(get_args(Rule))}")
-        scorer = None if by == "similarity" else self.text_scorer(label_texts(labels, templates))
+        scorer = None if by == "similarity" else self.text_scorer(self._label_texts(labels, templates))
         return LabelLogits(
             num_labels=len(labels),
             scale=self.model.logit_scale.detach().float().cpu(),
@@ -359,8 +399,13 @@ class Pipeline:
         self, labels: Sequence[str], templates: str | Sequence[str] = DEFAULT_TEMPLATES, *, progress: bool = False
     ) -> Tensor:
         """Embeddings (L, E) of labels, as `classify` compares images with; raises ValueError as it does."""
-        embeds = self.embed_texts(label_texts(labels, templates), progress=progress)
+        embeds = self.embed_texts(self._label_texts(labels, templates), progress=progress)
         return F.normalize(embeds.unflatten(0, (len(labels), -1)).mean(dim=1), dim=-1)
+
+    def _label_texts(self, labels: Sequence[str], templates: str | Sequence[str]) -> list[str]:
+        """The default templates are English; in another language a label stands by itself."""
+        is_english = self.tokenizer.language in (None, "en")
+        return label_texts(labels, templates if is_english or templates != DEFAULT_TEMPLATES else "{}")
 
     def _batches(self, images: Images, batch_size: int) -> Iterator[Tensor]:
         for pixels in self.preprocess.batches(images, batch_size):

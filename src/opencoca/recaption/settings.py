@@ -32,6 +32,7 @@ def run_settings(captioner: Captioner, source: SampleSource, thresholds: FlagThr
         "image_list": _digest(f"{len(key)}:{key}".encode("utf-8", "surrogateescape") for key in keys),
         **asdict(captioner.options),
         "rerank": captioner.rerank,
+        "language": captioner.pipeline.tokenizer.language,
         "beside": beside,
         "thresholds": asdict(thresholds),
     }

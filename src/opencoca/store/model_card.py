@@ -99,11 +99,15 @@ def write_repository(
 
 def model_card(loaded: LoadedModel, repo_id: str, *, licence: str, results: Sequence[Result] = ()) -> str:
     """Returns the README.md of a model's repository: metadata for the hub, use, architecture, training, scores."""
+    metadata = _metadata(repo_id, licence, results)
+    languages = loaded.tokenizer.languages
+    if languages:
+        metadata["language"] = list(languages)
     parts = [
-        f"---\n{yaml.safe_dump(_metadata(repo_id, licence, results), sort_keys=False, allow_unicode=True)}---",
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---",
         f"# {repo_id.split('/')[-1]}",
         "A CoCa (Contrastive Captioner): one model that captions, classifies, embeds and finds images.",
-        "## Use\n\n" + _USE.format(repo_id=repo_id),
+        "## Use\n\n" + _USE.format(repo_id=repo_id) + _languages(languages),
         "## Model\n\n" + _table(("part", "what"), _architecture(loaded)),
         "## Origin\n\n" + _origin(loaded.info),
         "## Scores\n\n" + _scores(results),
@@ -123,6 +127,15 @@ pipeline = opencoca.load("hf-hub:{repo_id}")
 pipeline.caption("photo.jpg")
 pipeline.classify("photo.jpg", ["a cat", "a rocket"])
 ```"""
+
+
+def _languages(languages: Sequence[str]) -> str:
+    if not languages:
+        return ""
+    return (
+        f"\n\nLanguages: {', '.join(languages)}. Captions are written, and texts read, in {languages[0]}, unless "
+        f'another is chosen: `--language {languages[-1]}`, or `language="{languages[-1]}"` in Python.'
+    )
 
 
 def _metadata(repo_id: str, licence: str, results: Sequence[Result]) -> dict[str, Any]:

@@ -27,13 +27,14 @@ class Captioner:
         return [self.to_text(ids) for ids in self.token_ids(pixels, max_new_tokens)]
 
     def token_ids(self, pixels, max_new_tokens=30):
-        """The same as lists of token ids, start token included, end token not."""
+        """The same as lists of token ids, start token (and language) included, end token not."""
         decoding = self.config["decoding"]
         (image_cache,) = self.image_encoder.run(["image_cache"], {"pixels": pixels})
-        ids = np.full((len(pixels), 1), decoding["bos_id"], dtype=np.int64)
+        prompt = decoding["prompt_ids"]
+        ids = np.tile(np.array(prompt, dtype=np.int64), (len(pixels), 1))
         caches = [empty(decoding[f"empty_{half}_cache"], len(pixels)) for half in ("unimodal", "multimodal")]
         ended = np.zeros(len(pixels), dtype=bool)
-        for _ in range(min(max_new_tokens, decoding["context_length"] - 1)):
+        for _ in range(min(max_new_tokens, decoding["context_length"] - len(prompt))):
             inputs = {"token_ids": ids, "unimodal_cache": caches[0], "multimodal_cache": caches[1]}
             outputs = self.decoder_step.run(None, {**inputs, "image_cache": image_cache})
             logits, *caches = map(np.asarray, outputs)
@@ -48,8 +49,8 @@ class Captioner:
 
     def to_text(self, ids):
         """Token ids without the end token -> text."""
-        start = self.config["decoding"]["bos_id"]
-        text = b"".join(self.words[token_id] for token_id in ids if token_id != start)
+        prompt = self.config["decoding"]["prompt_ids"]
+        text = b"".join(self.words[token_id] for token_id in ids if token_id not in prompt)
         return text.decode("utf-8", errors="replace").strip(" ")
 
 
