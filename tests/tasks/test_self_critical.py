@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from opencoca.data import ImageFolder
 from opencoca.generation.options import GeneratedCaption
 from opencoca.tasks import make_task
 from opencoca.tasks.pretraining import Pretraining, PretrainingOptions
 from opencoca.tasks.self_critical import SelfCritic
+from opencoca.tokenizer import LanguageText, train_tokenizer
 from opencoca.train.trainer import Trainer
 from train.helpers import Pairs, tiny_recipe, write_pairs
 
@@ -109,3 +111,15 @@ def test_options_that_would_learn_nothing_are_refused() -> None:
     task = make_task(PretrainingOptions(contrastive_weight=0, caption_weight=0, reward_weight=2.0))
     assert [(term.name, term.weight) for term in task.terms] == [("reward", 2.0)]
     assert [term.name for term in task.validated().terms] == ["caption"]
+
+
+def test_samples_are_compared_with_captions_in_their_language(pairs: Pairs) -> None:
+    """Chinese ones by characters; an image that nobody described in it teaches nothing."""
+    captions = {"a": ("a dog", "一只黑狗"), "b": ("a cat", "两只猫"), "c": ("a bird",)}
+    spoken = {k: tuple(LanguageText(t, "en" if t.isascii() else "zh") for t in own) for k, own in captions.items()}
+    source = ImageFolder(pairs.images, spoken, spoken)
+    tokenizer = train_tokenizer(["a dog 一只黑狗"] * 3, 300, languages=["en", "zh"])
+    critic = SelfCritic(source, tokenizer.in_language("zh"), 2, 8)
+    right, wrong, english = critic.rewards(0, written(critic, ["一只白狗", "两只猫", "a dog"]))
+    assert right > max(wrong, english)
+    assert critic.rewards(2, written(critic, ["a bird", "一只鸟"])) == [0.0, 0.0]

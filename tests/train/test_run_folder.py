@@ -202,3 +202,21 @@ def test_a_second_process_is_refused_with_the_number_of_the_first(pairs: Pairs, 
 def test_the_number_of_threads_is_remembered(begun: Callable[..., Recipe], output: Path) -> None:
     assert Trainer(begun()).run_folder.threads() == 1
     assert json.loads((output / "run.json").read_text())["threads"] == 1
+
+
+def test_sources_of_before_languages_go_on(own_pairs: Pairs, output: Path) -> None:
+    """A section of a list may lack settings that came later."""
+    part = {"images": str(own_pairs.images), "captions": str(own_pairs.table)}
+    changes = {"data__train_images": "", "data__train_captions": None, "data__sources": [part]}
+    recipe = tiny_recipe(own_pairs, output, **changes, **EVERY_STEP)
+    run_until_stopped(recipe, 1)
+    file = output / "recipe.json"
+    stored = json.loads(file.read_text())
+    (section,) = stored["data"]["sources"]
+    assert section.pop("language") is None
+    assert section.pop("language_column") is None
+    file.write_text(json.dumps(stored))
+    Trainer(recipe)
+    section["separator"] = "; "
+    file.write_text(json.dumps(stored))
+    assert "data.sources" in refused(recipe)

@@ -72,6 +72,8 @@ class Namer:
         self._directions = self.weight / self.weight.std(dim=1, keepdim=True)
         names = load_imagenet_class_names()
         self.num_classes = min(num_classes, len(names))
+        if "en" in tokenizer.languages:  # as the names are
+            tokenizer = tokenizer.in_language("en")
         self._pad_id, length = tokenizer.pad_id, network.config.text.context_length
         self._texts = [tokenizer.encode_batch([t.format(name) for t in _TEMPLATES], length) for name in names]
 

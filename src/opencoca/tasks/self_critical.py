@@ -17,13 +17,14 @@ from torch import Tensor
 from opencoca.data import SampleSource
 from opencoca.data.captions import collate_captions
 from opencoca.evaluation.caption_metrics import CiderD, NgramCounts, ngram_counts
-from opencoca.evaluation.ptb_tokenizer import ptb_tokenize
+from opencoca.evaluation.caption_words import caption_tokens
 from opencoca.generation import GenerationOptions, generate
 from opencoca.generation.options import GeneratedCaption
 from opencoca.model.coca import CoCa
 from opencoca.tokenizer import Tokenizer
+from opencoca.tokenizer.languages import texts_in
 
-_END = "<end>"  # no token of a caption: those hold no angle brackets
+_END = "</caption>"  # no token of a caption: those hold no angle brackets
 # Document frequencies are those of at most so many images, evenly spaced.
 _MOST_DOCUMENTS = 100_000
 
@@ -59,16 +60,25 @@ class SelfCritic:
     def _documents(self) -> Iterator[Sequence[NgramCounts]]:
         count = len(self.source)
         for index in np.linspace(0, count - 1, min(count, _MOST_DOCUMENTS), dtype=int).tolist():
-            if captions := self.source.captions(index):
-                yield [_ngrams(caption, True) for caption in captions]
+            if references := self._references(index):
+                yield references
 
     def rewards(self, index: int, texts: Sequence[GeneratedCaption]) -> list[float]:
         """The CIDEr-D of captions of one training image; all 0 for an image that nobody described."""
-        references = [_ngrams(caption, True) for caption in self.source.captions(index)]
+        references = self._references(index)
         if not references:
             return [0.0] * len(texts)
         eos = self.tokenizer.eos_id
-        return self._cider.scores([_ngrams(text.text, text.token_ids[-1] == eos) for text in texts], references)
+        return self._cider.scores([self._ngrams(text.text, text.token_ids[-1] == eos) for text in texts], references)
+
+    def _references(self, index: int) -> list[NgramCounts]:
+        """The captions of an image in the language that is sampled."""
+        return [
+            self._ngrams(caption, True) for caption in texts_in(self.source.captions(index), self.tokenizer.language)
+        ]
+
+    def _ngrams(self, caption: str, ends: bool) -> NgramCounts:
+        return ngram_counts(caption_tokens(caption, self.tokenizer.language) + [_END] * ends)
 
     def sample(self, network: CoCa, features: Tensor, sample_ids: Tensor) -> SampledWords:
         """features (I, N, C) of the image encoder, of the training images sample_ids (I,).
@@ -97,7 +107,3 @@ class SelfCritic:
         counts = token_mask.sum(dim=1) - 1
         advantages = (rewards - others).flatten().to(hidden.device).repeat_interleave(counts)
         return SampledWords(hidden, next_ids, advantages)
-
-
-def _ngrams(caption: str, ends: bool) -> NgramCounts:
-    return ngram_counts(ptb_tokenize(caption) + [_END] * ends)

@@ -1,5 +1,7 @@
 """From the data section of a recipe to the source that a run reads, and the order in which it does."""
 
+from collections.abc import Sequence
+
 from opencoca.data import (
     LabelSource,
     MixedSource,
@@ -10,13 +12,16 @@ from opencoca.data import (
     make_order,
     open_source,
 )
+from opencoca.data.languages import CaptionLanguages
 from opencoca.data.opening import FOLDERS
 from opencoca.train.recipe.data import DataRecipe, SourceRecipe
 from opencoca.train.recipe.recipe import Recipe
 
 
-def open_train_source(recipe: Recipe) -> SampleSource:
+def open_train_source(recipe: Recipe, known_languages: Sequence[str] | None = None) -> SampleSource:
     """The training pairs: one data set, or a mixture of several.
+
+    known_languages: those of the run's vocabulary, in one of which every caption must be; None: nothing is checked.
 
     Raises ValueError for what the recipe gets wrong, FileNotFoundError for data that are not there.
     """
@@ -27,9 +32,9 @@ def open_train_source(recipe: Recipe) -> SampleSource:
     if not data.sources:
         if not data.train_images:
             raise ValueError("the recipe names no data.train_images; add --data.train_images FOLDER")
-        source = _open(data, data.train_images, data.train_captions, data.train_labels)
+        source = _open(data, data.train_images, data.train_captions, data.train_labels, known_languages)
     else:
-        parts = [_open_part(part, data) for part in data.sources]
+        parts = [_open_part(part, data, known_languages) for part in data.sources]
         weights = [part.weight for part in data.sources]
         source = parts[0] if len(parts) == 1 else MixedSource(parts, weights)
     if recipe.tokenizer.source == "train" and source.is_remote:
@@ -40,14 +45,14 @@ def open_train_source(recipe: Recipe) -> SampleSource:
     return source
 
 
-def open_val_source(recipe: Recipe) -> SampleSource | None:
+def open_val_source(recipe: Recipe, known_languages: Sequence[str] | None = None) -> SampleSource | None:
     """The validation pairs, if the recipe names any. Raises as `open_train_source` does."""
     data = recipe.data
     if data.val_images is None:
         return None
     if not data.val_images:
         raise ValueError("the recipe names no data.val_images; add --data.val_images FOLDER")
-    return _open(data, data.val_images, data.val_captions, data.val_labels)
+    return _open(data, data.val_images, data.val_captions, data.val_labels, known_languages)
 
 
 def training_order(source: SampleSource, recipe: Recipe) -> SampleOrder:
@@ -63,7 +68,7 @@ def training_order(source: SampleSource, recipe: Recipe) -> SampleOrder:
     )
 
 
-def _open_part(part: SourceRecipe, data: DataRecipe) -> SampleSource:
+def _open_part(part: SourceRecipe, data: DataRecipe, known_languages: Sequence[str] | None) -> SampleSource:
     if not part.images:
         raise ValueError("each of data.sources needs images: a folder, or tar shards")
     as_labels = part.labels == "captions"  # the column or field of captions holds class labels
@@ -74,12 +79,15 @@ def _open_part(part: SourceRecipe, data: DataRecipe) -> SampleSource:
         image_column=part.image_column,
         caption_column=part.caption_column,
         label_column=part.caption_column if as_labels else "label",
+        languages=_languages(part, "each of data.sources", known_languages),
         storage=_storage(data),
     )
-    return source if part.labels == "none" else LabelSource(source, part.prompts, part.separator)
+    return source if part.labels == "none" else LabelSource(source, part.prompts, part.separator, part.language)
 
 
-def _open(data: DataRecipe, images: str, captions: str | None, labels: str | None) -> SampleSource:
+def _open(
+    data: DataRecipe, images: str, captions: str | None, labels: str | None, known_languages: Sequence[str] | None
+) -> SampleSource:
     return open_source(
         images,
         captions,
@@ -87,8 +95,24 @@ def _open(data: DataRecipe, images: str, captions: str | None, labels: str | Non
         image_column=data.image_column,
         caption_column=data.caption_column,
         label_column=data.label_column,
+        languages=_languages(data, "data", known_languages),
         storage=_storage(data),
     )
+
+
+def _languages(part: SourceRecipe | DataRecipe, name: str, known: Sequence[str] | None) -> CaptionLanguages:
+    """Raises ValueError if a vocabulary with languages gets captions without, or the other way round."""
+    says = bool(part.language_column or part.language)
+    if known and not says:
+        raise ValueError(
+            f"the vocabulary has the languages {', '.join(known)}, so {name} must say which one captions are in: set "
+            "language_column or language"
+        )
+    if says and known is not None and not known:
+        raise ValueError(
+            f"{name} says in which language captions are, but the vocabulary has none: set tokenizer.languages"
+        )
+    return CaptionLanguages(part.language_column, part.language, known)
 
 
 def _storage(data: DataRecipe) -> ShardStorage:

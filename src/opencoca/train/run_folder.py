@@ -263,4 +263,11 @@ def _differences(theirs: Any, ours: Any, key: str = "") -> list[Change]:
     if isinstance(theirs, dict) and isinstance(ours, dict):
         keys = sorted(theirs.keys() | ours.keys())
         return [d for k in keys for d in _differences(theirs.get(k), ours.get(k), f"{key}.{k}" if key else k)]
-    return [] if theirs == ours else [Change(key, theirs, ours)]
+    return [] if _without_nulls(theirs) == _without_nulls(ours) else [Change(key, theirs, ours)]
+
+
+def _without_nulls(value: Any) -> Any:
+    """Of a list of sections, such as data.sources, those settings alone that have a value: newer ones are null."""
+    if not isinstance(value, list):
+        return value
+    return [{k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else part for part in value]

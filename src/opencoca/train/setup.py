@@ -67,9 +67,10 @@ class RunSetup:
             keep_freed_memory()
         check_processes(recipe, world)
         check_size(recipe)
-        self.train_source, self.val_source = open_train_source(recipe), open_val_source(recipe)
-        self.task = make_task(recipe.task, self.train_source)
         start = load_start(recipe)
+        languages = known_languages(recipe, start)
+        self.train_source, self.val_source = open_train_source(recipe, languages), open_val_source(recipe, languages)
+        self.task = make_task(recipe.task, self.train_source)
         steps = recipe.epochs * training_order(self.train_source, recipe).steps_per_epoch(recipe.batch_size)
         self.total_steps = min(steps, recipe.max_steps) if recipe.max_steps else steps
         world.on_main(folder.enter)
@@ -81,7 +82,9 @@ class RunSetup:
         if asked == "auto" and world.is_main:
             print(f"precision {recipe.precision} (chosen for {device})", file=sys.stderr)
         stored = folder.path / "tokenizer.json"
-        self.tokenizer = make_tokenizer(recipe, start, self.train_source, stored, continues, world)
+        tokenizer = make_tokenizer(recipe, start, self.train_source, stored, continues, world)
+        # What validation writes is in the one language that is read, or in the first.
+        self.tokenizer = tokenizer.in_language(recipe.data.language or next(iter(tokenizer.languages), None))
         self.preprocess = make_preprocess(recipe, start)
         torch.manual_seed(recipe.seed)
         model, transfer = make_model(recipe, self._config(), start, self.tokenizer)
@@ -168,6 +171,18 @@ def make_preprocess(recipe: Recipe, start: LoadedModel | None) -> PreprocessConf
     return replace(start.preprocess, image_size=size, mean=data.mean, std=data.std, resize_mode=data.resize_mode)
 
 
+def known_languages(recipe: Recipe, start: LoadedModel | None) -> tuple[str, ...] | None:
+    """Those of the vocabulary that `make_tokenizer` will make; None if the task reads no texts."""
+    options = recipe.tokenizer
+    if not any(recipe.task.uses):
+        return None
+    if options.source == "train":
+        return options.languages
+    if options.source == "init_from":
+        return () if start is None else start.tokenizer.languages
+    return () if options.source == "clip" else Tokenizer.load(options.source).languages
+
+
 def make_tokenizer(
     recipe: Recipe, start: LoadedModel | None, source: SampleSource, stored: Path, continues: bool, world: World
 ) -> Tokenizer:
@@ -191,6 +206,7 @@ def make_tokenizer(
             lowercase=options.lowercase,
             strip_final_period=options.strip_final_period,
             min_frequency=options.min_frequency,
+            languages=options.languages,
         )
         tokenizer.save(stored)
 

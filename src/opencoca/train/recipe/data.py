@@ -18,6 +18,8 @@ class SourceRecipe:
         separator: between several labels of one image.
         image_column: of the table.
         caption_column: of the table, or the field of a sample's json.
+        language_column: of the table, with the language of each row's captions.
+        language: of all captions; where the table has a language_column, the only one that is read.
     """
 
     images: str = ""
@@ -28,6 +30,8 @@ class SourceRecipe:
     separator: str = ", "
     image_column: str = "image"
     caption_column: str = "caption"
+    language_column: str | None = None
+    language: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,9 @@ class DataRecipe:
         image_column: column of images of these tables.
         caption_column: column of captions of these tables, or the field of a sample's json.
         label_column: column of classes of these tables, or the field of a sample's json.
+        language_column: column of these tables with the language of each row's captions, for a vocabulary that has
+            tokenizer.languages.
+        language: of all captions of train_images and val_images; with a language_column, the only one that is read.
         image_member: ending of the members of tar shards that are a sample's image, such as seg.png; null = any image.
         text_member: ending of the members that are its text; null = txt.
         max_pixels: larger images count as damaged.
@@ -81,6 +88,8 @@ class DataRecipe:
     image_column: str = "image"
     caption_column: str = "caption"
     label_column: str = "label"
+    language_column: str | None = None
+    language: str | None = None
     image_member: str | None = None
     text_member: str | None = None
     max_pixels: int = 178_956_970

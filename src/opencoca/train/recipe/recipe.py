@@ -15,6 +15,7 @@ from opencoca.model.config import CoCaConfig
 from opencoca.system.messages import shown
 from opencoca.tasks import TaskOptions
 from opencoca.tasks.pretraining import PretrainingOptions
+from opencoca.tokenizer.languages import check_languages
 from opencoca.train.recipe.data import DataRecipe
 from opencoca.train.recipe.optimizer import SHARDABLE, ComputeRecipe, OptimizerRecipe
 from opencoca.train.recipe.safety import CheckpointRecipe, SafetyRecipe
@@ -30,6 +31,7 @@ class TokenizerRecipe:
         min_frequency: how often a pair must be seen to be merged, when training.
         lowercase: when training.
         strip_final_period: when training.
+        languages: when training: those that captions are in, such as [en, zh], the default first; each gets a token.
     """
 
     source: str = "clip"
@@ -37,6 +39,7 @@ class TokenizerRecipe:
     min_frequency: int = 2
     lowercase: bool = True
     strip_final_period: bool = True
+    languages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,9 @@ class Recipe:
             raise ValueError("encoder.cache_features needs frozen stages: set encoder.frozen_stages (-1 = all)")
         if self.tokenizer.source == "init_from" and self.init_from.model is None:
             raise ValueError("tokenizer.source is init_from, but init_from names no model")
+        if self.tokenizer.languages and self.tokenizer.source != "train":
+            raise ValueError(f"tokenizer.languages are for tokenizer.source train, not {shown(self.tokenizer.source)}")
+        check_languages(self.tokenizer.languages)
         name = self.optimizer.name
         if name not in SHARDABLE and self.distributed.strategy == "fsdp":
             raise ValueError(f"optimizer.name {name} does not work with distributed.strategy fsdp; use adamw or ddp")
