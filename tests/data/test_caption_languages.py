@@ -83,12 +83,20 @@ def test_captions_without_a_table_are_in_the_language_that_is_given(folder: Path
     beside = open_source(folder, languages=CaptionLanguages(language="zh"))
     assert spoken(beside) == {("a.jpg", "一只狗", "zh"), ("a.jpg", "狗", "zh")}
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
-        for name, data in (("k.jpg", (folder / "a.jpg").read_bytes()), ("k.txt", "狗".encode())):
+        for name, data in (
+            ("k.jpg", (folder / "a.jpg").read_bytes()),
+            ("k.txt", "狗".encode()),
+            ("l.jpg", (folder / "b.jpg").read_bytes()),
+        ):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     shards = open_source(tmp_path / "s.tar", languages=CaptionLanguages(language="zh"))
     assert [(str(text), language_of(text)) for text in shards.captions(0)] == [("狗", "zh")]
+    table = write(tmp_path / "k.csv", rows=[("k", "zh", "猫"), ("k", "de", "eine Katze"), ("l", "zh", "狗")])
+    again = open_source(tmp_path / "s.tar", table, languages=CaptionLanguages("lang", "de"))
+    assert spoken(again) == {("k", "eine Katze", "de")}
+    assert len(again) == 1
     with pytest.raises(ValueError, match="captions of shards have no column 'lang'"):
         open_source(tmp_path / "s.tar", languages=CaptionLanguages("lang"))
 

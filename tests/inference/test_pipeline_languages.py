@@ -99,8 +99,10 @@ def test_a_score_is_that_of_the_words_after_the_language(pipeline: Pipeline, pho
 
 
 def test_words_may_be_asked_for_in_every_language(pipeline: Pipeline, photos: list[Path]):
-    (caption,) = pipeline.caption(photos[0], language="zh", required_words=["red"])
+    ((found,),) = pipeline.caption_details(photos[0], language="zh", required_words=["red"])
+    caption = found.text
     assert "red" in caption
+    assert not set(found.token_ids[2:]) & set(pipeline.tokenizer.language_ids)
     word = caption.split()[0]
     assert word not in pipeline.caption(photos[0], language="zh", forbidden_words=[word])[0].split()
 
@@ -108,6 +110,7 @@ def test_words_may_be_asked_for_in_every_language(pipeline: Pipeline, photos: li
 def test_maps_are_those_of_the_words(pipeline: Pipeline, photos: list[Path]):
     maps = pipeline.explain(photos[0], "a red picture", language="de").maps
     assert maps.words == ("a", "red", "picture")
+    torch.testing.assert_close(maps.weights.sum(dim=-1), torch.ones(maps.weights.shape[:-1]))
     total = pipeline.score_captions(photos[0], "a red picture", language="de").item()
     ids = torch.tensor([[*ids_of(pipeline, "de", "a red picture")]])
     with torch.inference_mode():

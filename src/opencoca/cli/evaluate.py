@@ -170,6 +170,9 @@ def _run(
     check_new(arguments, arguments.out, getattr(arguments, "save_captions", None))
     source = open_source(arguments)
     pipeline = load_pipeline(arguments)
+    if pipeline.languages and not arguments.language and not getattr(arguments, "language_column", None):
+        arguments.language = pipeline.tokenizer.language
+        source = open_source(arguments)  # of a table of several languages, the model's first alone
     started = time.perf_counter()
     found = measure(arguments, pipeline, source)
     seconds = time.perf_counter() - started
