@@ -218,7 +218,7 @@ class Pretraining:
 
     def monitors(self, network: CoCa) -> dict[str, float]:
         found = {"logit_scale": float(network.logit_scale.detach())}
-        return found if self._critic is None else found | {"sampled_cider_d": self._critic.mean_reward}
+        return found if self._critic is None else found | {"sampled_cider_d": 100 * self._critic.mean_reward}
 
     def evaluators(self, source: SampleSource, tokenizer: Tokenizer) -> tuple[Evaluator, ...]:
         if not any(source.captions(index) for index in range(len(source))):
