@@ -191,7 +191,11 @@ class CoCa(nn.Module):
         tokens, vector = self.image_pooling(features)
         assert tokens is not None
         assert vector is not None
-        return ImageOutput(tokens, _unit(self.image_proj(vector)))
+        return ImageOutput(tokens, self.project_vector(vector))
+
+    def project_vector(self, vector: Tensor) -> Tensor:
+        """Image vectors (..., D), as `pool_features` gives them -> image_embed (..., E)."""
+        return _unit(self.image_proj(vector))
 
     def encode_text(self, token_ids: Tensor, token_mask: Tensor | None = None) -> TextOutput:
         """token_ids (B, T), token_mask (B, T) True = real -> word states and embedding."""
@@ -277,7 +281,7 @@ class CoCa(nn.Module):
         """
         features = self.image_encoder.run_stages(images, from_stage, self.image_encoder.num_stages)
         image_tokens, image_vector = self.image_pooling(features, captioning, contrastive)
-        image_embed = None if image_vector is None else _unit(self.image_proj(image_vector))
+        image_embed = None if image_vector is None else self.project_vector(image_vector)
         words, cls = self.unimodal_decoder(token_ids, token_mask, with_cls=contrastive)
         text_embed = None if cls is None else _unit(self.text_proj(cls))
         hidden = next_ids = None

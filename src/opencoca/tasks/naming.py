@@ -57,7 +57,7 @@ class Namer:
 
     def __init__(self, network: CoCa, tokenizer: Tokenizer, num_classes: int):
         """Raises ValueError for an image encoder without classifier, or without the weights that it goes with."""
-        encoder = network.image_encoder
+        encoder = network.structure().image_encoder
         if not isinstance(encoder, EfficientNetLite):
             raise ValueError("task.naming_weight needs an image encoder with a classifier: efficientnet_lite0 to 2")
         teacher = EfficientNetLite(encoder.variant)
@@ -98,7 +98,7 @@ class Namer:
         imagined = self.imagine(features, imagined_images(len(features)))
         _, vectors = network.pool_features(imagined, captioning=False)
         assert vectors is not None
-        embeds = torch.cat((image_embed, F.normalize(network.image_proj(vectors).to(image_embed.dtype), dim=-1)))
+        embeds = torch.cat((image_embed, network.project_vector(vectors)))
         logits = torch.cat((said, self.logits(imagined).detach()))
         classes = self._draw(logits)
         templates = torch.randint(len(_TEMPLATES), (len(classes),)).tolist()

@@ -162,7 +162,7 @@ class Pretraining:
             features,
             batch.token_ids,
             batch.token_mask,
-            from_stage=network.image_encoder.num_stages,
+            from_stage=network.structure().image_encoder.num_stages,
             contrastive=self.uses.contrastive,
             captioning=self.options.caption_weight != 0 and not compared_only,
         )
