@@ -111,8 +111,11 @@ def test_what_cannot_be_named_is_refused(network: CoCa) -> None:
         Namer(other, Tokenizer.clip(), CLASSES)
 
 
-def test_trained_stages_must_go_on_telling_the_classifier_the_same(network: CoCa, features: torch.Tensor) -> None:
-    """The classifier reads an untrained copy; where the trained features say something else, the loss is larger."""
+def test_trained_stages_must_go_on_telling_the_classifier_the_same(
+    network: CoCa, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The classifier reads an untrained copy; what trained features say else is added to the loss of real images."""
+    monkeypatch.setattr("opencoca.tasks.naming.imagined_images", lambda _: 0)
     trained = copy.deepcopy(network)
     trained.image_encoder.stages[5:].requires_grad_(True)
     namer = Namer(trained, Tokenizer.clip(), CLASSES)
@@ -132,4 +135,4 @@ def test_trained_stages_must_go_on_telling_the_classifier_the_same(network: CoCa
         namer.logits(changed).log_softmax(1), said.log_softmax(1), reduction="sum", log_target=True
     )
     assert float(own) > 0.1
-    assert drifted > same + 0.5 * float(own)
+    assert drifted - same == pytest.approx(float(own), rel=1e-4)
