@@ -29,7 +29,7 @@ def demo() -> ModuleType:
 def test_every_photograph_has_its_source_and_a_free_licence() -> None:
     rows = re.findall(r"^\| (\S+\.jpg) \|(.*)\|$", (DEMO / "photos" / "SOURCES.md").read_text(), re.MULTILINE)
     assert [name for name, _ in rows] == [photo.name for photo in PHOTOS]
-    assert len(PHOTOS) == 12
+    assert len(PHOTOS) == 15
     for _, row in rows:
         author, licence, source = [cell.strip() for cell in row.split("|")][1:]
         assert author
