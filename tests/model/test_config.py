@@ -267,3 +267,10 @@ def test_wrong_values_are_told_in_one_sentence(values: dict, sentence: str):
 def test_unknown_image_encoder_is_told_when_it_is_built(make_config):
     with pytest.raises(ValueError, match=r"'resnet'; known: vit, efficientnet_lite0"):
         CoCa(make_config(image={"name": "resnet"}))
+
+
+def test_a_mean_needs_a_pooler_to_be_added_to() -> None:
+    with pytest.raises(ValueError, match="add_mean needs a pooler"):
+        PoolerConfig("class_token", num_queries=0, num_heads=1, add_mean=True)
+    with pytest.raises(ValueError, match="pooler mean dropout 1"):
+        PoolerConfig(add_mean=True, mean_dropout=1.0)

@@ -106,7 +106,6 @@ def test_what_cannot_be_named_is_refused(network: CoCa) -> None:
     with pytest.raises(ValueError, match="needs an image encoder with a classifier"):
         Namer(CoCa(CoCaConfig.named("tiny")), Tokenizer.clip(), CLASSES)
     other = CoCa(network.config)
-    other.image_encoder.stages[:2].requires_grad_(False)
     with pytest.raises(ValueError, match=r"set encoder.init to imagenet"):
         Namer(other, Tokenizer.clip(), CLASSES)
 
@@ -136,3 +135,31 @@ def test_trained_stages_must_go_on_telling_the_classifier_the_same(
     )
     assert float(own) > 0.1
     assert drifted - same == pytest.approx(float(own), rel=1e-4)
+
+
+def test_a_shortcut_begins_with_what_tells_the_classes_apart(network: CoCa, features: torch.Tensor) -> None:
+    """With as many outputs as the classifier has directions, distances between features mean to it what they meant."""
+    pooler = replace(network.config.pooler, add_mean=True)
+    model = CoCa(replace(network.config, pooler=pooler))
+    load_imagenet_weights(model.image_encoder)  # pyright: ignore[reportArgumentType]
+    namer = Namer(model, Tokenizer.clip(), CLASSES)
+    shortcut = model.mean_shortcut
+    assert shortcut is not None
+    begun = shortcut.proj.weight.detach().clone()
+    torch.testing.assert_close(begun @ begun.T, torch.eye(len(begun)), atol=1e-4, rtol=0)
+    differences = namer.weight - namer.weight.mean(dim=0)
+    kept = (differences @ begun.T).square().sum() / differences.square().sum()
+    random = torch.linalg.qr(torch.randn(begun.shape[1], len(begun)))[0].T
+    assert float(kept) > 1.5 * float((differences @ random.T).square().sum() / differences.square().sum())
+    with torch.no_grad():
+        shortcut.proj.weight.mul_(0.5)
+    Namer(model, Tokenizer.clip(), CLASSES)  # a trained one is left alone
+    torch.testing.assert_close(shortcut.proj.weight.detach(), 0.5 * begun)
+
+
+def test_a_frozen_encoder_may_have_been_trained_before(network: CoCa) -> None:
+    later = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in later.image_encoder.stages[-2:].parameters():
+            parameter.mul_(1.1)
+    assert Namer(later, Tokenizer.clip(), CLASSES)._teacher is None

@@ -23,7 +23,7 @@ from opencoca.model.init import init_weights
 from opencoca.model.kernels.image_attention import FoldedImages
 from opencoca.model.kernels.linear import Linear
 from opencoca.model.layers.attention import CachedWords, Memories, NextWords, SeenImages, WordMemory
-from opencoca.model.layers.poolers import ImagePooling, PooledImage, TaskHead
+from opencoca.model.layers.poolers import ImagePooling, MeanShortcut, PooledImage, TaskHead
 from opencoca.model.structure import Part, Structure, numbered
 from opencoca.model.text_decoder import MultimodalDecoder, UnimodalDecoder, Words
 
@@ -152,6 +152,11 @@ class CoCa(nn.Module):
             raise ValueError(f"encoder.patch_dropout needs the image encoder vit, not {self.config.image.name}")
 
     @property
+    def mean_shortcut(self) -> MeanShortcut | None:
+        """What maps the mean of the image features to a part of the image vector, if `pooler.add_mean` asks for it."""
+        return self.image_pooling.shortcut
+
+    @property
     def logit_scale(self) -> Tensor:
         """1 / temperature, a scalar, at most max_logit_scale."""
         return self.log_logit_scale.exp().clamp(max=self.config.max_logit_scale)
@@ -202,6 +207,12 @@ class CoCa(nn.Module):
         words, cls = self.unimodal_decoder(token_ids, token_mask)
         assert cls is not None
         return TextOutput(words, self.project_text(cls))
+
+    def encode_cls(self, token_ids: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """token_ids (B, T), token_mask (B, T) True = real -> [CLS] vectors (B, D), see `project_text`."""
+        _, cls = self.unimodal_decoder(token_ids, token_mask)
+        assert cls is not None
+        return cls
 
     def project_text(self, cls: Tensor) -> Tensor:
         """[CLS] vectors (..., D) -> text_embed (..., E)."""

@@ -123,6 +123,9 @@ class PoolerConfig:
             as with a projection, and width^2 fewer parameters a pooler.
         dropout: this part of the image features is left out in training, before any pooling.
         num_kv_heads: key-value heads of a pooler; None = as many as heads; 1 = one that they share.
+        add_mean: a linear map of the mean of the image features is added to the pooled image vector: what an encoder
+            that was trained on labels knows lies in that mean, and reaches the image embedding unchanged.
+        mean_dropout: this part of the channels of that mean is left out in training.
     """
 
     arrangement: Literal["cascade", "parallel", "shared", "class_token"] = "cascade"
@@ -131,15 +134,20 @@ class PoolerConfig:
     project_queries: bool = False
     dropout: float = 0.0
     num_kv_heads: int | None = None
+    add_mean: bool = False
+    mean_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         check_fields("pooler", self)
         check_dropout("pooler", self.dropout)
+        check_dropout("pooler mean", self.mean_dropout)
         check_counts("pooler", self, "num_heads", "num_kv_heads")
         check_divides("pooler num_kv_heads", self.num_kv_heads or self.num_heads, "pooler num_heads", self.num_heads)
         least = 2 if self.arrangement == "shared" else 0
         if self.num_queries < least:
             raise ValueError(f"num_queries {self.num_queries} is too few: a {self.arrangement} pooler needs {least}")
+        if self.add_mean and self.arrangement == "class_token":
+            raise ValueError("pooler add_mean needs a pooler: the arrangement class_token has none")
 
 
 @dataclass(frozen=True)

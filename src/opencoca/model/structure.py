@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from opencoca.model.layers.attention import Attention
 from opencoca.model.layers.blocks import Mlp, TransformerBlock
-from opencoca.model.layers.poolers import FeatureProjection
+from opencoca.model.layers.poolers import FeatureProjection, MeanShortcut
 
 PARTS = ("image_encoder", "image_pooling", "unimodal_decoder", "multimodal_decoder", "heads", "task_head")
 """The parts of a CoCa, as recipes call them."""
@@ -159,7 +159,7 @@ class Structure:
         """
         found: dict[Tensor, int] = {}
         for module in self.network.modules():
-            if isinstance(module, Attention | Mlp | FeatureProjection):
+            if isinstance(module, Attention | Mlp | FeatureProjection | MeanShortcut):
                 maps = module.hidden_maps().items()
                 found |= {linear.weight: count for linear, count in maps if isinstance(linear, nn.Linear)}
         return found

@@ -1,11 +1,13 @@
 """Pretraining on image-text pairs, by the contrastive and the captioning loss (paper, section 3.1), or one of them.
 
 Further terms: similarities with names of classes learn what the image encoder's own classifier says (see `naming`),
-and captions that the network samples are rewarded (see `self_critical`).
+the text tower learns from a sentence encoder (see `sentences`), and captions that the network samples are rewarded (see
+`self_critical`).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -22,6 +24,7 @@ from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
 from opencoca.tasks.naming import Namer, imagined_images
 from opencoca.tasks.self_critical import SampledWords, SelfCritic
+from opencoca.tasks.sentences import SentenceTeacher
 from opencoca.tasks.task import Compared, Outputs, Score, Term, Uses
 from opencoca.tokenizer import Tokenizer
 
@@ -46,6 +49,10 @@ class PretrainingOptions:
             classifier that the image encoder comes with says of it (KL divergence). For efficientnet_lite0 to 2 with
             encoder.init imagenet.
         naming_classes: how many of the 1,000 classes are drawn for a batch.
+        sentence_weight: of sentences: the text tower's [CLS] vector learns the direction of a sentence encoder's vector
+            of the same text (one minus the cosine).
+        sentences: the file of texts and their vectors that it learns from, see scripts/embed_sentences.py.
+        sentence_texts: how many of the file's texts are drawn for a batch.
         label_smoothing: the part of the captioning target that is spread over the vocabulary.
         contrastive_reduction: mean or sum of the two directions.
         caption_reduction: mean or sum over words.
@@ -61,6 +68,9 @@ class PretrainingOptions:
     reward_samples: int = 5
     naming_weight: float = 0.0
     naming_classes: int = 128
+    sentence_weight: float = 0.0
+    sentences: str | None = None
+    sentence_texts: int = 256
     label_smoothing: float = 0.0
     contrastive_reduction: Literal["mean", "sum"] = "mean"
     caption_reduction: Literal["mean", "sum"] = "mean"
@@ -72,11 +82,11 @@ class PretrainingOptions:
     @property
     def uses(self) -> Uses:
         """Which halves of the network have a loss."""
-        contrastive = self.contrastive_weight != 0 or self.naming_weight != 0
+        contrastive = self.contrastive_weight != 0 or self.naming_weight != 0 or self.sentence_weight != 0
         return Uses(contrastive, self.caption_weight != 0 or self.reward_weight != 0)
 
     def __post_init__(self) -> None:
-        weights = ("contrastive_weight", "caption_weight", "reward_weight", "naming_weight")
+        weights = ("contrastive_weight", "caption_weight", "reward_weight", "naming_weight", "sentence_weight")
         for weight in weights:
             if not 0 <= getattr(self, weight) < float("inf"):
                 raise ValueError(f"task.{weight} {getattr(self, weight)} must be at least 0")
@@ -91,6 +101,10 @@ class PretrainingOptions:
             raise ValueError(f"task.label_smoothing {self.label_smoothing} must be at least 0 and less than 1")
         if self.naming_classes < 2:
             raise ValueError(f"task.naming_classes {self.naming_classes} must be at least 2")
+        if self.sentence_texts < 1:
+            raise ValueError(f"task.sentence_texts {self.sentence_texts} must be at least 1")
+        if self.sentence_weight and self.sentences is None:
+            raise ValueError("task.sentence_weight needs task.sentences, the file of texts and their vectors")
         if not 1 <= self.max_new_tokens <= _MOST_NEW_TOKENS:
             raise ValueError(
                 f"task.max_new_tokens {self.max_new_tokens} must be at least 1 and at most {_MOST_NEW_TOKENS:,}"
@@ -123,12 +137,14 @@ class Pretraining:
         self.uses = options.uses
         self._critic: SelfCritic | None = None
         self._namer: Namer | None = None
+        self._teacher: SentenceTeacher | None = None
         per_word = "word" if options.caption_reduction == "mean" else None
         terms = (
             Term("contrastive", options.contrastive_weight, across_batch=True),
             Term("caption", options.caption_weight, per_word),
             Term("reward", options.reward_weight, "sampled caption"),
             Term("naming", options.naming_weight, "named image"),
+            Term("sentence", options.sentence_weight, "sentence"),
         )
         self.terms = tuple(term for term in terms if term.weight)
 
@@ -138,6 +154,10 @@ class Pretraining:
     def prepare(self, network: CoCa, tokenizer: Tokenizer) -> None:
         if self.options.naming_weight:
             self._namer = Namer(network, tokenizer, self.options.naming_classes)
+        if self.options.sentence_weight:
+            assert self.options.sentences is not None
+            count = self.options.sentence_texts
+            self._teacher = SentenceTeacher(Path(self.options.sentences), network, tokenizer, count)
         if self.options.reward_weight:
             assert self._source is not None
             options = self.options
@@ -153,7 +173,8 @@ class Pretraining:
         # The first token of a text is never predicted.
         sampled = batch.num_samples * self.options.reward_samples
         counts = {"word": batch.num_tokens - len(batch.token_ids), "sampled caption": sampled}
-        return counts | {"named image": batch.num_samples + imagined_images(batch.num_samples)}
+        named = batch.num_samples + imagined_images(batch.num_samples)
+        return counts | {"named image": named, "sentence": self.options.sentence_texts}
 
     def forward(self, network: CoCa, batch: Batch, compared_only: bool = False) -> Outputs:
         assert batch.images is not None
@@ -196,6 +217,8 @@ class Pretraining:
             found["reward"] = SampledWords(next(own), next(own), next(own)).loss(network)
         if self._namer is not None:
             found["naming"] = self._namer.loss(network, next(own), next(own), next(own))
+        if self._teacher is not None:
+            found["sentence"] = self._teacher.loss(network)
         return found
 
     def validated(self) -> "Pretraining":
@@ -209,6 +232,7 @@ class Pretraining:
                 caption_weight=caption or float(uses.captioning),
                 reward_weight=0.0,
                 naming_weight=0.0,
+                sentence_weight=0.0,
                 label_smoothing=0.0,
             )
         )
