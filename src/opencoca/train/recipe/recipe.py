@@ -193,7 +193,7 @@ class Recipe:
         name = self.optimizer.name
         if name not in SHARDABLE and self.distributed.strategy == "fsdp":
             raise ValueError(f"optimizer.name {name} does not work with distributed.strategy fsdp; use adamw or ddp")
-        for term in ("reward_weight", "naming_weight"):
+        for term in ("reward_weight", "naming_weight", "sentence_weight"):
             if getattr(self.task, term, 0) and self.distributed.strategy == "fsdp":
                 raise ValueError(f"task.{term} does not work with distributed.strategy fsdp; use ddp")
         if self.encoder.learning_rate is not None and "image_encoder" in self.optimizer.learning_rates:
