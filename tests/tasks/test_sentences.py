@@ -12,6 +12,7 @@ from opencoca.model.config import CoCaConfig
 from opencoca.store.safetensors_file import write_tensors
 from opencoca.tasks.sentences import SentenceTeacher, read_sentences, write_sentences
 from opencoca.tokenizer import Tokenizer
+from opencoca.tokenizer.languages import LanguageText, language_of
 from opencoca.train.trainer import Trainer
 from train.helpers import tiny_recipe, write_pairs
 
@@ -30,6 +31,12 @@ def test_texts_and_vectors_come_back(tmp_path: Path) -> None:
     texts, found = read_sentences(tmp_path / "s.safetensors")
     assert texts == ["a dog runs", "two men play chess", "ein Hund läuft", ""]
     torch.testing.assert_close(found.float(), torch.nn.functional.normalize(vectors, dim=1), atol=1e-3, rtol=0)
+
+
+def test_texts_keep_the_languages_that_they_know(tmp_path: Path) -> None:
+    write_sentences(tmp_path / "s.safetensors", [LanguageText("ein Hund", "de"), "a dog"], torch.eye(2))
+    texts, _ = read_sentences(tmp_path / "s.safetensors")
+    assert [(str(text), language_of(text)) for text in texts] == [("ein Hund", "de"), ("a dog", None)]
 
 
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
@@ -115,12 +122,27 @@ def test_the_script_stores_the_mean_over_tokens(tmp_path: Path, monkeypatch: pyt
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.save(model, tmp_path / "model.onnx")
     (tmp_path / "captions.csv").write_text("image,caption\n1.jpg,a dog runs\n2.jpg,a dog\n3.jpg,a  dog\n")
+    table = "caption,english,lang\nein Hund,a dog,de\nein Hund,runs,de\nsie,,de\na,a,en\n"
+    (tmp_path / "translated.csv").write_text(table)
     script = Path(__file__).parents[2] / "scripts" / "embed_sentences.py"
-    arguments = ["out.safetensors", "captions.csv", "--onnx", "model.onnx", "--tokenizer", "tokenizer.json"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
-    runpy.run_path(str(script), run_name="__main__")
-    texts, vectors = read_sentences(tmp_path / "out.safetensors")
+
+    def run(*arguments: str) -> tuple[list[str], torch.Tensor]:
+        encoder = ["--onnx", "model.onnx", "--tokenizer", "tokenizer.json"]
+        monkeypatch.setattr(sys, "argv", [str(script), "out.safetensors", *arguments, *encoder])
+        runpy.run_path(str(script), run_name="__main__")
+        texts, vectors = read_sentences(tmp_path / "out.safetensors")
+        return texts, vectors.float()
+
+    def directions(*rows: list[float]) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.tensor(rows), dim=1)
+
+    texts, vectors = run("captions.csv")
     assert texts == ["a dog runs", "a dog"]
-    expected = torch.nn.functional.normalize(torch.tensor([[1.0, 4.0], [1.0, 1.0]]), dim=1)
-    torch.testing.assert_close(vectors.float(), expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(vectors, directions([1.0, 4.0], [1.0, 1.0]), atol=1e-3, rtol=0)
+    texts, vectors = run("translated.csv", "--meaning", "english", "--language", "lang")
+    assert [(str(text), language_of(text)) for text in texts] == [("ein Hund", "de"), ("a", "en")]
+    mean = [0.5**0.5, 0.5**0.5 + 1.0]
+    torch.testing.assert_close(vectors, directions(mean, [1.0, 0.0]), atol=1e-3, rtol=0)
+    with pytest.raises(SystemExit, match=r"captions\.csv has no column 'english'; it has image, caption"):
+        run("captions.csv", "--meaning", "english")

@@ -4,11 +4,13 @@ A few thousand images come with a few ten thousand captions, which is little to 
 encoder has read a billion pairs of sentences. What it makes of many texts, captions of the training images or any
 others, is computed once (scripts/embed_sentences.py) and stored in a file; in training the text tower's [CLS] vector
 learns the direction of the sentence encoder's vector. The text projection after it is free to turn and stretch that
-space for images (knowledge distillation, arXiv 1503.02531; of sentence vectors, arXiv 2004.09813).
+space for images (knowledge distillation, arXiv 1503.02531). A text in another language may have the vector of its
+translation into the sentence encoder's own (arXiv 2004.09813).
 
 Letters: N texts, D width of the text tower, S width of the sentence encoder's vectors.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +22,21 @@ from opencoca.data.captions import collate_captions
 from opencoca.model.coca import CoCa
 from opencoca.store.safetensors_file import read_tensors, write_tensors
 from opencoca.tokenizer import Tokenizer
+from opencoca.tokenizer.languages import LanguageText, language_of
 
-_VECTORS, _TEXTS = "vectors", "texts"
+_VECTORS, _TEXTS, _LANGUAGES = "vectors", "texts", "languages"
 _REMEDY = "make it with scripts/embed_sentences.py"
 
 
-def write_sentences(path: Path, texts: list[str], vectors: Tensor) -> None:
-    """Stores texts and their vectors (N, S), of which the directions count. Texts lose their line breaks."""
-    lines = "\n".join(" ".join(text.split()) for text in texts).encode()
-    written = torch.frombuffer(bytearray(lines), dtype=torch.uint8) if lines else torch.empty(0, dtype=torch.uint8)
-    write_tensors(path, {_VECTORS: F.normalize(vectors.float(), dim=-1).half().contiguous(), _TEXTS: written})
+def write_sentences(path: Path, texts: Sequence[str], vectors: Tensor) -> None:
+    """Stores texts, with the languages that they know (`LanguageText`), and the directions of their vectors (N, S).
+
+    Texts lose their line breaks.
+    """
+    tensors = {_VECTORS: F.normalize(vectors.float(), dim=-1).half().contiguous(), _TEXTS: _lines(texts)}
+    if any(map(language_of, texts)):
+        tensors[_LANGUAGES] = _lines([language_of(text) or "" for text in texts])
+    write_tensors(path, tensors)
 
 
 def read_sentences(path: Path) -> tuple[list[str], Tensor]:
@@ -40,18 +47,29 @@ def read_sentences(path: Path) -> tuple[list[str], Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; {_REMEDY}")
     tensors = read_tensors(path)
-    vectors, written = tensors.get(_VECTORS), tensors.get(_TEXTS)
-    if vectors is None or written is None or vectors.ndim != 2 or written.dtype != torch.uint8:
+    vectors = tensors.get(_VECTORS)
+    if vectors is None or vectors.ndim != 2 or not vectors.is_floating_point() or _TEXTS not in tensors:
         raise ValueError(f"{path} is no file of sentences and their vectors; {_REMEDY}")
-    try:
-        texts = written.numpy().tobytes().decode().split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: its texts are not UTF-8 ({error.reason}); {_REMEDY}") from error
-    if len(texts) != len(vectors):
+    texts = _read_lines(path, tensors[_TEXTS])
+    languages = _read_lines(path, tensors[_LANGUAGES]) if _LANGUAGES in tensors else [""] * len(texts)
+    if not len(texts) == len(languages) == len(vectors):
         raise ValueError(f"{path} has {len(texts)} texts and {len(vectors)} vectors; {_REMEDY}")
     if not bool(vectors.isfinite().all()):
         raise ValueError(f"{path} has vectors with infinities or NaN; {_REMEDY}")
-    return texts, vectors
+    known = zip(texts, languages, strict=True)
+    return [LanguageText(text, language) if language else text for text, language in known], vectors
+
+
+def _lines(texts: Sequence[str]) -> Tensor:
+    written = "\n".join(" ".join(text.split()) for text in texts).encode()
+    return torch.frombuffer(bytearray(written), dtype=torch.uint8) if written else torch.empty(0, dtype=torch.uint8)
+
+
+def _read_lines(path: Path, written: Tensor) -> list[str]:
+    try:
+        return written.numpy().tobytes().decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: its texts are not UTF-8 ({error.reason}); {_REMEDY}") from error
 
 
 class SentenceTeacher:
