@@ -15,6 +15,7 @@ from opencoca.evaluation.prompts import load_imagenet_class_names
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
 from opencoca.store.interop.efficientnet_weights import load_imagenet_weights
+from opencoca.tasks import naming
 from opencoca.tasks.naming import Namer
 from opencoca.tokenizer import Tokenizer
 from opencoca.train.trainer import Trainer
@@ -146,9 +147,9 @@ def test_a_shortcut_begins_with_what_tells_the_classes_apart(network: CoCa, feat
     shortcut = model.mean_shortcut
     assert shortcut is not None
     begun = shortcut.proj.weight.detach().clone()
-    torch.testing.assert_close(begun @ begun.T, torch.eye(len(begun)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(begun @ begun.T, 4 * torch.eye(len(begun)), atol=1e-4, rtol=0)
     differences = namer.weight - namer.weight.mean(dim=0)
-    kept = (differences @ begun.T).square().sum() / differences.square().sum()
+    kept = 0.25 * (differences @ begun.T).square().sum() / differences.square().sum()
     random = torch.linalg.qr(torch.randn(begun.shape[1], len(begun)))[0].T
     assert float(kept) > 1.5 * float((differences @ random.T).square().sum() / differences.square().sum())
     with torch.no_grad():
@@ -163,3 +164,34 @@ def test_a_frozen_encoder_may_have_been_trained_before(network: CoCa) -> None:
         for parameter in later.image_encoder.stages[-2:].parameters():
             parameter.mul_(1.1)
     assert Namer(later, Tokenizer.clip(), CLASSES)._teacher is None
+
+
+def test_names_learn_where_the_shortcut_takes_their_classes(
+    network: CoCa, features: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One minus the cosine of a name and its class's own direction: 0 where they agree, 2 where they are opposite."""
+    model = CoCa(replace(network.config, pooler=replace(network.config.pooler, add_mean=True))).eval()
+    load_imagenet_weights(model.image_encoder)  # pyright: ignore[reportArgumentType]
+    namer = Namer(model, Tokenizer.clip(), CLASSES)
+    assert model.mean_shortcut is not None
+    classes = torch.tensor([3, 500])
+    with torch.no_grad():
+        embeds = namer._class_embeds(model, classes)
+        mean = (namer.weight - namer.weight.mean(dim=0))[classes]
+        torch.testing.assert_close(embeds, model.project_vector(model.mean_shortcut(mean[:, None])))
+        seen, said = model.pool_image(features).embed, namer.logits(features)
+    names: list[torch.Tensor] = []
+
+    def encode_text(*arguments: torch.Tensor) -> object:
+        found = CoCa.encode_text(model, *arguments)
+        names.append(found.embed.detach())
+        return found
+
+    monkeypatch.setattr(model, "encode_text", encode_text)
+
+    def loss(sign: float) -> float:
+        monkeypatch.setattr(namer, "_class_embeds", lambda network, classes: sign * names[-1])
+        torch.manual_seed(0)
+        return float(namer.loss(model, features, seen, said).detach())
+
+    assert loss(-1.0) - loss(1.0) == pytest.approx(2 * naming._CLASSES * 12, rel=1e-4)  # 8 images and 4 imagined

@@ -1,7 +1,8 @@
 """Weights of one CoCa taken over by another whose architecture may differ in places.
 
 What has the same name and shape is copied. Learned positions of image patches are interpolated to another grid; those
-of words are copied as far as both reach. Everything else of the new model keeps the values that it has.
+of words are copied as far as both reach. Projections of the embeddings where the other has none begin as the identity.
+Everything else of the new model keeps the values that it has.
 """
 
 from collections.abc import Iterator
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from opencoca.model.coca import CoCa
 from opencoca.model.encoders.vit import PatchEmbed
 
+_PROJECTIONS = ("image_proj.weight", "text_proj.weight")
+
 
 @dataclass(frozen=True)
 class Transfer:
-    """What became of the tensors, by name: copied; adapted to another shape; new, as they were; left in the start.
+    """What became of the tensors, by name: copied; adapted to another shape or place; new, as they were; left in the start.
 
     num_copied: how many numbers were copied or adapted.
     """
@@ -30,7 +33,7 @@ class Transfer:
     def describe(self) -> str:
         """A few lines for a log."""
         lines = [f"taken: {len(self.copied)} tensors, {self.num_copied / 1e6:.1f}M numbers"]
-        for title, names in (("adapted to another size", self.adapted), ("new", self.new), ("left", self.left)):
+        for title, names in (("adapted", self.adapted), ("new", self.new), ("left", self.left)):
             if names:
                 lines.append(f"{title}: {', '.join(_stems(names))}")
         return "\n".join(lines)
@@ -45,7 +48,10 @@ def take_weights(model: CoCa, start: CoCa, same_vocabulary: bool = True) -> Tran
     copied, adapted, new, count = [], [], [], 0
     for name, tensor in ours.items():
         found = theirs.get(name)
-        if found is None or name in by_word:
+        if found is None and name in _PROJECTIONS and tensor.shape[0] == tensor.shape[1] == start.config.embed_dim:
+            tensor.copy_(torch.eye(len(tensor)))  # the start model has none: what it does is this
+            adapted.append(name)
+        elif found is None or name in by_word:
             new.append(name)
         elif found.shape == tensor.shape:
             tensor.copy_(found)
@@ -63,7 +69,7 @@ def take_weights(model: CoCa, start: CoCa, same_vocabulary: bool = True) -> Tran
             count += (both + 1) * tensor.shape[-1]
         else:
             new.append(name)
-    taken = {id(theirs[name]) for name in (*copied, *adapted)}
+    taken = {id(theirs[name]) for name in (*copied, *adapted) if name in theirs}
     left = tuple(name for name, tensor in theirs.items() if id(tensor) not in taken)
     return Transfer(tuple(copied), tuple(adapted), tuple(new), left, count)
 

@@ -15,7 +15,8 @@ encoder of which all is frozen is asked itself, though its last stages were trai
 
 A network with `pooler.add_mean` begins with the map of the mean that keeps most of what tells the classes apart: the
 classifier is a linear map of the mean as well, and so what it says of images unlike any that are trained on carries
-over.
+over. For that, names must lie where the shortcut takes the classifier's weights of their classes, which needs no image:
+they learn these directions, too (one minus the cosine).
 
 Letters: I images, N features of an image, C their width, K classes, E embed_dim.
 """
@@ -46,6 +47,10 @@ _TEMPLATES = (
 # Of imagined features: the parameter of the beta distribution of mixtures, the deviation of the channels' logarithms,
 # the share that is pushed towards a class, and how far at most, in means of the features.
 _MIXTURE, _CHANNELS, _PUSHED, _PUSH = 0.5, 0.5, 0.7, 2.5
+# The weight of the names' own directions beside the divergence.
+_CLASSES = 10.0
+# How much a shortcut stretches its directions in the beginning, to count as much as a pooled vector of norm sqrt(D).
+_BEGINNING = 2.0
 # What each class has beside the square root of its probability when classes are drawn.
 _ANY_CLASS = 0.02
 
@@ -114,7 +119,18 @@ class Namer:
         token_ids, token_mask = (part.to(features.device) for part in collate_captions(texts, self._pad_id))
         names = network.encode_text(token_ids, token_mask).embed
         loss = _divergence(network.logit_scale * embeds @ names.T, logits[:, classes])
+        if network.mean_shortcut is not None:
+            loss = (
+                loss + _CLASSES * len(embeds) * (1 - (names * self._class_embeds(network, classes)).sum(dim=1)).mean()
+            )
         return loss if self._teacher is None else loss + _divergence(self.logits(features), said)
+
+    @torch.no_grad()
+    def _class_embeds(self, network: CoCa, classes: Tensor) -> Tensor:
+        """What the shortcut makes of the classifier's weights: embeddings (K, E) of what it looks for in classes."""
+        assert network.mean_shortcut is not None
+        centred = (self.weight - self.weight.mean(dim=0))[classes]
+        return network.project_vector(network.mean_shortcut.proj(centred.to(network.mean_shortcut.proj.weight)))
 
     def logits(self, features: Tensor) -> Tensor:
         """features (I, N, C) -> what the classifier makes of them (I, 1000), in float32."""
@@ -147,7 +163,7 @@ def _begin(shortcut: MeanShortcut, classifier: Tensor) -> None:
     if shortcut.proj.weight.any():
         return
     _, _, directions = torch.linalg.svd(classifier - classifier.mean(dim=0), full_matrices=False)
-    kept = directions[: shortcut.proj.out_features]
+    kept = _BEGINNING * directions[: shortcut.proj.out_features]
     shortcut.proj.weight[: len(kept)] = kept.to(shortcut.proj.weight)
 
 
