@@ -19,7 +19,7 @@ _PROJECTIONS = ("image_proj.weight", "text_proj.weight")
 
 @dataclass(frozen=True)
 class Transfer:
-    """What became of the tensors, by name: copied; adapted to another shape or place; new, as they were; left in the start.
+    """What became of the tensors, by name: copied; adapted; new, as they were; left in the start.
 
     num_copied: how many numbers were copied or adapted.
     """

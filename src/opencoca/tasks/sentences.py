@@ -93,7 +93,7 @@ class SentenceTeacher:
         """
         drawn = torch.randint(len(self._ids), (self.num_texts,))
         batch = collate_captions([self._ids[index] for index in drawn.tolist()], self._pad_id)
-        token_ids, token_mask = (part.to(network.log_logit_scale.device) for part in batch)
+        token_ids, token_mask = (part.to(network.device) for part in batch)
         cls = network.encode_cls(token_ids, token_mask)
         wanted = self._vectors[drawn].to(cls.device).float()
         return (1 - F.cosine_similarity(cls[:, : wanted.shape[1]].float(), wanted)).sum()
