@@ -1,6 +1,6 @@
 """Which of the images to train on are kept for tests: by their names, and by what they look like.
 
-    pip install imagehash
+    pip install imagehash  # brings SciPy
     python scripts/find_near_duplicates.py TRAIN_FOLDER ... --against TEST_FOLDER --names test_names.txt
 
 An image looks like another if their perceptual hashes of 64 bits differ in few, or those of one and of the other's
