@@ -102,6 +102,13 @@ def test_a_weight_without_a_file_is_refused(tmp_path: Path) -> None:
         tiny_recipe(write_pairs(tmp_path / "pairs", 2), tmp_path / "run", task__sentence_weight=1.0)
 
 
+@pytest.mark.parametrize("term", ["sentence_weight", "naming_weight", "reward_weight"])
+def test_terms_that_fully_sharded_training_cannot_have_are_refused(tmp_path: Path, term: str) -> None:
+    changes = {f"task__{term}": 1.0, "task__sentences": "s.safetensors", "distributed__strategy": "fsdp"}
+    with pytest.raises(ValueError, match=rf"task\.{term} does not work with distributed\.strategy fsdp; use ddp"):
+        tiny_recipe(write_pairs(tmp_path / "pairs", 2), tmp_path / "run", **changes)
+
+
 def test_the_script_stores_the_mean_over_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a tokenizer of whole words and an encoder that looks up a vector for each."""
     onnx = pytest.importorskip("onnx")

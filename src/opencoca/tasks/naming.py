@@ -120,9 +120,8 @@ class Namer:
         names = network.encode_text(token_ids, token_mask).embed
         loss = _divergence(network.logit_scale * embeds @ names.T, logits[:, classes])
         if network.mean_shortcut is not None:
-            loss = (
-                loss + _CLASSES * len(embeds) * (1 - (names * self._class_embeds(network, classes)).sum(dim=1)).mean()
-            )
+            cosines = (names * self._class_embeds(network, classes)).sum(dim=1)
+            loss = loss + _CLASSES * len(embeds) * (1 - cosines).mean()
         return loss if self._teacher is None else loss + _divergence(self.logits(features), said)
 
     @torch.no_grad()
