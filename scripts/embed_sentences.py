@@ -1,4 +1,4 @@
-"""What a sentence encoder makes of captions, stored for task.sentence_weight (the text tower learns from it).
+"""What a sentence encoder makes of captions, stored for task.sentences (the linear branch begins with it).
 
     pip install onnxruntime tokenizers
     python scripts/embed_sentences.py sentences.safetensors captions.csv more.csv --onnx model.onnx \

@@ -17,6 +17,7 @@ from opencoca.model.config import (
     CoCaConfig,
     Compat,
     ImageEncoderConfig,
+    LinearConfig,
     PoolerConfig,
     TextConfig,
 )
@@ -269,8 +270,16 @@ def test_unknown_image_encoder_is_told_when_it_is_built(make_config):
         CoCa(make_config(image={"name": "resnet"}))
 
 
-def test_a_mean_needs_a_pooler_to_be_added_to() -> None:
-    with pytest.raises(ValueError, match="add_mean needs a pooler"):
-        PoolerConfig("class_token", num_queries=0, num_heads=1, add_mean=True)
-    with pytest.raises(ValueError, match="pooler mean dropout 1"):
-        PoolerConfig(add_mean=True, mean_dropout=1.0)
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"dim": 0}, "dim 0"),
+        ({"class_dim": -1}, "class_dim -1 must be at least 0"),
+        ({"weight": 0.0}, "weight 0.0 must be more than 0"),
+        ({"image_dropout": 1.0}, "linear image dropout 1"),
+        ({"word_dropout": -0.1}, "linear word dropout -0.1"),
+    ],
+)
+def test_a_linear_branch_of_impossible_values_is_refused(values: dict, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        LinearConfig(**values)

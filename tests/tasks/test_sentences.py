@@ -1,28 +1,25 @@
-"""Sentences: the text tower learns the directions of a sentence encoder's vectors."""
+"""Sentences and classes: what the linear branch begins with, and how it is trained."""
 
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from opencoca.evaluation.prompts import load_imagenet_class_names
 from opencoca.model.coca import CoCa
-from opencoca.model.config import CoCaConfig
+from opencoca.model.config import CoCaConfig, LinearConfig
+from opencoca.store.interop.efficientnet_weights import load_imagenet_classifier
 from opencoca.store.safetensors_file import write_tensors
-from opencoca.tasks.sentences import SentenceTeacher, read_sentences, write_sentences
+from opencoca.tasks.sentences import read_sentences, start_linear_branch, write_sentences
 from opencoca.tokenizer import Tokenizer
 from opencoca.tokenizer.languages import LanguageText, language_of
 from opencoca.train.trainer import Trainer
 from train.helpers import tiny_recipe, write_pairs
 
 TEXTS = ["a dog runs", "two men  play\nchess", "ein Hund läuft", ""]
-
-
-@pytest.fixture(scope="module")
-def network() -> CoCa:
-    torch.manual_seed(0)
-    return CoCa(CoCaConfig.named("tiny")).eval()
 
 
 def test_texts_and_vectors_come_back(tmp_path: Path) -> None:
@@ -55,57 +52,114 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
             read_sentences(path)
 
 
-def test_the_loss_is_zero_where_the_tower_agrees_and_grows_to_two(network: CoCa, tmp_path: Path) -> None:
-    """Vectors that are narrower than the tower's are compared with its first channels."""
+def with_branch(dim: int, class_dim: int = 0, image: str = "efficientnet_lite0") -> CoCa:
+    torch.manual_seed(0)
+    config = replace(CoCaConfig.named("tiny"), linear=LinearConfig(dim, class_dim))
+    kind = replace(config.image, name=image, image_size=(64, 64), patch_size=16)
+    return CoCa(replace(config, image=kind)).eval()
+
+
+def test_words_begin_with_what_the_sentences_tell(tmp_path: Path) -> None:
+    """Vectors that are linear in words are found: texts that were never seen lie where they should."""
+    path, tokenizer, network = tmp_path / "s.safetensors", Tokenizer.clip(), with_branch(6)
+    branch = network.linear_branch
+    assert branch is not None
+    names = ["dog", "cat", "man", "runs", "sits", "sleeps"]
+    meanings = torch.eye(6)
+    texts = [f"{names[a]} {names[b]}" for a in range(3) for b in range(3, 6)]
+    vectors = torch.stack([meanings[a] + meanings[b] for a in range(3) for b in range(3, 6)])
+    write_sentences(path, texts[:-1], vectors[:-1])
+    assert start_linear_branch(network, tokenizer, path).startswith("words from 8 sentences: mean cosine 0.99")
+    ids = torch.tensor(tokenizer.encode_batch(texts[-1:], network.config.text.context_length))
+    found = branch.text_vectors(ids)
+    torch.testing.assert_close(found, torch.nn.functional.normalize(vectors[-1:], dim=1), atol=0.1, rtol=0)
+
+
+def test_wide_vectors_keep_what_tells_them_apart(tmp_path: Path) -> None:
+    """Vectors of rank 4 in more dimensions than the branch has keep their cosines; narrow ones leave the rest at 0."""
+    vectors = torch.nn.functional.normalize(torch.randn(9, 4) @ torch.randn(4, 12), dim=1)
+    texts = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    write_sentences(tmp_path / "s.safetensors", texts, vectors)
+    tokenizer = Tokenizer.clip()
+    ids = [torch.tensor(row) for row in tokenizer.encode_batch(texts, 64)]
+    for dim in (5, 20):
+        network = with_branch(dim)
+        start_linear_branch(network, tokenizer, tmp_path / "s.safetensors")
+        assert network.linear_branch is not None
+        found = torch.cat([network.linear_branch.text_vectors(row[None]) for row in ids])
+        torch.testing.assert_close(found @ found.T, vectors @ vectors.T, atol=0.1, rtol=0)
+        if dim > vectors.shape[1]:
+            assert not network.linear_branch.word_embed.weight[:, vectors.shape[1] :].any()
+
+
+def test_names_lie_where_the_classifier_looks(tmp_path: Path) -> None:
+    """A class's name is nearest to what the classifier's weights of it become; a sentence that names none is short."""
+    path, tokenizer, network = tmp_path / "s.safetensors", Tokenizer.clip(), with_branch(4, 200)
+    branch = network.linear_branch
+    assert branch is not None
+    assert branch.class_proj is not None
+    people = [
+        f"{who} {what} {where}" for who in ("two", "they", "we") for what in ("meet", "talk") for where in ("here",)
+    ]
+    write_sentences(path, people, torch.randn(len(people), 4))
+    start_linear_branch(network, tokenizer, path)
+    encoder = network.image_encoder
+    weights, _ = load_imagenet_classifier(encoder)  # pyright: ignore[reportArgumentType]
+    kept = branch.class_proj.weight.detach()
+    torch.testing.assert_close(kept @ kept.T, torch.eye(len(kept)), atol=1e-4, rtol=0)
+    classes = torch.nn.functional.normalize((weights - weights.mean(dim=0)) @ kept.T, dim=1)
+    chosen = [1, 282, 504, 817, 963]
+    names = [load_imagenet_class_names()[index] for index in chosen]
+    length = network.config.text.context_length
+
+    def named(text: str) -> torch.Tensor:
+        return branch.text_vectors(torch.tensor(tokenizer.encode_batch([text], length)))[0, 4:].detach()
+
+    for index, name in zip(chosen, names, strict=True):
+        found = named(f"a photo of a {name}.")
+        assert int((classes @ found).argmax()) == index
+        assert float(found.norm()) > 10 * max(float(named(text).norm()) for text in people)
+
+
+def test_what_cannot_begin_is_refused(tmp_path: Path) -> None:
     path, tokenizer = tmp_path / "s.safetensors", Tokenizer.clip()
-    ids = torch.tensor(tokenizer.encode_batch(["a dog runs"], network.config.text.context_length))
-    with torch.no_grad():
-        cls = network.encode_cls(ids)
-    narrow = cls[:, :5]
-    for vectors, expected in ((cls, 0.0), (-cls, 2.0), (narrow, 0.0), (-narrow, 2.0)):
-        write_sentences(path, ["a dog runs"], vectors)
-        loss = SentenceTeacher(path, network, tokenizer, 3).loss(network)
-        assert float(loss.detach()) == pytest.approx(3 * expected, abs=1e-2)
+    write_sentences(path, ["a dog"], torch.ones(1, 4))
+    with pytest.raises(ValueError, match=r"task\.sentences needs a network with a linear branch"):
+        start_linear_branch(CoCa(CoCaConfig.named("tiny")), tokenizer, path)
+    with pytest.raises(ValueError, match=r"class_dim needs an image encoder with a classifier .* set it to 0"):
+        start_linear_branch(with_branch(4, 8, image="vit"), tokenizer, path)
 
 
-def test_wide_vectors_keep_what_tells_them_apart(network: CoCa, tmp_path: Path) -> None:
-    """Vectors of rank 4 in more dimensions than the tower has keep their cosines."""
-    width = network.config.text.width
-    vectors = torch.nn.functional.normalize(torch.randn(9, 4) @ torch.randn(4, 3 * width), dim=1)
-    write_sentences(tmp_path / "s.safetensors", [f"text {index}" for index in range(9)], vectors)
-    teacher = SentenceTeacher(tmp_path / "s.safetensors", network, Tokenizer.clip(), 2)
-    kept = teacher._vectors.float()
-    assert kept.shape == (9, width)
-    torch.testing.assert_close(kept @ kept.T, vectors @ vectors.T, atol=5e-3, rtol=0)
-
-
-def test_training_on_sentences_alone_brings_the_tower_to_the_teacher(tmp_path: Path) -> None:
+def test_a_linear_branch_trains_alone_or_beside_the_deep_encoder(tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path / "pairs", 8)
-    path = tmp_path / "s.safetensors"
-    torch.manual_seed(1)
-    write_sentences(
-        path, [f"{a} {b}" for a in ("a dog", "a cat", "two men") for b in ("runs", "sits")], torch.randn(6, 8)
-    )
-    changes = {"task__contrastive_weight": 0.0, "task__caption_weight": 0.0, "task__sentences": str(path)}
-    changes |= {"task__sentence_texts": 12, "optimizer__learning_rate": 0.01, "batch_size": 8}
-    trainer = Trainer(tiny_recipe(pairs, tmp_path / "run", task__sentence_weight=1.0, **changes))
-    assert [term.name for term in trainer.task.terms] == ["sentence"]
-    batch = next(iter(trainer.batches.iterate(0)))
-    losses = [trainer.step(batch, step + 10, 1000).terms["sentence"] for step in range(40)]
-    assert losses[0] > 0.5  # a mean over the drawn texts, not their sum
-    assert losses[0] < 1.5
-    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    linear = {"model__linear": {"dim": 16}, "optimizer__learning_rate": 0.01, "batch_size": 8}
+    alone = {"task__contrastive_of": "linear", "task__caption_weight": 0.0}
+    for changes in (alone, {}):
+        trainer = Trainer(tiny_recipe(pairs, tmp_path / f"run{len(changes)}", **linear, **changes))
+        model = trainer.model
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        batch = next(iter(trainer.batches.iterate(0)))
+        losses = [trainer.step(batch, step + 10, 1000).terms["contrastive"] for step in range(30)]
+        assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+        moved = {name.split(".")[0] for name, t in model.state_dict().items() if not torch.equal(before[name], t)}
+        assert "linear_branch" in moved
+        assert (moved == {"linear_branch"}) == bool(changes)
 
 
-def test_a_weight_without_a_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"task\.sentence_weight needs task\.sentences"):
-        tiny_recipe(write_pairs(tmp_path / "pairs", 2), tmp_path / "run", task__sentence_weight=1.0)
+def test_a_branch_alone_needs_a_branch_and_nothing_else(tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs", 2)
+    with pytest.raises(ValueError, match="trains the linear branch alone"):
+        tiny_recipe(pairs, tmp_path / "run", task__contrastive_of="linear")
+    recipe = tiny_recipe(pairs, tmp_path / "run", task__contrastive_of="linear", task__caption_weight=0.0)
+    with pytest.raises(ValueError, match=r"contrastive_of linear needs a network with a linear branch"):
+        Trainer(recipe)
 
 
-@pytest.mark.parametrize("term", ["sentence_weight", "naming_weight", "reward_weight"])
-def test_terms_that_fully_sharded_training_cannot_have_are_refused(tmp_path: Path, term: str) -> None:
-    changes = {f"task__{term}": 1.0, "task__sentences": "s.safetensors", "distributed__strategy": "fsdp"}
-    with pytest.raises(ValueError, match=rf"task\.{term} does not work with distributed\.strategy fsdp; use ddp"):
+@pytest.mark.parametrize("key", ["task.reward_weight", "model.linear"])
+def test_what_fully_sharded_training_cannot_have_is_refused(tmp_path: Path, key: str) -> None:
+    value = {"dim": 8} if key == "model.linear" else 1.0
+    changes = {key.replace(".", "__"): value, "distributed__strategy": "fsdp"}
+    with pytest.raises(ValueError, match=rf"{key} does not work with distributed\.strategy fsdp; use ddp"):
         tiny_recipe(write_pairs(tmp_path / "pairs", 2), tmp_path / "run", **changes)
 
 

@@ -141,7 +141,7 @@ def _embed_images(
     from opencoca.evaluation.encoding import encode_images
 
     names: list[str] = []
-    embeds = [torch.empty(0, pipeline.model.config.embed_dim)]
+    embeds = [torch.empty(0, pipeline.model.config.embed_size)]
     for batch in encode_images(pipeline, source, batch_size, progress=bool(source), description="embedding images"):
         for broken in batch.broken:
             complain_of_left_out(broken.reason)

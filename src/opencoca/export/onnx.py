@@ -146,7 +146,7 @@ def describe(pipeline: Pipeline, graphs: Sequence[Graph]) -> dict[str, Any]:
             "empty_multimodal_cache": halves["multimodal"],
         },
         "logit_scale": float(model.logit_scale.detach()),
-        "embed_dim": model.config.embed_dim,
+        "embed_dim": model.config.embed_size,
         "graphs": {
             graph.file: {
                 "inputs": {name: _describe_input(name, tensor, graph) for name, tensor in graph.inputs.items()},

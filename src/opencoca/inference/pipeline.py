@@ -248,7 +248,7 @@ class Pipeline:
     @suggests_options
     def embed_images(self, images: Images, *, batch_size: int = 32) -> Tensor:
         """Embeddings (I, E) of images: float32, on the CPU, of length 1."""
-        embeds = [torch.empty(0, self.model.config.embed_dim)]
+        embeds = [torch.empty(0, self.model.config.embed_size)]
         for pixels in self._batches(images, batch_size):
             with torch.inference_mode():
                 embeds.append(self.model.encode_image(pixels).embed.float().cpu())
@@ -267,7 +267,7 @@ class Pipeline:
         texts = [texts] if isinstance(texts, str) else list(texts)
         check_batch_size(batch_size)
         tokenizer = self.in_language(language).tokenizer
-        embeds = [torch.empty(0, self.model.config.embed_dim)]
+        embeds = [torch.empty(0, self.model.config.embed_size)]
         starts = range(0, len(texts), batch_size)
         for start in tqdm(starts, desc="embedding texts", unit="batch", disable=not progress):
             batch = tokenizer(texts[start : start + batch_size])
@@ -399,7 +399,7 @@ class Pipeline:
         self, labels: Sequence[str], templates: str | Sequence[str] = DEFAULT_TEMPLATES, *, progress: bool = False
     ) -> Tensor:
         """Embeddings (L, E) of labels, as `classify` compares images with; raises ValueError as it does."""
-        embeds = self.embed_texts(self._label_texts(labels, templates), progress=progress)
+        embeds = self.model.label_embeds(self.embed_texts(self._label_texts(labels, templates), progress=progress))
         return F.normalize(embeds.unflatten(0, (len(labels), -1)).mean(dim=1), dim=-1)
 
     def _label_texts(self, labels: Sequence[str], templates: str | Sequence[str]) -> list[str]:

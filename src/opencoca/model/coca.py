@@ -23,7 +23,8 @@ from opencoca.model.init import init_weights
 from opencoca.model.kernels.image_attention import FoldedImages
 from opencoca.model.kernels.linear import Linear
 from opencoca.model.layers.attention import CachedWords, Memories, NextWords, SeenImages, WordMemory
-from opencoca.model.layers.poolers import ImagePooling, MeanShortcut, PooledImage, TaskHead
+from opencoca.model.layers.linear_branch import LinearBranch
+from opencoca.model.layers.poolers import ImagePooling, PooledImage, TaskHead
 from opencoca.model.structure import Part, Structure, numbered
 from opencoca.model.text_decoder import MultimodalDecoder, UnimodalDecoder, Words
 
@@ -75,6 +76,7 @@ class CoCa(nn.Module):
         self.image_proj = nn.Linear(width, config.embed_dim, bias=False) if projected else nn.Identity()
         self.text_proj = nn.Linear(width, config.embed_dim, bias=False) if projected else nn.Identity()
         self.log_logit_scale = nn.Parameter(torch.empty(()))
+        self.linear_branch = None if config.linear is None else LinearBranch(config, self.image_encoder.width)
         self.task_head = None if config.head is None else TaskHead(config.head, self.image_encoder.width)
         self.init_weights()
 
@@ -82,7 +84,9 @@ class CoCa(nn.Module):
         """Draws all weights anew, but those of an image encoder that fills its own."""
         init_weights(self)
         with torch.no_grad():
-            self.log_logit_scale.fill_(math.log(1 / self.config.initial_temperature))
+            for branch in (self, self.linear_branch):
+                if branch is not None:
+                    branch.log_logit_scale.fill_(math.log(1 / self.config.initial_temperature))
 
     def tie_head(self) -> None:
         """Makes the vocabulary head use the embedding's weights, in whatever form they are, if both are to be one."""
@@ -126,6 +130,7 @@ class CoCa(nn.Module):
             Part("unimodal_decoder", ("unimodal_decoder",), "text", stem, unimodal),
             Part("multimodal_decoder", ("multimodal_decoder",), "text", layers=multimodal),
             Part("heads", ("lm_head", "image_proj", "text_proj", "log_logit_scale")),
+            Part("linear_branch", ("linear_branch",)),
             Part("task_head", ("task_head",)),
         )
         return Structure(self, encoder, parts)
@@ -134,10 +139,13 @@ class CoCa(nn.Module):
         """What `forward` never reaches where a half is switched off."""
         unused = self.image_pooling.unused(captioning, contrastive)
         unused += [] if self.task_head is None else [self.task_head]
+        if contrastive and self.linear_branch is not None and self.linear_branch.class_proj is not None:
+            unused.append(self.linear_branch.class_proj)  # it is fitted, not trained
         if not captioning:
             unused += [self.multimodal_decoder, *([] if self.config.text.tie_embeddings else [self.lm_head])]
         if not contrastive:
             unused += [self.unimodal_decoder.norm, self.text_proj, self.image_proj]
+            unused += [] if self.linear_branch is None else [self.linear_branch]
             yield from (self.unimodal_decoder.cls_embed, self.log_logit_scale)
         yield from chain.from_iterable(module.parameters() for module in unused)
 
@@ -152,19 +160,24 @@ class CoCa(nn.Module):
             raise ValueError(f"encoder.patch_dropout needs the image encoder vit, not {self.config.image.name}")
 
     @property
-    def mean_shortcut(self) -> MeanShortcut | None:
-        """What maps the mean of the image features to a part of the image vector, if `pooler.add_mean` asks for it."""
-        return self.image_pooling.shortcut
-
-    @property
     def logit_scale(self) -> Tensor:
         """1 / temperature, a scalar, at most max_logit_scale."""
-        return self.log_logit_scale.exp().clamp(max=self.config.max_logit_scale)
+        return self._scale(self.log_logit_scale)
+
+    @property
+    def linear_logit_scale(self) -> Tensor | None:
+        """The linear branch's own, with which it is trained; None without one."""
+        return None if self.linear_branch is None else self._scale(self.linear_branch.log_logit_scale)
+
+    def _scale(self, logarithm: Tensor) -> Tensor:
+        return logarithm.exp().clamp(max=self.config.max_logit_scale)
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Brings the stored scale back to its maximum: beyond it, it would have no gradient to return with."""
-        self.log_logit_scale.clamp_(max=math.log(self.config.max_logit_scale))
+        """Brings the stored scales back to their maximum: beyond it, they would have no gradient to return with."""
+        for branch in (self, self.linear_branch):
+            if branch is not None:
+                branch.log_logit_scale.clamp_(max=math.log(self.config.max_logit_scale))
 
     def image_features(self, images: Tensor, from_stage: int = 0, to_stage: int | None = None) -> Tensor:
         """images (I, 3, height, width), or what stage ``from_stage`` of the image encoder takes -> features (I, N, C).
@@ -188,35 +201,62 @@ class CoCa(nn.Module):
         return self.pool_image(self.image_features(images))
 
     def pool_features(self, features: Tensor, captioning: bool = True, contrastive: bool = True) -> PooledImage:
-        """features (I, N, C) -> the tokens and the vector of each image, as far as they are wanted."""
-        return self.image_pooling(features, captioning, contrastive)
+        """features (I, N, C) -> the tokens and the vector of each image, as far as they are wanted.
+
+        With a linear branch, its vector stands behind the pooled one.
+        """
+        tokens, vector = self.image_pooling(features, captioning, contrastive)
+        if vector is not None and self.linear_branch is not None:
+            vector = torch.cat((vector, self.linear_branch.image_vectors(features).to(vector.dtype)), dim=-1)
+        return PooledImage(tokens, vector)
 
     def pool_image(self, features: Tensor) -> ImageOutput:
         """features (I, N, C) of the image encoder -> tokens and embedding."""
-        tokens, vector = self.image_pooling(features)
+        tokens, vector = self.pool_features(features)
         assert tokens is not None
         assert vector is not None
         return ImageOutput(tokens, self.project_vector(vector))
 
     def project_vector(self, vector: Tensor) -> Tensor:
         """Image vectors (..., D), as `pool_features` gives them -> image_embed (..., E)."""
-        return _unit(self.image_proj(vector))
+        return self._project(self.image_proj, vector)
+
+    def _project(self, proj: nn.Module, vector: Tensor) -> Tensor:
+        if self.linear_branch is None:
+            return _unit(proj(vector))
+        width = self.config.text.width
+        return self.linear_branch.join(_unit(proj(vector[..., :width])), vector[..., width:])
 
     def encode_text(self, token_ids: Tensor, token_mask: Tensor | None = None) -> TextOutput:
         """token_ids (B, T), token_mask (B, T) True = real -> word states and embedding."""
         words, cls = self.unimodal_decoder(token_ids, token_mask)
         assert cls is not None
-        return TextOutput(words, self.project_text(cls))
+        return TextOutput(words, self.project_text(cls, token_ids, token_mask))
 
-    def encode_cls(self, token_ids: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """token_ids (B, T), token_mask (B, T) True = real -> [CLS] vectors (B, D), see `project_text`."""
-        _, cls = self.unimodal_decoder(token_ids, token_mask)
-        assert cls is not None
-        return cls
+    def project_text(self, cls: Tensor, token_ids: Tensor, token_mask: Tensor | None) -> Tensor:
+        """[CLS] vectors (B, D) of these texts, see `encode_text` -> text_embed (B, E)."""
+        if self.linear_branch is not None:
+            cls = torch.cat((cls, self.linear_branch.text_vectors(token_ids, token_mask).to(cls.dtype)), dim=-1)
+        return self._project(self.text_proj, cls)
 
-    def project_text(self, cls: Tensor) -> Tensor:
-        """[CLS] vectors (..., D) -> text_embed (..., E)."""
-        return _unit(self.text_proj(cls))
+    def label_embeds(self, embeds: Tensor) -> Tensor:
+        """text_embed (..., E) of labels to classify by -> what images are compared with: the same without a branch."""
+        return embeds if self.linear_branch is None else self.linear_branch.as_labels(embeds)
+
+    def deep_embeds(self, embeds: Tensor) -> Tensor:
+        """image_embed or text_embed (..., E) -> the deep encoder's part of it, of length 1."""
+        return embeds if self.linear_branch is None else F.normalize(embeds[..., : self.config.embed_dim], dim=-1)
+
+    def linear_embeds(self, features: Tensor, token_ids: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """features (I, N, C) and texts (B, T) -> what of the linear branch's vectors learns from pairs, (I, L), (B, L).
+
+        Raises ValueError if the model has no linear branch.
+        """
+        branch = self.linear_branch
+        if branch is None:
+            raise ValueError("this model has no linear branch: its configuration has none (model.linear)")
+        images, texts = branch.image_vectors(features), branch.text_vectors(token_ids, token_mask)
+        return branch.learned(images), branch.learned(texts)
 
     def decode(self, words: Words, image_tokens: Tensor) -> Tensor:
         """words of B texts, image_tokens (I, Q, D) -> hidden (B, T, D), zeros at padding."""
@@ -264,12 +304,22 @@ class CoCa(nn.Module):
         hidden = self.multimodal_decoder(x, cached, memories.images)
         return self.lm_head(hidden.view(*token_ids.shape, -1)[:, -1])
 
-    def embed_last(self, token_ids: Tensor, words: NextWords, memories: Sequence[WordMemory]) -> Tensor:
-        """token_ids (R, T): the last words of texts, and [CLS] for the last id -> text_embed (R, E)."""
+    def embed_last(
+        self,
+        token_ids: Tensor,
+        words: NextWords,
+        memories: Sequence[WordMemory],
+        texts: Tensor,
+        text_mask: Tensor,
+    ) -> Tensor:
+        """token_ids (R, T): the last words of texts, and [CLS] for the last id -> text_embed (R, E).
+
+        texts (R, L), text_mask (R, L), True = real: all words of each.
+        """
         decoder = self.unimodal_decoder
         x = decoder.embed_words_and_cls(token_ids, words.positions.view_as(token_ids))
         states = decoder.step(x, memories, words).view(*token_ids.shape, -1)
-        return self.project_text(decoder.norm(states[:, -1]))
+        return self.project_text(decoder.norm(states[:, -1]), texts, text_mask)
 
     def word_logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> next-word logits (..., V)."""
@@ -291,10 +341,10 @@ class CoCa(nn.Module):
         token_ids (B, T), token_mask (B, T) True = real. A half that is switched off costs nothing.
         """
         features = self.image_encoder.run_stages(images, from_stage, self.image_encoder.num_stages)
-        image_tokens, image_vector = self.image_pooling(features, captioning, contrastive)
+        image_tokens, image_vector = self.pool_features(features, captioning, contrastive)
         image_embed = None if image_vector is None else self.project_vector(image_vector)
         words, cls = self.unimodal_decoder(token_ids, token_mask, with_cls=contrastive)
-        text_embed = None if cls is None else _unit(self.text_proj(cls))
+        text_embed = None if cls is None else self.project_text(cls, token_ids, token_mask)
         hidden = next_ids = None
         if captioning:
             mask = torch.ones_like(token_ids, dtype=torch.bool) if token_mask is None else token_mask.bool()

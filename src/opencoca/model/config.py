@@ -13,6 +13,7 @@ from opencoca.model.config_parts import (
     Compat,
     HeadConfig,
     ImageEncoderConfig,
+    LinearConfig,
     PoolerConfig,
     TextConfig,
     at_todays_places,
@@ -26,6 +27,7 @@ __all__ = [
     "Compat",
     "HeadConfig",
     "ImageEncoderConfig",
+    "LinearConfig",
     "PoolerConfig",
     "TextConfig",
     "at_todays_places",
@@ -37,7 +39,7 @@ class CoCaConfig:
     """A whole CoCa. ``CoCaConfig.named("base")`` gives the sizes that have a name.
 
     Args:
-        embed_dim: width of the space that images and texts share.
+        embed_dim: width of the space that images and texts share, without what `linear` adds.
         image: the image encoder.
         pooler: what makes image tokens and an embedding of the image encoder's features.
         text: the text decoder.
@@ -45,6 +47,7 @@ class CoCaConfig:
         max_logit_scale: the learned scale 1 / temperature is clamped to this.
         compat: what weights of other projects need.
         head: what a task adds; None = nothing.
+        linear: a dual encoder without depth beside the deep one; None = none.
     """
 
     embed_dim: int = 768
@@ -55,6 +58,7 @@ class CoCaConfig:
     max_logit_scale: float = 100.0
     compat: Compat = field(default_factory=Compat)
     head: HeadConfig | None = None
+    linear: LinearConfig | None = None
 
     def __post_init__(self) -> None:
         check_fields("model", self)
@@ -100,6 +104,11 @@ class CoCaConfig:
             )
         if text.block == "parallel" and compat.text_layer_scale is not None:
             raise ValueError("parallel blocks have no text_layer_scale")
+
+    @property
+    def embed_size(self) -> int:
+        """How many numbers an embedding has: embed_dim, and those of the linear branch."""
+        return self.embed_dim + (0 if self.linear is None else self.linear.dim + self.linear.class_dim)
 
     @property
     def projects_embeds(self) -> bool:

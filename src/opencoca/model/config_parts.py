@@ -108,6 +108,40 @@ class HeadConfig:
 
 
 @dataclass(frozen=True)
+class LinearConfig:
+    """A dual encoder without depth beside the deep one, see `layers.linear_branch`: its embedding stands behind that.
+
+    Args:
+        dim: how many numbers of it learn from pairs of images and texts.
+        class_dim: how many more are fitted to the classifier that the image encoder comes with; 0 = none.
+        weight: of the similarity of those that learn from pairs, where that of the deep embedding has 1.
+        class_weight: likewise, of a class's name and an image that shows it.
+        label_weight: how many times as much the latter counts for a label to classify by.
+        image_dropout: this part of an image's pooled features is left out in training.
+        word_dropout: this part of a text's words is left out in training.
+    """
+
+    dim: int = 384
+    class_dim: int = 0
+    weight: float = 2.0
+    class_weight: float = 4.0
+    label_weight: float = 3.0
+    image_dropout: float = 0.7
+    word_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_fields("linear", self)
+        check_counts("linear", self, "dim")
+        if self.class_dim < 0:
+            raise ValueError(f"linear class_dim {self.class_dim} must be at least 0")
+        check_dropout("linear image", self.image_dropout)
+        check_dropout("linear word", self.word_dropout)
+        for name in ("weight", "class_weight", "label_weight"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"linear {name} {getattr(self, name)} must be more than 0")
+
+
+@dataclass(frozen=True)
 class PoolerConfig:
     """How image features become image tokens (B, Q, D) and one image embedding (B, E).
 
@@ -123,9 +157,6 @@ class PoolerConfig:
             as with a projection, and width^2 fewer parameters a pooler.
         dropout: this part of the image features is left out in training, before any pooling.
         num_kv_heads: key-value heads of a pooler; None = as many as heads; 1 = one that they share.
-        add_mean: a linear map of the mean of the image features is added to the pooled image vector: what an encoder
-            that was trained on labels knows lies in that mean, and reaches the image embedding unchanged.
-        mean_dropout: this part of the channels of that mean is left out in training.
     """
 
     arrangement: Literal["cascade", "parallel", "shared", "class_token"] = "cascade"
@@ -134,20 +165,15 @@ class PoolerConfig:
     project_queries: bool = False
     dropout: float = 0.0
     num_kv_heads: int | None = None
-    add_mean: bool = False
-    mean_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         check_fields("pooler", self)
         check_dropout("pooler", self.dropout)
-        check_dropout("pooler mean", self.mean_dropout)
         check_counts("pooler", self, "num_heads", "num_kv_heads")
         check_divides("pooler num_kv_heads", self.num_kv_heads or self.num_heads, "pooler num_heads", self.num_heads)
         least = 2 if self.arrangement == "shared" else 0
         if self.num_queries < least:
             raise ValueError(f"num_queries {self.num_queries} is too few: a {self.arrangement} pooler needs {least}")
-        if self.add_mean and self.arrangement == "class_token":
-            raise ValueError("pooler add_mean needs a pooler: the arrangement class_token has none")
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,23 @@ from torch import Tensor, nn
 
 from opencoca.model.layers.attention import Attention
 from opencoca.model.layers.blocks import Mlp, TransformerBlock
-from opencoca.model.layers.poolers import FeatureProjection, MeanShortcut
+from opencoca.model.layers.poolers import FeatureProjection
 
-PARTS = ("image_encoder", "image_pooling", "unimodal_decoder", "multimodal_decoder", "heads", "task_head")
+PARTS = (
+    "image_encoder",
+    "image_pooling",
+    "unimodal_decoder",
+    "multimodal_decoder",
+    "heads",
+    "linear_branch",
+    "task_head",
+)
 """The parts of a CoCa, as recipes call them."""
 
 Tower = Literal["image", "text"]
 
 # Tables of vectors that are looked up or learned as they are, not matrices that multiply; they do not decay.
-_TABLES = ("pos_embed", "query", "token_embed.weight")
+_TABLES = ("pos_embed", "query", "token_embed.weight", "word_embed.weight")
 _CONTEXT_UNIT = "image_keys_values"
 
 
@@ -159,7 +167,7 @@ class Structure:
         """
         found: dict[Tensor, int] = {}
         for module in self.network.modules():
-            if isinstance(module, Attention | Mlp | FeatureProjection | MeanShortcut):
+            if isinstance(module, Attention | Mlp | FeatureProjection):
                 maps = module.hidden_maps().items()
                 found |= {linear.weight: count for linear, count in maps if isinstance(linear, nn.Linear)}
         return found

@@ -130,7 +130,7 @@ class Planner:
             all_images=images * self.cluster.devices,
             all_texts=images * self.cluster.devices * per_image,
             image_values=3 * height * width,
-            embed_dim=self.config.embed_dim,
+            embed_dim=self.config.embed_size,
             vocab_size=self.config.text.vocab_size,
             text_width=self.config.text.width,
         )
@@ -187,6 +187,8 @@ class Planner:
         heads = count.pop("heads")
         if self.config.head is None:
             del count["task_head"]
+        if self.config.linear is None:
+            del count["linear_branch"]
         count["vocabulary head"] = 0 if self.config.text.tie_embeddings else self.network.vocab_weight.numel()
         count["projections, temperature"] = heads - count["vocabulary head"]
         return count

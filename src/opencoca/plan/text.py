@@ -15,6 +15,7 @@ _NAMES = {
     "heads": "projections, vocabulary head",
     "vocabulary_loss": "vocabulary loss",
     "contrastive_loss": "contrastive loss",
+    "linear_branch": "linear branch",
     "task_head": "task head",
 }
 

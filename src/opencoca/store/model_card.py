@@ -180,7 +180,7 @@ def _architecture(loaded: LoadedModel) -> list[tuple[str, str]]:
             f"{text.unimodal_depth} unimodal and {text.multimodal_depth} multimodal layers of width {text.width}",
         ),
         ("vocabulary", f"{loaded.tokenizer.vocab_size:,} tokens, texts of up to {text.context_length}"),
-        ("embeddings", f"{config.embed_dim} numbers"),
+        ("embeddings", f"{config.embed_size} numbers"),
     ]
 
 

@@ -1,10 +1,10 @@
 """Pretraining on image-text pairs, by the contrastive and the captioning loss (paper, section 3.1), or one of them.
 
-Further terms: similarities with names of classes learn what the image encoder's own classifier says (see `naming`),
-the text tower learns from a sentence encoder (see `sentences`), and captions that the network samples are rewarded (see
-`self_critical`).
+Captions that the network samples may be rewarded as well (see `self_critical`). A linear branch has a contrastive loss
+of its own, and may begin with what a sentence encoder and the image encoder's classifier tell (see `sentences`).
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,14 +22,15 @@ from opencoca.generation import GenerationOptions
 from opencoca.losses import captioning_loss, contrastive_loss
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
-from opencoca.tasks.naming import Namer, imagined_images
+from opencoca.model.structure import PARTS
 from opencoca.tasks.self_critical import SampledWords, SelfCritic
-from opencoca.tasks.sentences import SentenceTeacher
+from opencoca.tasks.sentences import start_linear_branch
 from opencoca.tasks.task import Compared, Outputs, Score, Term, Uses
 from opencoca.tokenizer import Tokenizer
 
 _CAPTIONS, _RETRIEVAL = "captions of validation images", "retrieval among validation images"
 _MOST_NEW_TOKENS, _MOST_SAMPLES = 10_000, 100
+_LINEAR = "linear_branch"
 _R1 = ("image_to_text_r1", "text_to_image_r1")
 
 
@@ -45,14 +46,10 @@ class PretrainingOptions:
             if people's captions of the image speak for them (CIDEr-D), less likely if not. For the last epochs of a
             training, at a low learning rate; it costs about twice a captioning loss of as many captions.
         reward_samples: how many captions of each image are sampled for it.
-        naming_weight: of naming: the similarities of an image with names of ImageNet's classes learn to say what the
-            classifier that the image encoder comes with says of it (KL divergence). For efficientnet_lite0 to 2 with
-            encoder.init imagenet.
-        naming_classes: how many of the 1,000 classes are drawn for a batch.
-        sentence_weight: of sentences: the text tower's [CLS] vector learns the direction of a sentence encoder's vector
-            of the same text (one minus the cosine).
-        sentences: the file of texts and their vectors that it learns from, see scripts/embed_sentences.py.
-        sentence_texts: how many of the file's texts are drawn for a batch.
+        contrastive_of: all: the deep embeddings, and those of a linear branch (model.linear) by themselves; linear: of
+            the linear branch alone, which takes a fraction of the time where everything else is frozen.
+        sentences: the linear branch begins with what this file of texts and vectors tells, see
+            scripts/embed_sentences.py, and with the classes of the image encoder's classifier.
         label_smoothing: the part of the captioning target that is spread over the vocabulary.
         contrastive_reduction: mean or sum of the two directions.
         caption_reduction: mean or sum over words.
@@ -66,11 +63,8 @@ class PretrainingOptions:
     caption_weight: float = 2.0
     reward_weight: float = 0.0
     reward_samples: int = 5
-    naming_weight: float = 0.0
-    naming_classes: int = 128
-    sentence_weight: float = 0.0
+    contrastive_of: Literal["all", "linear"] = "all"
     sentences: str | None = None
-    sentence_texts: int = 256
     label_smoothing: float = 0.0
     contrastive_reduction: Literal["mean", "sum"] = "mean"
     caption_reduction: Literal["mean", "sum"] = "mean"
@@ -82,11 +76,11 @@ class PretrainingOptions:
     @property
     def uses(self) -> Uses:
         """Which halves of the network have a loss."""
-        contrastive = self.contrastive_weight != 0 or self.naming_weight != 0 or self.sentence_weight != 0
-        return Uses(contrastive, self.caption_weight != 0 or self.reward_weight != 0)
+        captioning = self.caption_weight != 0 or self.reward_weight != 0
+        return Uses(self.contrastive_weight != 0, captioning, self.contrastive_of == "linear")
 
     def __post_init__(self) -> None:
-        weights = ("contrastive_weight", "caption_weight", "reward_weight", "naming_weight", "sentence_weight")
+        weights = ("contrastive_weight", "caption_weight", "reward_weight")
         for weight in weights:
             if not 0 <= getattr(self, weight) < float("inf"):
                 raise ValueError(f"task.{weight} {getattr(self, weight)} must be at least 0")
@@ -99,12 +93,11 @@ class PretrainingOptions:
             )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"task.label_smoothing {self.label_smoothing} must be at least 0 and less than 1")
-        if self.naming_classes < 2:
-            raise ValueError(f"task.naming_classes {self.naming_classes} must be at least 2")
-        if self.sentence_texts < 1:
-            raise ValueError(f"task.sentence_texts {self.sentence_texts} must be at least 1")
-        if self.sentence_weight and self.sentences is None:
-            raise ValueError("task.sentence_weight needs task.sentences, the file of texts and their vectors")
+        if self.contrastive_of == "linear" and (not self.contrastive_weight or self.uses.captioning):
+            raise ValueError(
+                "task.contrastive_of linear trains the linear branch alone: set task.contrastive_weight to more than "
+                "0, and caption_weight and reward_weight to 0"
+            )
         if not 1 <= self.max_new_tokens <= _MOST_NEW_TOKENS:
             raise ValueError(
                 f"task.max_new_tokens {self.max_new_tokens} must be at least 1 and at most {_MOST_NEW_TOKENS:,}"
@@ -136,28 +129,22 @@ class Pretraining:
         self.options, self._source = options, source
         self.uses = options.uses
         self._critic: SelfCritic | None = None
-        self._namer: Namer | None = None
-        self._teacher: SentenceTeacher | None = None
         per_word = "word" if options.caption_reduction == "mean" else None
         terms = (
             Term("contrastive", options.contrastive_weight, across_batch=True),
             Term("caption", options.caption_weight, per_word),
             Term("reward", options.reward_weight, "sampled caption"),
-            Term("naming", options.naming_weight, "named image"),
-            Term("sentence", options.sentence_weight, "sentence"),
         )
         self.terms = tuple(term for term in terms if term.weight)
 
     def configure(self, config: CoCaConfig) -> CoCaConfig:
+        if self.uses.linear_alone and config.linear is None:
+            raise ValueError("task.contrastive_of linear needs a network with a linear branch: set model.linear.dim")
         return config
 
     def prepare(self, network: CoCa, tokenizer: Tokenizer) -> None:
-        if self.options.naming_weight:
-            self._namer = Namer(network, tokenizer, self.options.naming_classes)
-        if self.options.sentence_weight:
-            assert self.options.sentences is not None
-            count = self.options.sentence_texts
-            self._teacher = SentenceTeacher(Path(self.options.sentences), network, tokenizer, count)
+        if self.options.sentences is not None:
+            print(start_linear_branch(network, tokenizer, Path(self.options.sentences)), file=sys.stderr)
         if self.options.reward_weight:
             assert self._source is not None
             options = self.options
@@ -167,18 +154,26 @@ class Pretraining:
         return None
 
     def unreached(self, network: CoCa) -> Sequence[nn.Parameter]:
-        return list(network.unused_parameters(self.uses.contrastive, self.uses.captioning))
+        unused = list(network.unused_parameters(self.uses.contrastive, self.uses.captioning))
+        if not self.uses.linear_alone:
+            return unused
+        return unused + network.structure().parameters(*(part for part in PARTS if part != _LINEAR))
 
     def counts(self, batch: Batch) -> dict[str, int]:
         # The first token of a text is never predicted.
         sampled = batch.num_samples * self.options.reward_samples
-        counts = {"word": batch.num_tokens - len(batch.token_ids), "sampled caption": sampled}
-        named = batch.num_samples + imagined_images(batch.num_samples)
-        return counts | {"named image": named, "sentence": self.options.sentence_texts}
+        return {"word": batch.num_tokens - len(batch.token_ids), "sampled caption": sampled}
 
     def forward(self, network: CoCa, batch: Batch, compared_only: bool = False) -> Outputs:
         assert batch.images is not None
         features = network.image_features(batch.images, batch.from_stage)
+        rows: tuple[Tensor, ...] = ()
+        scales: tuple[Tensor, ...] = ()
+        if self.options.contrastive_weight and network.linear_logit_scale is not None:
+            rows = network.linear_embeds(features, batch.token_ids, batch.token_mask)
+            scales = (network.linear_logit_scale,)
+        if self.uses.linear_alone:
+            return Outputs(Compared(rows, batch.sample_ids, scales), ())
         output = network(
             features,
             batch.token_ids,
@@ -189,23 +184,20 @@ class Pretraining:
         )
         compared = None
         if self.options.contrastive_weight and output.image_embed is not None and output.text_embed is not None:
-            rows = output.image_embed, output.text_embed
-            compared = Compared(rows, batch.sample_ids, (output.logit_scale,))
+            deep = network.deep_embeds(output.image_embed), network.deep_embeds(output.text_embed)
+            compared = Compared((*deep, *rows), batch.sample_ids, (output.logit_scale, *scales))
         if compared_only:
             return Outputs(compared, ())
         own = [] if output.hidden is None or output.next_ids is None else [output.hidden, output.next_ids]
         if self._critic is not None:
             own += self._critic.sample(network, features, batch.sample_ids)
-        if self._namer is not None:
-            assert output.image_embed is not None
-            said = self._namer.say(batch.images, batch.from_stage, features)
-            own += [features, output.image_embed, said]
         return Outputs(compared, tuple(own))
 
     def compare(self, compared: Compared, world: World) -> dict[str, Tensor]:
-        (images, texts), (scale,), reduction = compared.rows, compared.shared, self.options.contrastive_reduction
-        loss = contrastive_loss(images, texts, scale, compared.sample_ids, reduction=reduction, world=world)
-        return {"contrastive": loss}
+        reduction, ids = self.options.contrastive_reduction, compared.sample_ids
+        encoders = zip(compared.rows[::2], compared.rows[1::2], compared.shared, strict=True)
+        losses = [contrastive_loss(*encoder, ids, reduction=reduction, world=world) for encoder in encoders]
+        return {"contrastive": sum(losses[1:], losses[0])}
 
     def losses(self, network: CoCa, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         own, found = iter(outputs.own), {}
@@ -215,10 +207,6 @@ class Pretraining:
             found["caption"] = loss
         if self._critic is not None:
             found["reward"] = SampledWords(next(own), next(own), next(own)).loss(network)
-        if self._namer is not None:
-            found["naming"] = self._namer.loss(network, next(own), next(own), next(own))
-        if self._teacher is not None:
-            found["sentence"] = self._teacher.loss(network)
         return found
 
     def validated(self) -> "Pretraining":
@@ -231,8 +219,6 @@ class Pretraining:
                 contrastive_weight=contrastive or float(uses.contrastive),
                 caption_weight=caption or float(uses.captioning),
                 reward_weight=0.0,
-                naming_weight=0.0,
-                sentence_weight=0.0,
                 label_smoothing=0.0,
             )
         )

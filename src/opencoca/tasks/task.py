@@ -75,10 +75,11 @@ class Score(NamedTuple):
 
 
 class Uses(NamedTuple):
-    """Which halves of the network a task needs."""
+    """Which halves of the network a task needs; linear_alone: of the contrastive one the linear branch and no more."""
 
     contrastive: bool = False
     captioning: bool = False
+    linear_alone: bool = False
 
 
 class Task(Protocol):

@@ -77,11 +77,13 @@ class ModelFlops:
         """
         words = lengths if isinstance(lengths, Tensor) else torch.tensor(list(lengths))
         words = words.to("cpu", torch.float64)
-        contrastive, captioning = self.uses
+        contrastive, captioning, linear_alone = self.uses
         num_texts = len(words)
         with_cls = words + contrastive
         unimodal = self.unimodal(float(with_cls.sum()), float((with_cls * (with_cls + 1) / 2).sum()))
-        if contrastive:
+        if linear_alone:  # the mean of words' vectors is no product
+            unimodal = 0.0
+        elif contrastive:
             unimodal += 3 * 2 * num_texts * self.proj
         multimodal = vocabulary = 0.0
         if captioning:
@@ -92,7 +94,7 @@ class ModelFlops:
             vocabulary = self.head_passes * 2 * self.head * float(inputs.sum())
         similarities = 0.0
         if contrastive:
-            similarities = 3 * 2 * num_images * float(all_texts or num_texts) * self.config.embed_dim
+            similarities = 3 * 2 * num_images * float(all_texts or num_texts) * self.config.embed_size
         return StepFlops(
             image_encoder=num_images * self.per_image,
             poolers=num_images * self.pooling.per_image + self.pooling.per_batch if num_images else 0.0,
@@ -203,6 +205,10 @@ def _pooling(model: CoCa, features: Tensor, uses: Uses) -> _Pooling:
     model.eval()
     if not any(uses):
         return _Pooling(0.0, 0.0, 0)
+    branch = model.linear_branch
+    if uses.linear_alone and branch is not None:
+        forward, _ = _count(lambda: branch.image_vectors(features))
+        return _Pooling(2 * forward, 0.0, 0)
     one, pooled = _count(lambda: model.pool_features(features, **wants))
     two, _ = _count(lambda: model.pool_features(features.expand(2, -1, -1), **wants))
     project = 2 * _projection(model.config) if contrastive else 0

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from opencoca.model.coca import CoCa
 from opencoca.model.config import BlockConfig
 from opencoca.model.layers.poolers import AttentionalPooler, ImagePooling, OneQueryPooler, SharedPooler, TwoPoolers
 
@@ -162,35 +161,3 @@ def test_dropout_falls_on_the_features(make_config):
     assert torch.equal(module(features).tokens, module(features).tokens)
     module.train()
     assert not torch.allclose(module(features).tokens, module(features).tokens)
-
-
-@pytest.mark.parametrize("arrangement", QUERIES)
-def test_the_mean_of_the_features_is_added_to_the_vector_alone(make_config, arrangement: str):
-    module = pooling(make_config, arrangement, QUERIES[arrangement][-1], add_mean=True)
-    assert module.shortcut is not None
-    features = torch.randn(3, 7, 24, dtype=torch.float64)
-    tokens, vector = module(features)
-    without_tokens, without = module.poolers(features, True, True)
-    torch.testing.assert_close(tokens, without_tokens, rtol=0, atol=0)
-    torch.testing.assert_close(vector, without + features.mean(dim=1) @ module.shortcut.proj.weight.T)
-    assert module(features, contrastive=False).vector is None
-    assert module.shortcut in module.unused(captioning=True, contrastive=False)
-    assert module.shortcut not in module.unused(captioning=False, contrastive=True)
-
-
-def test_channels_of_the_mean_are_left_out_in_training_alone(make_config):
-    module = pooling(make_config, "parallel", 0, add_mean=True, mean_dropout=0.5)
-    assert module.shortcut is not None
-    with torch.no_grad():
-        module.shortcut.proj.weight.copy_(torch.eye(*module.shortcut.proj.weight.shape))
-    ones = torch.ones(64, 7, 24, dtype=torch.float64)
-    torch.testing.assert_close(module.shortcut(ones), module.shortcut.proj.weight.sum(dim=1).expand(64, -1))
-    seen = module.train().shortcut(ones)[:, : min(module.shortcut.proj.weight.shape)]
-    assert set(seen.flatten().tolist()) == {0.0, 2.0}
-    assert 0.4 < float((seen == 0).double().mean()) < 0.6
-
-
-def test_a_shortcut_begins_at_zero(make_config):
-    model = CoCa(make_config(pooler={"add_mean": True}))
-    assert model.mean_shortcut is not None
-    assert not model.mean_shortcut.proj.weight.any()

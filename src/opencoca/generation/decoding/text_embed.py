@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opencoca.data.captions import collate_captions
 from opencoca.generation.decoding.state import DecodingState, hidden_words
 from opencoca.model.coca import CoCa
 from opencoca.model.config import CoCaConfig
@@ -40,26 +41,30 @@ def embed_decoded(
     visible = torch.cat((in_cache.repeat_interleave(num_slots, dim=1), in_closing.reshape(num_rows, extra, -1)), dim=2)
     words = NextWords(closing.positions.flatten(), slice(entries, entries + extra), visible)
     branches = [cache.branch(rows, entries, extra) for cache in state.unimodal]
-    return model.embed_last(closing.token_ids, words, branches).unflatten(0, (num_rows, per_row))
+    embeds = model.embed_last(closing.token_ids, words, branches, closing.whole, closing.whole_mask)
+    return embeds.unflatten(0, (num_rows, per_row))
 
 
 @dataclass(frozen=True)
 class _Closing:
     """The words that follow the cached words of each text, (B, T) each, T = 3 or 4: a last word, the end token, what
     `Compat.text_hide_next` puts behind it, [CLS] (any id). used: whether there is such a word; visible: whether
-    attention sees it."""
+    attention sees it. whole, whole_mask (B, L): all words of each text, and the end token."""
 
     token_ids: Tensor
     positions: Tensor
     used: Tensor
     visible: Tensor
+    whole: Tensor
+    whole_mask: Tensor
 
     @staticmethod
     def of(texts: Sequence[Sequence[int]], eos_id: int, config: CoCaConfig, device: torch.device) -> "_Closing":
         context_length, compat = config.text.context_length, config.compat
-        ids, places, used, before = [], [], [], []
+        ids, places, used, before, wholes = [], [], [], [], []
         for text in texts:
             body = [*text[:-1]] if text[-1] == eos_id else [*text][: context_length - 1]
+            wholes.append([*body, eos_id])
             num_cached = len(text) - 1
             extra = len(body) > num_cached
             has_room = compat.text_hide_next and len(body) + 1 < context_length
@@ -77,4 +82,5 @@ class _Closing:
         visible = is_used
         if compat.text_hidden_id is not None:
             visible = is_used & ~hidden_words(compat, token_ids, previous)
-        return _Closing(token_ids, positions, is_used, visible)
+        whole, whole_mask = (part.to(device) for part in collate_captions(wholes, eos_id))
+        return _Closing(token_ids, positions, is_used, visible, whole, whole_mask)

@@ -102,22 +102,6 @@ class FeatureProjection(nn.Module):
         return self.norm(self.proj(self.norm_context(features)))
 
 
-class MeanShortcut(nn.Module):
-    """A linear map of the mean of the image features, (B, N, C) -> (B, D), which is zero until it is trained or set."""
-
-    def __init__(self, context_width: int, width: int, dropout: float):
-        super().__init__()
-        self.dropout = Dropout(dropout)
-        self.proj = nn.Linear(context_width, width, bias=False)
-
-    def hidden_maps(self) -> dict[nn.Module, int]:
-        """Its matrix, which is one map."""
-        return {self.proj: 1}
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.proj(self.dropout(features.mean(dim=1)))
-
-
 class TwoPoolers(nn.Module):
     """A captioning pooler and a contrastive pooler of one query, which reads its tokens (cascade) or the features."""
 
@@ -183,22 +167,15 @@ class ImagePooling(nn.Module):
             self.poolers = ClassToken()
         else:
             self.poolers = TwoPoolers(config, context_width)
-        pooler, width = config.pooler, config.text.width
-        self.shortcut = MeanShortcut(context_width, width, pooler.mean_dropout) if pooler.add_mean else None
 
     def unused(self, captioning: bool, contrastive: bool) -> list[nn.Module]:
         """What is not computed for these."""
         poolers = self.poolers
-        unused: list[nn.Module] = [] if contrastive or self.shortcut is None else [self.shortcut]
-        if isinstance(poolers, TwoPoolers):
-            unused += [] if captioning or poolers.cascade else [poolers.caption_pooler]
-            unused += [] if contrastive else [poolers.contrastive_pooler]
-        return unused
+        if not isinstance(poolers, TwoPoolers):
+            return []
+        unused: list[nn.Module] = [] if captioning or poolers.cascade else [poolers.caption_pooler]
+        return unused if contrastive else [*unused, poolers.contrastive_pooler]
 
     def forward(self, features: Tensor, captioning: bool = True, contrastive: bool = True) -> PooledImage:
         """captioning: tokens are wanted; contrastive: the vector is; what neither needs is not computed."""
-        features = self.dropout(features)
-        tokens, vector = self.poolers(features, captioning, contrastive)
-        if vector is not None and self.shortcut is not None:
-            vector = vector + self.shortcut(features)
-        return PooledImage(tokens, vector)
+        return self.poolers(self.dropout(features), captioning, contrastive)

@@ -193,9 +193,10 @@ class Recipe:
         name = self.optimizer.name
         if name not in SHARDABLE and self.distributed.strategy == "fsdp":
             raise ValueError(f"optimizer.name {name} does not work with distributed.strategy fsdp; use adamw or ddp")
-        for term in ("reward_weight", "naming_weight", "sentence_weight"):
-            if getattr(self.task, term, 0) and self.distributed.strategy == "fsdp":
-                raise ValueError(f"task.{term} does not work with distributed.strategy fsdp; use ddp")
+        if self.distributed.strategy == "fsdp":
+            used = {"task.reward_weight": getattr(self.task, "reward_weight", 0), "model.linear": self.model.linear}
+            for key in (key for key, value in used.items() if value):
+                raise ValueError(f"{key} does not work with distributed.strategy fsdp; use ddp")
         if self.encoder.learning_rate is not None and "image_encoder" in self.optimizer.learning_rates:
             raise ValueError("encoder.learning_rate and optimizer.learning_rates both set that of the image encoder")
 
