@@ -116,7 +116,7 @@ class LinearConfig:
         class_dim: how many more are fitted to the classifier that the image encoder comes with; 0 = none.
         weight: of the similarity of those that learn from pairs, where that of the deep embedding has 1.
         class_weight: likewise, of a class's name and an image that shows it.
-        label_weight: how many times as much the latter counts for a label to classify by.
+        label_weight: how long the class part of a label to classify by is, where that of the deep embedding is 1.
         image_dropout: this part of an image's pooled features is left out in training.
         word_dropout: this part of a text's words is left out in training.
     """
@@ -124,8 +124,8 @@ class LinearConfig:
     dim: int = 384
     class_dim: int = 0
     weight: float = 2.0
-    class_weight: float = 4.0
-    label_weight: float = 3.0
+    class_weight: float = 2.0
+    label_weight: float = 6.0
     image_dropout: float = 0.7
     word_dropout: float = 0.1
 

@@ -63,17 +63,23 @@ def test_similarities_are_weighted_means_of_the_parts(model: CoCa) -> None:
     """Those of one image to several texts, up to the length that each text's class part has."""
     branch, (ids, mask) = model.linear_branch, texts()
     assert branch is not None
+    with torch.no_grad():
+        branch.word_embed.weight[[5, 6], 5:] *= 60
     seen = features(model)
     image, text = model.pool_image(seen).embed, model.encode_text(ids, mask).embed
     assert image.shape == text.shape == (2, model.config.embed_size)
-    for embed in (image, text, model.label_embeds(text)):
+    labels = model.label_embeds(text)
+    for embed in (image, text, labels):
         torch.testing.assert_close(embed.norm(dim=1), torch.ones(2, dtype=torch.float64), atol=1e-6, rtol=0)
     parts = [(model.deep_embeds(image), model.deep_embeds(text))]
     vectors = branch.image_vectors(seen).double(), branch.text_vectors(ids, mask).double()
     parts += [tuple(v[:, :5] for v in vectors), tuple(v[:, 5:] for v in vectors)]  # pyright: ignore[reportArgumentType]
-    for factor, found in ((1.0, text), (3.0, model.label_embeds(text))):
-        wanted = sum(w * i @ t.T for w, (i, t) in zip((1.0, 2.0, 4.0 * factor), parts, strict=True))
-        lengths = (3 + 4 * (factor * vectors[1][:, 5:]).square().sum(dim=1)).sqrt() * 7**0.5
+    length = vectors[1][:, 5:].norm(dim=1)
+    assert float(length[0]) > 0.1 > float(length[1])
+    # A label's class part has the length of label_weight, or what it has of it where it is short.
+    for factor, found in ((torch.ones(2), text), (3 / length.clamp(min=0.1), labels)):
+        wanted = sum(w * (i @ t.T) for w, (i, t) in zip((1.0, 2.0, 4.0 * factor), parts, strict=True))
+        lengths = (3 + 4 * (factor * length).square()).sqrt() * 7**0.5
         torch.testing.assert_close(image @ found.T, wanted / lengths, atol=1e-6, rtol=0)
     learned = model.linear_embeds(seen, ids, mask)
     torch.testing.assert_close(learned[0].double(), parts[1][0])

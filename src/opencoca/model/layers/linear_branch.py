@@ -22,6 +22,8 @@ from opencoca.model.kernels.dropout import Dropout
 
 # A text's class part of length l counts l times this power of l, at most 1: words of class names count, others do not.
 _GATE = 3
+# A text whose class part is shorter than this is no name of a class: it keeps its length as a label.
+_NAMES_NOTHING = 0.1
 
 
 class LinearBranch(nn.Module):
@@ -76,10 +78,17 @@ class LinearBranch(nn.Module):
         return F.normalize(torch.cat(parts, dim=-1), dim=-1)
 
     def as_labels(self, embeds: Tensor) -> Tensor:
-        """Embeddings (..., E + L + K) of texts that are labels to classify by: the class part counts for more."""
+        """Embeddings (..., E + L + K) of texts that are labels to classify by: the class part counts for more.
+
+        It has the same length for all labels, but for those whose words name next to nothing.
+        """
         config = self.config
         pairs, named = embeds.split((embeds.shape[-1] - config.class_dim, config.class_dim), dim=-1)
-        return F.normalize(torch.cat((pairs, config.label_weight * named), dim=-1), dim=-1)
+        # Of the rest, the deep part has length 1 and the learned one the root of its weight, before all are scaled.
+        unit = torch.linalg.vector_norm(pairs, dim=-1, keepdim=True) / (1 + config.weight) ** 0.5
+        length = torch.linalg.vector_norm(named, dim=-1, keepdim=True) / (unit * config.class_weight**0.5)
+        named = named * (config.label_weight / length.clamp(min=_NAMES_NOTHING))
+        return F.normalize(torch.cat((pairs, named), dim=-1), dim=-1)
 
 
 def fit_words(texts: Sequence[Tensor], vectors: Tensor, vocab_size: int, ridge: float, weights: Tensor) -> Tensor:
