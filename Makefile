@@ -39,6 +39,7 @@ test: setup
 
 # Minutes each: full-size networks, many kills, a simulated object store.
 test-slow: setup
+	$(PYTHON) -m pip install --disable-pip-version-check --quiet -c constraints.txt "moto[s3,server]>=5" "s3fs>=2024.6"
 	$(PYTHON) -m pytest -m "slow and not java and not peers and not gpu"
 
 # What only a CUDA device can show.

@@ -29,7 +29,7 @@ PATIENT = RetryPolicy(attempts=12, first_pause_s=0.02, longest_pause_s=0.5, time
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
     """An S3 bucket of shards, reached through a server that can be told to fail."""
-    server_module = pytest.importorskip("moto.server", reason="moto is not installed")
+    server_module = pytest.importorskip("moto.server", reason="moto is not installed: make test-slow installs it")
     s3fs = pytest.importorskip("s3fs")
     moto = server_module.ThreadedMotoServer(port=0)
     moto.start()

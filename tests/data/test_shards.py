@@ -5,8 +5,8 @@ import json
 import lzma
 import os
 import pickle
+import sys
 import tarfile
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -455,13 +455,9 @@ def test_a_shard_that_unpacks_to_very_much_is_refused(tmp_path, monkeypatch):
 
 
 def test_zstd(tmp_path):
-    head = b"\x28\xb5\x2f\xfd"
-    if find_spec("zstandard") is None:
-        (tmp_path / "s.tar.zst").write_bytes(head + bytes(100))
-        with pytest.raises(ValueError, match=r"pip install 'opencoca\[zstd\]'"):
-            TarShards([tmp_path / "s.tar.zst"])
-        return
     import zstandard  # pyright: ignore[reportMissingImports]
+
+    head = b"\x28\xb5\x2f\xfd"
 
     path = packed(write_tar(tmp_path / "s.tar.zst", sample(1)), zstandard.ZstdCompressor().compress)
     assert path.read_bytes().startswith(head)
@@ -469,3 +465,10 @@ def test_zstd(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match="damaged: nothing of it can be unpacked"):
         TarShards([path])
+
+
+def test_zstd_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "s.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(100))
+    with pytest.raises(ValueError, match=r"pip install 'opencoca\[zstd\]'"):
+        TarShards([tmp_path / "s.tar.zst"])

@@ -20,6 +20,7 @@ from opencoca.data import (
     open_source,
     pack_shards,
 )
+from opencoca.recaption.inputs import LeftOut, open_inputs
 
 from .helpers import encode, gradient, write_images
 from .test_sources import write_table
@@ -53,6 +54,17 @@ def test_parquet_of_images_with_captions_and_labels(tmp_path):
     assert [open_labelled(images).target(1) for images in (path, tmp_path)] == ["1", "1"]
     report = check_source(open_source(path), progress=False)
     assert (report.num_images, report.num_captions, report.num_targets, report.formats) == (5, 5, 5, {"PNG": 5})
+
+
+def test_a_damaged_file_among_parquet_of_images_is_told(tmp_path):
+    """Training refuses the folder and names the file; captions are written for the rest, and the file is named."""
+    write_parquet(tmp_path / "first.parquet", caption=[f"caption {i}" for i in range(5)])
+    (tmp_path / "second.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=r"second\.parquet"):
+        open_source(tmp_path)
+    with pytest.warns(LeftOut, match=r"second\.parquet"):
+        found = open_inputs([str(tmp_path)])
+    assert len(found) == 5
 
 
 def test_packed_and_read_again(tmp_path):

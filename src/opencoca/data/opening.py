@@ -171,17 +171,22 @@ def _tables_of_images(images: str | Path) -> list[str | Path]:
     return [images]
 
 
-def parquet_of_images(folder: Path, image_column: str) -> list[Table]:
+def parquet_of_images(folder: Path, image_column: str, unusable: list[ValueError] | None = None) -> list[Table]:
     """The Parquet files below a folder that hold images, as data sets on Hugging Face are stored; sorted.
 
-    Those that can't be read, and hidden ones, are left out.
+    Hidden ones are left out. unusable: takes the errors of files that cannot be read; without it they are raised.
     """
     found: list[Table] = []
     for path in sorted(folder.rglob("*.parquet")):
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
-            with contextlib.suppress(ValueError, FileNotFoundError):
-                table = Table(path)
-                found += [table] if table.holds_images(image_column) else []
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        try:
+            table = Table(path)
+            found += [table] if table.holds_images(image_column) else []
+        except ValueError as error:
+            if unusable is None:
+                raise
+            unusable.append(error)
     return found
 
 

@@ -171,7 +171,7 @@ class _Collection:
             and path.is_file()
             and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         )
-        tables = parquet_of_images(folder, self.image_column)
+        tables = parquet_of_images(folder, self.image_column, self.unusable)
         images: list[str] = []
         try:
             images = list_images(folder)
