@@ -273,8 +273,9 @@ def test_unknown_image_encoder_is_told_when_it_is_built(make_config):
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"dim": 0}, "dim 0"),
+        ({"dim": -1}, "dim -1 must be at least 0"),
         ({"class_dim": -1}, "class_dim -1 must be at least 0"),
+        ({"class_dim": 4}, "class_dim 4 needs a linear branch"),
         ({"weight": 0.0}, "weight 0.0 must be more than 0"),
         ({"image_dropout": 1.0}, "linear image dropout 1"),
         ({"word_dropout": -0.1}, "linear word dropout -0.1"),

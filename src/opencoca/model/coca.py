@@ -76,7 +76,7 @@ class CoCa(nn.Module):
         self.image_proj = nn.Linear(width, config.embed_dim, bias=False) if projected else nn.Identity()
         self.text_proj = nn.Linear(width, config.embed_dim, bias=False) if projected else nn.Identity()
         self.log_logit_scale = nn.Parameter(torch.empty(()))
-        self.linear_branch = None if config.linear is None else LinearBranch(config, self.image_encoder.width)
+        self.linear_branch = LinearBranch(config, self.image_encoder.width) if config.linear.dim else None
         self.task_head = None if config.head is None else TaskHead(config.head, self.image_encoder.width)
         self.init_weights()
 
@@ -136,11 +136,11 @@ class CoCa(nn.Module):
         return Structure(self, encoder, parts)
 
     def unused_parameters(self, contrastive: bool, captioning: bool) -> Iterator[nn.Parameter]:
-        """What `forward` never reaches where a half is switched off."""
+        """What `forward` never reaches where a half is switched off, and what is fitted and not trained."""
         unused = self.image_pooling.unused(captioning, contrastive)
         unused += [] if self.task_head is None else [self.task_head]
         if contrastive and self.linear_branch is not None and self.linear_branch.class_proj is not None:
-            unused.append(self.linear_branch.class_proj)  # it is fitted, not trained
+            unused.append(self.linear_branch.class_proj)
         if not captioning:
             unused += [self.multimodal_decoder, *([] if self.config.text.tie_embeddings else [self.lm_head])]
         if not contrastive:

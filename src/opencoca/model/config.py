@@ -47,7 +47,7 @@ class CoCaConfig:
         max_logit_scale: the learned scale 1 / temperature is clamped to this.
         compat: what weights of other projects need.
         head: what a task adds; None = nothing.
-        linear: a dual encoder without depth beside the deep one; None = none.
+        linear: a dual encoder without depth beside the deep one.
     """
 
     embed_dim: int = 768
@@ -58,7 +58,7 @@ class CoCaConfig:
     max_logit_scale: float = 100.0
     compat: Compat = field(default_factory=Compat)
     head: HeadConfig | None = None
-    linear: LinearConfig | None = None
+    linear: LinearConfig = field(default_factory=LinearConfig)
 
     def __post_init__(self) -> None:
         check_fields("model", self)
@@ -108,7 +108,7 @@ class CoCaConfig:
     @property
     def embed_size(self) -> int:
         """How many numbers an embedding has: embed_dim, and those of the linear branch."""
-        return self.embed_dim + (0 if self.linear is None else self.linear.dim + self.linear.class_dim)
+        return self.embed_dim + self.linear.dim + self.linear.class_dim
 
     @property
     def projects_embeds(self) -> bool:

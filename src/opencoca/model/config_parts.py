@@ -112,16 +112,16 @@ class LinearConfig:
     """A dual encoder without depth beside the deep one, see `layers.linear_branch`: its embedding stands behind that.
 
     Args:
-        dim: how many numbers of it learn from pairs of images and texts.
+        dim: how many numbers of it learn from pairs of images and texts; 0 = there is no linear branch.
         class_dim: how many more are fitted to the classifier that the image encoder comes with; 0 = none.
         weight: of the similarity of those that learn from pairs, where that of the deep embedding has 1.
         class_weight: likewise, of a class's name and an image that shows it.
-        label_weight: how long the class part of a label to classify by is, where that of the deep embedding is 1.
+        label_weight: how many times as long as others' the class part of a label to classify by is.
         image_dropout: this part of an image's pooled features is left out in training.
         word_dropout: this part of a text's words is left out in training.
     """
 
-    dim: int = 384
+    dim: int = 0
     class_dim: int = 0
     weight: float = 2.0
     class_weight: float = 2.0
@@ -131,9 +131,11 @@ class LinearConfig:
 
     def __post_init__(self) -> None:
         check_fields("linear", self)
-        check_counts("linear", self, "dim")
-        if self.class_dim < 0:
-            raise ValueError(f"linear class_dim {self.class_dim} must be at least 0")
+        for name in ("dim", "class_dim"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"linear {name} {getattr(self, name)} must be at least 0")
+        if self.class_dim and not self.dim:
+            raise ValueError(f"linear class_dim {self.class_dim} needs a linear branch: set linear dim as well")
         check_dropout("linear image", self.image_dropout)
         check_dropout("linear word", self.word_dropout)
         for name in ("weight", "class_weight", "label_weight"):

@@ -16,6 +16,7 @@ from opencoca.model.encoders.normed_patches import NormedPatchEmbed
 from opencoca.model.encoders.vit import PatchEmbed, VisionTransformer
 from opencoca.model.layers.attention import Attention
 from opencoca.model.layers.blocks import LayerScale, Mlp
+from opencoca.model.layers.linear_branch import LinearBranch
 from opencoca.model.layers.poolers import AttentionalPooler
 from opencoca.model.text_decoder import MultimodalDecoder, UnimodalDecoder
 
@@ -72,6 +73,8 @@ def init_weights(model: nn.Module) -> None:
                 if parameter is not None:
                     nn.init.normal_(parameter, std=EMBEDDING_STD)
     for module in ours:
+        if isinstance(module, LinearBranch) and module.class_proj is not None:
+            nn.init.zeros_(module.class_proj.weight)  # until it is fitted
         if isinstance(module, UnimodalDecoder):
             nn.init.normal_(module.cls_embed, std=EMBEDDING_STD)
             if module.pos_embed is not None:

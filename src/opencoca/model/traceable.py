@@ -41,7 +41,8 @@ class TextGraph(nn.Module):
 
     def __init__(self, model: CoCa):
         super().__init__()
-        self.model, self.decoder, self.compat = model, model.unimodal_decoder, model.config.compat
+        self.decoder, self.proj, self.compat = model.unimodal_decoder, model.text_proj, model.config.compat
+        self.linear_branch = model.linear_branch
 
     def forward(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
         decoder, compat = self.decoder, self.compat
@@ -65,7 +66,10 @@ class TextGraph(nn.Module):
             mask = mask & visible[:, None, None, :]
         x = decoder.step(x, [_Cache(mask)] * len(decoder.blocks), NextWords(positions, slice(0)))
         vector = decoder.norm((x * is_cls.unsqueeze(-1)).sum(dim=1))
-        return self.model.project_text(vector, token_ids, token_mask)
+        embed = F.normalize(self.proj(vector), dim=-1)
+        if self.linear_branch is None:
+            return embed
+        return self.linear_branch.join(embed, self.linear_branch.text_vectors(token_ids, token_mask))
 
 
 class DecoderGraph(nn.Module):

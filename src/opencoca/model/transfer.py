@@ -45,6 +45,9 @@ def take_weights(model: CoCa, start: CoCa, same_vocabulary: bool = True) -> Tran
     theirs, ours = start.state_dict(keep_vars=True), _tensors(model)
     patches = dict(_patch_embeds(start)), dict(_patch_embeds(model))
     by_word = set() if same_vocabulary else _vocabulary(model)
+    linear = model.config.linear, start.config.linear
+    if (linear[0].dim, linear[0].class_dim) != (linear[1].dim, linear[1].class_dim):
+        by_word = by_word | {"linear_branch.word_embed.weight"}  # its columns mean something else
     copied, adapted, new, count = [], [], [], 0
     for name, tensor in ours.items():
         found = theirs.get(name)
@@ -93,6 +96,8 @@ def _patch_embeds(model: nn.Module) -> Iterator[tuple[str, PatchEmbed]]:
 
 def _vocabulary(model: CoCa) -> set[str]:
     owners = {"unimodal_decoder.token_embed": model.unimodal_decoder.token_embed, "lm_head": model.lm_head}
+    if model.linear_branch is not None:
+        owners["linear_branch.word_embed"] = model.linear_branch.word_embed
     return {f"{owner}.{name}" for owner, module in owners.items() for name, _ in module.named_parameters()}
 
 

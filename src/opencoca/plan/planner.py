@@ -26,7 +26,7 @@ from opencoca.system.memory_use import resident_bytes
 from opencoca.tasks import make_task
 from opencoca.tokenizer import Tokenizer
 from opencoca.train.data_sources import open_train_source
-from opencoca.train.flops import ModelFlops, StepFlops
+from opencoca.train.flops import ModelFlops, StepFlops, compared_width
 from opencoca.train.optim.optimizer import freeze
 from opencoca.train.recipe.optimizer import SHARDABLE
 from opencoca.train.recipe.recipe import Recipe
@@ -130,7 +130,7 @@ class Planner:
             all_images=images * self.cluster.devices,
             all_texts=images * self.cluster.devices * per_image,
             image_values=3 * height * width,
-            embed_dim=self.config.embed_size,
+            embed_dim=compared_width(self.config, self.recipe.task.uses),
             vocab_size=self.config.text.vocab_size,
             text_width=self.config.text.width,
         )
@@ -187,7 +187,7 @@ class Planner:
         heads = count.pop("heads")
         if self.config.head is None:
             del count["task_head"]
-        if self.config.linear is None:
+        if not self.config.linear.dim:
             del count["linear_branch"]
         count["vocabulary head"] = 0 if self.config.text.tie_embeddings else self.network.vocab_weight.numel()
         count["projections, temperature"] = heads - count["vocabulary head"]

@@ -105,8 +105,8 @@ class Classification:
         head = HeadConfig(len(self.classes), self.options.num_heads, self.options.dropout)
         return replace(config, head=head)
 
-    def prepare(self, network: CoCa, tokenizer: Tokenizer) -> None:
-        pass
+    def prepare(self, network: CoCa, tokenizer: Tokenizer, begins: bool = True) -> str | None:
+        return None
 
     def stored(self) -> dict[str, Any] | None:
         return {"name": self.name, "classes": list(self.classes)}

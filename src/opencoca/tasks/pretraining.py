@@ -4,7 +4,6 @@ Captions that the network samples may be rewarded as well (see `self_critical`).
 of its own, and may begin with what a sentence encoder and the image encoder's classifier tell (see `sentences`).
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,17 +137,24 @@ class Pretraining:
         self.terms = tuple(term for term in terms if term.weight)
 
     def configure(self, config: CoCaConfig) -> CoCaConfig:
-        if self.uses.linear_alone and config.linear is None:
+        if self.uses.linear_alone and not config.linear.dim:
             raise ValueError("task.contrastive_of linear needs a network with a linear branch: set model.linear.dim")
         return config
 
-    def prepare(self, network: CoCa, tokenizer: Tokenizer) -> None:
-        if self.options.sentences is not None:
-            print(start_linear_branch(network, tokenizer, Path(self.options.sentences)), file=sys.stderr)
+    def prepare(self, network: CoCa, tokenizer: Tokenizer, begins: bool = True) -> str | None:
+        said = None
+        if begins and self.options.sentences is not None:
+            said = start_linear_branch(network, tokenizer, Path(self.options.sentences))
+        elif begins and network.linear_branch is not None and network.linear_branch.lacks_classes():
+            raise ValueError(
+                "model.linear.class_dim is fitted to the image encoder's classifier where a training has "
+                "task.sentences; set that, or class_dim to 0"
+            )
         if self.options.reward_weight:
             assert self._source is not None
             options = self.options
             self._critic = SelfCritic(self._source, tokenizer, options.reward_samples, options.max_new_tokens)
+        return said
 
     def stored(self) -> dict[str, Any] | None:
         return None
@@ -227,7 +233,8 @@ class Pretraining:
         network.clamp_logit_scale()
 
     def monitors(self, network: CoCa) -> dict[str, float]:
-        found = {"logit_scale": float(network.logit_scale.detach())}
+        scales = {"logit_scale": network.logit_scale, "linear_logit_scale": network.linear_logit_scale}
+        found = {name: float(scale.detach()) for name, scale in scales.items() if scale is not None}
         return found if self._critic is None else found | {"sampled_cider_d": 100 * self._critic.mean_reward}
 
     def evaluators(self, source: SampleSource, tokenizer: Tokenizer) -> tuple[Evaluator, ...]:

@@ -108,8 +108,9 @@ def start_linear_branch(network: CoCa, tokenizer: Tokenizer, path: Path) -> str:
     wanted, ones = _narrowed(vectors.float(), dim), torch.ones(len(ids))
     size = branch.word_embed.num_embeddings
     words = fit_words(ids, wanted, size, _RIDGE, ones)
-    branch.word_embed.weight.zero_()
-    branch.word_embed.weight[:, : words.shape[1]] = words
+    # Words of no sentence keep the small values that they were drawn with: a vector of length 0 has no direction.
+    used = torch.cat(ids).unique()
+    branch.word_embed.weight[used, :dim] = F.pad(words[used], (0, dim - words.shape[1]))
     said = f"words from {len(texts):,} sentences: mean cosine {_cosine(words, ids, wanted):.3f}"
     if branch.class_proj is None:
         return said

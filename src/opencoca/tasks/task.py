@@ -103,8 +103,11 @@ class Task(Protocol):
         """The architecture with the layers that this task adds."""
         ...
 
-    def prepare(self, network: CoCa, tokenizer: Tokenizer) -> None:
-        """Makes the task ready to train this network, whose frozen parts are frozen by now."""
+    def prepare(self, network: CoCa, tokenizer: Tokenizer, begins: bool = True) -> str | None:
+        """Makes the task ready to train this network, whose frozen parts are frozen by now; returns a line for the log.
+
+        begins: the weights are those of the beginning; otherwise those of a checkpoint will follow.
+        """
         ...
 
     def stored(self) -> dict[str, Any] | None:

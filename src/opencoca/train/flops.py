@@ -56,7 +56,7 @@ class ModelFlops:
             model = CoCa(config)
         frozen_stages = freeze(model, recipe, task)
         model.set_patch_dropout(recipe.encoder.patch_dropout)
-        self.config, self.uses = config, recipe.task.uses
+        self.config, self.uses, self.width = config, recipe.task.uses, compared_width(config, recipe.task.uses)
         start = frozen_stages if recipe.encoder.cache_features else 0
         self.per_image, features = _image_encoder(model, start)
         self.pooling = _pooling(model, features, self.uses)
@@ -81,7 +81,7 @@ class ModelFlops:
         num_texts = len(words)
         with_cls = words + contrastive
         unimodal = self.unimodal(float(with_cls.sum()), float((with_cls * (with_cls + 1) / 2).sum()))
-        if linear_alone:  # the mean of words' vectors is no product
+        if linear_alone:
             unimodal = 0.0
         elif contrastive:
             unimodal += 3 * 2 * num_texts * self.proj
@@ -94,7 +94,7 @@ class ModelFlops:
             vocabulary = self.head_passes * 2 * self.head * float(inputs.sum())
         similarities = 0.0
         if contrastive:
-            similarities = 3 * 2 * num_images * float(all_texts or num_texts) * self.config.embed_size
+            similarities = 3 * 2 * num_images * float(all_texts or num_texts) * self.width
         return StepFlops(
             image_encoder=num_images * self.per_image,
             poolers=num_images * self.pooling.per_image + self.pooling.per_batch if num_images else 0.0,
@@ -207,8 +207,8 @@ def _pooling(model: CoCa, features: Tensor, uses: Uses) -> _Pooling:
         return _Pooling(0.0, 0.0, 0)
     branch = model.linear_branch
     if uses.linear_alone and branch is not None:
-        forward, _ = _count(lambda: branch.image_vectors(features))
-        return _Pooling(2 * forward, 0.0, 0)
+        classes = 0 if branch.class_proj is None else branch.class_proj.weight.numel()
+        return _Pooling(2 * (2 * branch.image_proj.weight.numel() + classes), 0.0, 0)
     one, pooled = _count(lambda: model.pool_features(features, **wants))
     two, _ = _count(lambda: model.pool_features(features.expand(2, -1, -1), **wants))
     project = 2 * _projection(model.config) if contrastive else 0
@@ -217,6 +217,11 @@ def _pooling(model: CoCa, features: Tensor, uses: Uses) -> _Pooling:
     passes = 1 + is_trained + structure.trains("image_encoder")
     tokens = 0 if pooled.tokens is None else pooled.tokens.shape[1]
     return _Pooling(passes * (two - one + project), passes * (2 * one - two), tokens)
+
+
+def compared_width(config: CoCaConfig, uses: Uses) -> int:
+    """How many numbers of embeddings are compared: those of the deep encoders, and of the linear branch."""
+    return config.linear.dim + (0 if uses.linear_alone else config.embed_dim)
 
 
 def _projection(config: CoCaConfig) -> int:

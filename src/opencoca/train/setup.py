@@ -91,7 +91,9 @@ class RunSetup:
         if transfer is not None and world.is_main and not continues:
             print(f"init_from {recipe.init_from.model}\n{textwrap.indent(transfer.describe(), '  ')}", file=sys.stderr)
         self.frozen_stages = freeze(model, recipe, self.task)
-        self.task.prepare(model, self.tokenizer)
+        said = self.task.prepare(model, self.tokenizer, begins=not continues)
+        if said is not None and world.is_main:
+            print(said, file=sys.stderr)
         prepare_compute(model, recipe, device)
         self._prepare_samples(model, world)
         self.model = model.eval()

@@ -18,7 +18,14 @@ LINEAR = {"dim": 5, "class_dim": 3, "weight": 2.0, "class_weight": 4.0, "label_w
 @pytest.fixture
 def model(make_config) -> CoCa:
     torch.manual_seed(0)
-    return CoCa(replace(make_config(), linear=LinearConfig(**LINEAR))).double().eval()
+    model = CoCa(replace(make_config(), linear=LinearConfig(**LINEAR))).double().eval()
+    assert model.linear_branch is not None
+    assert model.linear_branch.class_proj is not None
+    assert model.linear_branch.lacks_classes()
+    with torch.no_grad():
+        model.linear_branch.class_proj.weight.normal_()
+    assert not model.linear_branch.lacks_classes()
+    return model
 
 
 def texts() -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,13 +105,46 @@ def test_without_a_branch_nothing_is_added(make_config) -> None:
 
 
 def test_a_branch_that_is_added_changes_no_deep_embedding(model: CoCa) -> None:
-    start = CoCa(replace(model.config, linear=None)).double().eval()
+    start = CoCa(replace(model.config, linear=LinearConfig())).double().eval()
     transfer = take_weights(model, start)
     assert not transfer.left
     assert all(name.startswith("linear_branch.") for name in transfer.new)
     ids, mask = texts()
     found, expected = model.encode_text(ids, mask).embed, start.encode_text(ids, mask).embed
     torch.testing.assert_close(model.deep_embeds(found), expected, atol=1e-12, rtol=0)
+
+
+def test_words_of_another_vocabulary_are_new(model: CoCa) -> None:
+    """So are columns that mean something else, though there are as many."""
+    words = "linear_branch.word_embed.weight"
+    again = CoCa(model.config).double()
+    assert words in take_weights(again, model).copied
+    assert words in take_weights(again, model, same_vocabulary=False).new
+    turned = CoCa(replace(model.config, linear=replace(model.config.linear, dim=3, class_dim=5))).double()
+    assert words in take_weights(turned, model).new
+
+
+def test_autocast_changes_no_text(model: CoCa) -> None:
+    """The mean of words and what follows are in float32, as images are."""
+    branch, (ids, mask) = model.float().linear_branch, texts()
+    assert branch is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        found = branch.text_vectors(ids, mask)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, branch.text_vectors(ids, mask), rtol=0, atol=0)
+
+
+def test_what_is_fitted_has_no_gradient(model: CoCa) -> None:
+    branch, (ids, mask) = model.linear_branch, texts()
+    assert branch is not None
+    image, text = model.pool_image(features(model)).embed, model.encode_text(ids, mask).embed
+    (image @ text.T).square().sum().backward()
+    gradient = branch.word_embed.weight.grad
+    assert gradient is not None
+    assert gradient[:, :5].any()
+    assert not gradient[:, 5:].any()
+    assert branch.class_proj is not None
+    assert any(parameter is branch.class_proj.weight for parameter in model.unused_parameters(True, True))
 
 
 def test_the_traced_text_is_the_same(model: CoCa) -> None:

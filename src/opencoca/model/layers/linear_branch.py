@@ -4,7 +4,7 @@ mean of its words' vectors, and either is mapped linearly.
 Trained on a few thousand images, deep towers come to know those by heart. Linear maps with much dropout cannot, and err
 on other images. They also take over, by least squares, what others have learned from far more: a sentence encoder's
 vectors and the classifier that an image encoder comes with are nearly linear in words and in features (see
-`tasks.fits`). The similarities of both encoders are averaged, as an ensemble's are.
+`tasks.sentences`). The similarities of both encoders are averaged, as an ensemble's are.
 
 Letters: B batch, N image features, C their width, T positions of a text, V vocabulary, E embed_dim, L = dim,
 K = class_dim.
@@ -22,7 +22,7 @@ from opencoca.model.kernels.dropout import Dropout
 
 # A text's class part of length l counts l times this power of l, at most 1: words of class names count, others do not.
 _GATE = 3
-# A text whose class part is shorter than this is no name of a class: it keeps its length as a label.
+# As a label, a text whose class part is shorter than this names no class: its part stays as short beside others.
 _NAMES_NOTHING = 0.1
 
 
@@ -34,14 +34,16 @@ class LinearBranch(nn.Module):
 
     def __init__(self, config: CoCaConfig, context_width: int):
         super().__init__()
-        linear = config.linear
-        assert linear is not None
-        self.config = linear
+        self.config = linear = config.linear
         self.image_dropout = Dropout(linear.image_dropout)
         self.image_proj = nn.Linear(2 * context_width, linear.dim, bias=False)
         self.class_proj = nn.Linear(context_width, linear.class_dim, bias=False) if linear.class_dim else None
         self.word_embed = nn.Embedding(config.text.vocab_size, linear.dim + linear.class_dim)
         self.log_logit_scale = nn.Parameter(torch.empty(()))
+
+    def lacks_classes(self) -> bool:
+        """Whether it has a class part that nothing was fitted to yet."""
+        return self.class_proj is not None and not bool(self.class_proj.weight.any())
 
     def image_vectors(self, features: Tensor) -> Tensor:
         """features (B, N, C) of the image encoder -> (B, L + K)."""
@@ -59,7 +61,9 @@ class LinearBranch(nn.Module):
             kept = kept & (torch.rand(kept.shape, device=kept.device) >= self.config.word_dropout)
         words = self.word_embed(token_ids).float()
         weights = kept.float() / kept.sum(dim=1, keepdim=True).clamp(min=1)
-        learned, named = (weights.unsqueeze(1) @ words).squeeze(1).split((self.config.dim, self.config.class_dim), -1)
+        # No matrix product, which autocast would take in low precision. The class part is fitted, and not trained.
+        mean = (weights.unsqueeze(-1) * words).sum(dim=1)
+        learned, named = mean[:, : self.config.dim], mean[:, self.config.dim :].detach()
         gate = torch.linalg.vector_norm(named, dim=-1, keepdim=True).clamp(max=1) ** _GATE
         return torch.cat((F.normalize(learned, dim=-1), named * gate), dim=-1)
 

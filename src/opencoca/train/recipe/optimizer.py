@@ -19,7 +19,7 @@ class OptimizerRecipe:
             orthogonalised updates of the hidden matrices, AdamW for the rest, three quarters of its memory or less.
         learning_rate: at the peak.
         learning_rates: of single parts of the model, by name: image_encoder, image_pooling, unimodal_decoder,
-            multimodal_decoder, heads, task_head.
+            multimodal_decoder, heads, linear_branch, task_head.
         layer_decay: the peak is multiplied by this for every layer further from the outputs, in the image encoder and
             in the text decoder (arXiv 2106.08254); 1 = the same for all.
         frozen: names of parts that are not trained (image_encoder: as in LiT, arXiv 2111.07991).

@@ -194,9 +194,10 @@ class Recipe:
         if name not in SHARDABLE and self.distributed.strategy == "fsdp":
             raise ValueError(f"optimizer.name {name} does not work with distributed.strategy fsdp; use adamw or ddp")
         if self.distributed.strategy == "fsdp":
-            used = {"task.reward_weight": getattr(self.task, "reward_weight", 0), "model.linear": self.model.linear}
+            linear = self.model.linear.dim and self.task.uses.contrastive
+            used = {"task.reward_weight": getattr(self.task, "reward_weight", 0), "model.linear.dim": linear}
             for key in (key for key, value in used.items() if value):
-                raise ValueError(f"{key} does not work with distributed.strategy fsdp; use ddp")
+                raise ValueError(f"{key} does not work with distributed.strategy fsdp; use ddp, or set it to 0")
         if self.encoder.learning_rate is not None and "image_encoder" in self.optimizer.learning_rates:
             raise ValueError("encoder.learning_rate and optimizer.learning_rates both set that of the image encoder")
 
