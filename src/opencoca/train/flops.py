@@ -207,8 +207,8 @@ def _pooling(model: CoCa, features: Tensor, uses: Uses) -> _Pooling:
         return _Pooling(0.0, 0.0, 0)
     branch = model.linear_branch
     if uses.linear_alone and branch is not None:
-        classes = 0 if branch.class_proj is None else branch.class_proj.weight.numel()
-        return _Pooling(2 * (2 * branch.image_proj.weight.numel() + classes), 0.0, 0)
+        trained, fitted = branch.image_weights()
+        return _Pooling(2.0 * (2 * trained + fitted), 0.0, 0)  # forward, and for the gradient by what is trained
     one, pooled = _count(lambda: model.pool_features(features, **wants))
     two, _ = _count(lambda: model.pool_features(features.expand(2, -1, -1), **wants))
     project = 2 * _projection(model.config) if contrastive else 0

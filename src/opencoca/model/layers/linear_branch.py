@@ -41,6 +41,10 @@ class LinearBranch(nn.Module):
         self.word_embed = nn.Embedding(config.text.vocab_size, linear.dim + linear.class_dim)
         self.log_logit_scale = nn.Parameter(torch.empty(()))
 
+    def image_weights(self) -> tuple[int, int]:
+        """How many weights map an image: of the part that is trained, and of the one that is fitted."""
+        return self.image_proj.weight.numel(), 0 if self.class_proj is None else self.class_proj.weight.numel()
+
     def lacks_classes(self) -> bool:
         """Whether it has a class part that nothing was fitted to yet."""
         return self.class_proj is not None and not bool(self.class_proj.weight.any())
