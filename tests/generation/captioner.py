@@ -21,7 +21,9 @@ def make_tokenizer() -> Tokenizer:
     return train_tokenizer(CAPTIONS * 3, 290)
 
 
-def make_model(tokenizer: Tokenizer, text: dict | None = None, pooler: dict | None = None) -> CoCa:
+def make_model(
+    tokenizer: Tokenizer, text: dict | None = None, pooler: dict | None = None, linear: dict | None = None
+) -> CoCa:
     """A random float64 model whose captions differ from image to image and end at different lengths."""
     torch.manual_seed(0)
     text_config = {
@@ -40,6 +42,7 @@ def make_model(tokenizer: Tokenizer, text: dict | None = None, pooler: dict | No
             "image": {"image_size": 16, "patch_size": 8, "width": 24, "depth": 1, "num_heads": 2, "mlp_width": 32},
             "pooler": {"num_heads": 4, **(pooler or {"num_queries": 5})},
             "text": text_config,
+            "linear": linear or {},
         }
     )
     model = CoCa(config).double().eval()

@@ -23,10 +23,10 @@ DECODERS = [
 ]
 
 
-@pytest.mark.parametrize("text", DECODERS, ids=str)
+@pytest.mark.parametrize(("text", "linear"), [*((text, {}) for text in DECODERS), ({}, {"dim": 6})], ids=str)
 @pytest.mark.parametrize("options", SEARCHES, ids=range(len(SEARCHES)))
-def test_equals_encode_text(tokenizer, text, options):
-    model = make_model(tokenizer, text)
+def test_equals_encode_text(tokenizer, text, linear, options):
+    model = make_model(tokenizer, text, linear=linear)
     context_length = text.get("context_length", CONTEXT_LENGTH)
     cut = []
     for captions in generate(model, make_tokens(model), tokenizer, options, with_text_embed=True):

@@ -116,7 +116,7 @@ class LinearConfig:
         class_dim: how many more are fitted to the classifier that the image encoder comes with; 0 = none.
         weight: of the similarity of those that learn from pairs, where that of the deep embedding has 1.
         class_weight: likewise, of a class's name and an image that shows it.
-        label_weight: how many times as long as others' the class part of a label to classify by is.
+        label_weight: how long the class part of a label to classify by is, where that of a name is 1 in other texts.
         image_dropout: this part of an image's pooled features is left out in training.
         word_dropout: this part of a text's words is left out in training.
     """

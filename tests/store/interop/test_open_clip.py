@@ -354,6 +354,7 @@ def test_convert_to_a_smaller_type(tmp_path: Path, config_file: Path, their_weig
         ),
         ({"compat": {"image_class_token": False}}, "compat.image_class_token is False"),
         ({"image": {"name": "efficientnet_lite0"}}, "image.name is 'efficientnet_lite0'"),
+        ({"linear": {"dim": 8}}, "linear.dim is 8 and would have to be 0"),
     ],
     ids=str,
 )
